@@ -1,0 +1,114 @@
+"""The arithmetic of stochastic backpropagation: split positions into two streams, run, join.
+
+    split         x (B, N, C)            ->  Streams(kept (B, K, C), dropped (B, D, C))
+    kept_gradient f on both streams, remembering only what the kept one needs
+    join          Streams                ->  (B, N, C)
+
+Split and join are permutations, so both have an exact and cheap inverse: their backward passes are copies,
+where autograd's own (index_add into zeros) would accumulate.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Streams(NamedTuple):
+    """The kept and the dropped positions of one tensor.
+
+    dropped is None where nothing reads the dropped positions, so that they need not be computed.
+    """
+
+    kept: Tensor
+    dropped: Tensor | None
+
+
+def keep_gradient(f: Callable[[Tensor], Tensor], x: Tensor, keep: Tensor, drop: Tensor, dim: int = 1) -> Tensor:
+    """f(x), whose gradient is that of the kept positions alone (Algorithm 1 of Fang et al., NeurIPS 2022).
+
+    f: any function that treats the positions along `dim` independently and keeps their number.
+    x: tensor with N positions along `dim`. keep, drop: int64 index tensors that together hold 0..N-1.
+    Nothing is saved for the backward pass at dropped positions. Raises ValueError when keep and drop do not
+    add up to N.
+    """
+    if keep.numel() + drop.numel() != x.shape[dim]:
+        raise ValueError(
+            f"keep ({keep.numel()}) and drop ({drop.numel()}) must together be the {x.shape[dim]} positions "
+            f"of dimension {dim} of x"
+        )
+    return join(kept_gradient(f, split(x, keep, drop, dim)), keep, drop, dim)
+
+
+def split(x: Tensor, keep: Tensor, drop: Tensor, dim: int = 1) -> Streams:
+    """Both streams carry gradient back to x."""
+    return Streams(*_Split.apply(x, keep, drop, dim))
+
+
+def join(streams: Streams, keep: Tensor, drop: Tensor, dim: int = 1) -> Tensor:
+    """The inverse of `split`; a dropped stream that is None leaves zeros."""
+    kept, dropped = streams
+    if dropped is not None:
+        dropped = dropped.to(kept.dtype)  # index_copy takes one dtype only
+    return _Join.apply(kept, dropped, keep, drop, dim)
+
+
+def kept_gradient(f: Callable[[Tensor], Tensor], streams: Streams) -> Streams:
+    """f on both streams, with gradient on the kept one only.
+
+    The kept stream comes first: under autocast the weights are then cast once, with gradient.
+    """
+    kept = f(streams.kept)
+    if streams.dropped is None:
+        return Streams(kept, None)
+    with torch.no_grad():
+        return Streams(kept, f(streams.dropped))
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, drop: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(keep, drop)
+        ctx.dim = dim
+        ctx.set_materialize_grads(False)
+        return x.index_select(dim, keep), x.index_select(dim, drop)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, kept: Tensor | None, dropped: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if kept is None and dropped is None:
+            return None, None, None, None
+        return _scatter(kept, dropped, *ctx.saved_tensors, ctx.dim), None, None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
+        ctx.save_for_backward(keep, drop)
+        ctx.dim = dim
+        return _scatter(kept, dropped, keep, drop, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        keep, drop = ctx.saved_tensors
+        kept = grad.index_select(ctx.dim, keep) if ctx.needs_input_grad[0] else None
+        dropped = grad.index_select(ctx.dim, drop) if ctx.needs_input_grad[1] else None
+        return kept, dropped, None, None, None
+
+
+def _scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
+    """A tensor with `kept` at keep and `dropped` at drop; zeros where one is None."""
+    some = kept if kept is not None else dropped
+    assert some is not None
+    shape = list(some.shape)
+    shape[dim] = keep.numel() + drop.numel()
+    whole = kept is not None and dropped is not None
+    out = some.new_empty(shape) if whole else some.new_zeros(shape)
+    if kept is not None:
+        out.index_copy_(dim, keep, kept)
+    if dropped is not None:
+        out.index_copy_(dim, drop, dropped)
+    return out
