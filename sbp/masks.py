@@ -144,6 +144,8 @@ def _hash(x):
 
 def _grid_scores(height: int, width: int, keep_ratio: float, offset: int | Tensor) -> Tensor:
     """Scores (H*W,) int64, all different: the k lowest are the grid mask that keeps k positions."""
+    if keep_ratio == 1:
+        return torch.arange(height * width, device=offset.device if isinstance(offset, Tensor) else None)
     if keep_ratio > 0.5:  # published: the same pattern, of dropped positions
         return -_diagonal_scores(height, width, 1 - keep_ratio, offset)
     return _diagonal_scores(height, width, keep_ratio, offset)
@@ -165,9 +167,13 @@ def _pattern(height: int, width: int, ratio: float) -> tuple[int, int, int]:
     """Kept diagonals, the period they repeat with, and a stride near the golden ratio that visits all rows."""
     pattern = Fraction(ratio).limit_denominator(_LARGEST_PERIOD)
     if pattern == 0:
-        pattern = Fraction(1, min(round(1 / ratio), height * width) if ratio else 1)
+        pattern = Fraction(1, min(round(1 / ratio), height * width))
     strides = [stride for stride in range(1, height + 1) if gcd(stride, height) == 1]
-    return pattern.numerator, pattern.denominator, min(strides, key=lambda stride: abs(stride - 0.618 * height))
+    return (
+        pattern.numerator,
+        pattern.denominator,
+        min(strides, key=lambda stride: abs(stride - 0.618 * height)),
+    )
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:

@@ -1,0 +1,38 @@
+"""Stochastic backpropagation (SBP) for timm vision models.
+
+The forward pass runs whole; the backward pass goes through a kept subset of spatial positions, and nothing of
+the dropped ones is saved (Fang et al., "An In-depth Study of Stochastic Backpropagation", NeurIPS 2022).
+"""
+
+from sbp import masks
+from sbp.diagnostics import GradientCosine, gradient_cosine
+from sbp.functional import keep_gradient
+from sbp.memory import saved_bytes
+from sbp.patch import (
+    apply,
+    disabled,
+    effective_keep_ratio,
+    fixed_mask,
+    hold_mask,
+    load_mask_state,
+    mask_state,
+    remove,
+    set_draw,
+)
+
+__all__ = [
+    "GradientCosine",
+    "apply",
+    "disabled",
+    "effective_keep_ratio",
+    "fixed_mask",
+    "gradient_cosine",
+    "hold_mask",
+    "keep_gradient",
+    "load_mask_state",
+    "mask_state",
+    "masks",
+    "remove",
+    "saved_bytes",
+    "set_draw",
+]

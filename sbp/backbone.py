@@ -1,0 +1,42 @@
+"""What a backbone family tells about a model, and all that `patch.py` needs to know of it.
+
+A family is one file with three things: `find(model)`, which returns a `Backbone` or None; `SBP_CLASSES`, which
+maps each timm class to the subclass that takes its place; and `SUPPORTED`, a phrase for error messages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from sbp.state import State
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """layers: every layer that can be SBP, by qualified name, in the order of the network.
+    published: the names of those that the paper chose.
+    hooks: (module, name of the state's method) of the forward pre-hooks that draw the masks.
+    state: makes the family's `State` from layer names and settings.
+    containers: further modules whose class is swapped, whichever layers are chosen.
+    """
+
+    layers: dict[str, nn.Module]
+    published: list[str]
+    hooks: list[tuple[nn.Module, str]]
+    state: Callable[..., State]
+    containers: list[nn.Module] = field(default_factory=list)
+
+
+def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
+    """The one module of this type in the model, with its name. Raises ValueError when there are several."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+    if len(found) > 1:
+        raise ValueError(
+            f"the model has {len(found)} backbones ({', '.join(name for name, _ in found)}): "
+            "call sbp.apply on each of them"
+        )
+    return found[0] if found else None

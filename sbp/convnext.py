@@ -1,0 +1,191 @@
+"""SBP for timm's ConvNeXt v1 and v2: blocks and the downsampling layers between stages.
+
+Shapes: maps (B, C, H, W); N = H * W positions of which K are kept. Position-wise layers see positions in the
+form that the block's own layers take: (B, N, C), or (B, C, N, 1) where they are 1x1 convolutions.
+
+The depthwise convolution needs the whole map in every block and keeps its full gradient; norm, both pointwise
+layers, activation, response norm and layer scale are SBP. The mask is drawn at the resolution of the last SBP
+stage and enlarged for the earlier ones, so that the same image regions are kept throughout (Fang et al., 2022).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
+from torch import Tensor, nn
+
+from sbp.backbone import Backbone, only
+from sbp.functional import Streams, join, keep_gradient, kept_gradient, split
+from sbp.state import LayerMap, State
+
+SUPPORTED = "timm's ConvNeXt v1 and v2 (`ConvNeXtBlock` with a norm over channels)"
+
+
+def find(model: nn.Module) -> Backbone | None:
+    """The ConvNeXt in `model`, or None. Raises ValueError where SBP cannot train it."""
+    only(model, ConvNeXt)
+    stages = {name: stage for name, stage in model.named_modules() if isinstance(stage, ConvNeXtStage)}
+    if not stages:
+        return None
+    layers: dict[str, nn.Module] = {}
+    stage_of: dict[str, int] = {}
+    published: list[str] = []
+    for index, (stage_name, stage) in enumerate(stages.items()):
+        blocks = {f"{stage_name}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
+        before = {} if isinstance(stage.downsample, nn.Identity) else {f"{stage_name}.downsample": stage.downsample}
+        for name, block in blocks.items():
+            if type(block) is not ConvNeXtBlock or type(block.norm) not in _NORMS:
+                raise ValueError(
+                    f"{name} is a {type(block).__name__} with {type(block.norm).__name__}; SBP knows {SUPPORTED}"
+                )
+        layers |= before | blocks
+        stage_of |= dict.fromkeys(before | blocks, index)
+        published += [*before, *list(blocks)[: _published_depth(index, len(blocks))]] if index < 3 else []
+    strides = [_stride(stage) for stage in stages.values()]
+
+    def state(names: list[str], *args: Any, **kwargs: Any) -> ConvNeXtState:
+        for name in names:
+            if isinstance(layers[name], nn.Sequential):
+                _check_patches(name, *layers[name])
+        return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
+
+    first_stage = next(iter(stages.values()))
+    return Backbone(layers, published, hooks=[(first_stage, "enter_first_stage")], state=state)
+
+
+def _check_patches(name: str, norm: nn.Module, conv: nn.Conv2d) -> None:
+    if conv.kernel_size != conv.stride or conv.padding != (0, 0) or conv.dilation != (1, 1):
+        raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
+    if type(norm) not in _NORMS:
+        raise ValueError(f"{name} has {type(norm).__name__}; SBP knows {SUPPORTED}")
+
+
+def _published_depth(stage: int, depth: int) -> int:
+    """How many blocks of a stage are SBP: all in the first two, then 6 of 9, 21 of 27, two thirds of others."""
+    if stage < 2:
+        return depth
+    return 21 if depth == 27 else round(depth * 2 / 3)
+
+
+def _stride(stage: ConvNeXtStage) -> int:
+    return 1 if isinstance(stage.downsample, nn.Identity) else stage.downsample[1].stride[0]
+
+
+class ConvNeXtState(State):
+    """Draws when the first stage receives its map.
+
+    strides: of each stage's downsampling. stages: of each SBP layer, the index of its stage.
+    """
+
+    def __init__(self, *args: Any, strides: Sequence[int], stages: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.strides = strides
+        self.stages = stages
+
+    def enter_first_stage(self, stage: nn.Module, args: tuple) -> None:
+        """Forward pre-hook of the first stage. Its input: (B, C, H, W)."""
+        (x,) = args
+        height, width = x.shape[-2:]
+        sizes, totals, total = [], [], 1
+        for stride in self.strides:
+            height, width, total = height // stride, width // stride, total * stride
+            sizes.append((height, width))
+            totals.append(total)
+        last = max(self.stages)
+        if not all(sizes[last]):
+            raise ValueError(f"a map of {tuple(x.shape[-2:])} is too small for the SBP stages of this ConvNeXt")
+        maps = [LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages]
+        self.begin(sizes[last], maps, x.device)
+
+
+class SBPConvNeXtBlock(ConvNeXtBlock):
+    """timm's `ConvNeXtBlock`, whose pointwise part is trained through kept positions only."""
+
+    sbp_state: ConvNeXtState
+    sbp_index: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W)."""
+        where = self.sbp_state.positions(self, self.sbp_index)
+        if where is None:
+            return super().forward(x)
+        y = self.conv_dw(x)
+        height, width = y.shape[-2:]
+        dim = 2 if self.use_conv_mlp else 1
+        y = y.flatten(2).unsqueeze(-1) if self.use_conv_mlp else y.flatten(2).transpose(1, 2)
+        if hasattr(self.mlp, "grn"):
+            y = join(self.sbp_respond(split(y, *where, dim), dim), *where, dim)
+        else:
+            y = keep_gradient(lambda positions: self.sbp_scale(self.mlp(self.norm(positions))), y, *where, dim)
+        y = y.squeeze(-1) if self.use_conv_mlp else y.transpose(1, 2)
+        out = self.drop_path(y.unflatten(2, (height, width))) + self.shortcut(x)
+        self.sbp_state.watch(out)
+        return out
+
+    def extra_repr(self) -> str:
+        return self.sbp_state.describe(self.sbp_index)
+
+    def sbp_scale(self, x: Tensor) -> Tensor:
+        if self.gamma is None:
+            return x
+        return x * (self.gamma.reshape(1, -1, 1, 1) if self.use_conv_mlp else self.gamma)
+
+    def sbp_respond(self, x: Streams, dim: int) -> Streams:
+        """The pointwise part of v2: response norm pools over both streams, with gradient through the kept one."""
+        mlp = self.mlp
+        hidden = kept_gradient(lambda positions: mlp.drop1(mlp.act(mlp.fc1(self.norm(positions)))), x)
+        norms = kept_gradient(lambda positions: positions.norm(p=2, dim=dim, keepdim=True), hidden)
+        response = torch.stack(norms).norm(p=2, dim=0)  # of the whole map: (B, 1, C) or (B, C, 1, 1)
+        channels = 1 if self.use_conv_mlp else -1
+        response = response / (response.mean(dim=channels, keepdim=True) + mlp.grn.eps)
+        shape = (1, -1, 1, 1) if self.use_conv_mlp else (1, 1, -1)
+        weight, bias = mlp.grn.weight.view(shape), mlp.grn.bias.view(shape)
+
+        def finish(positions: Tensor) -> Tensor:
+            positions = positions + torch.addcmul(bias, weight, positions * response)
+            return self.sbp_scale(mlp.drop2(mlp.fc2(positions)))
+
+        return kept_gradient(finish, hidden)
+
+
+class SBPDownsample(nn.Sequential):
+    """A norm and a convolution whose patches do not overlap: kept output positions can be computed alone."""
+
+    sbp_state: ConvNeXtState
+    sbp_index: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) to (B, C', H // s, W // s)."""
+        where = self.sbp_state.positions(self, self.sbp_index)
+        if where is None:
+            return super().forward(x)
+        norm, conv = self
+        size = conv.kernel_size[0]
+        height, width = x.shape[-2] // size, x.shape[-1] // size
+        x = x[..., : height * size, : width * size].flatten(2).transpose(1, 2)  # (B, H * W, C), whole patches
+        streams = split(x, *(patch_pixels(index, width, size) for index in where))
+        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C', s * s * C)
+
+        def run(positions: Tensor) -> Tensor:  # (B, n * s * s, C) to (B, n, C')
+            positions = norm(positions.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+            return F.linear(positions.reshape(len(x), -1, weight.shape[1]), weight, conv.bias)
+
+        y = join(kept_gradient(run, streams), *where)
+        out = y.transpose(1, 2).unflatten(2, (height, width))
+        self.sbp_state.watch(out)
+        return out
+
+
+def patch_pixels(patches: Tensor, patches_per_row: int, size: int) -> Tensor:
+    """Flat indices (n * size * size,) of the pixels of n patches, patch by patch, row by row within a patch."""
+    width = patches_per_row * size
+    first = patches // patches_per_row * (size * width) + patches % patches_per_row * size
+    side = torch.arange(size, device=patches.device)
+    return (first[:, None] + (side[:, None] * width + side).flatten()).flatten()
+
+
+SBP_CLASSES = {ConvNeXtBlock: SBPConvNeXtBlock, nn.Sequential: SBPDownsample}
+_NORMS = (LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d)

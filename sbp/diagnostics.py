@@ -1,0 +1,91 @@
+"""How far the SBP gradient is from the exact one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sbp.patch import disabled
+from sbp.state import states
+
+
+@dataclass(frozen=True)
+class GradientCosine:
+    """Cosine similarity of the SBP gradient to the exact one, in [-1, 1].
+
+    total: of all parameters together. per_layer: of each block, downsampling layer and other part by itself.
+    """
+
+    total: float
+    per_layer: dict[str, float]
+
+
+def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> GradientCosine:
+    """Compares the gradient of `compute_loss()` with SBP to the one without, on the same random numbers.
+
+    model: patched, in training mode, wrapped (DDP, torch.compile) or not. compute_loss: runs it and returns a
+    scalar. Gradients, buffers, random number generators and the masks to come are left as they were.
+    Raises ValueError when the model is not patched or not in training mode.
+    """
+    own = states(model)
+    if not model.training:
+        raise ValueError("gradient_cosine needs training mode: in evaluation mode nothing is dropped")
+    named = {name: p for name, p in _plain_names(model) if p.requires_grad}
+    parameters = list(named.values())
+
+    def gradient() -> tuple[Tensor | None, ...]:
+        with _undisturbed(model), torch.enable_grad():
+            return torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
+
+    before = [(state.draw.clone(), state.current) for state in own]
+    kept = gradient()
+    for state, (draw, current) in zip(own, before, strict=True):
+        state.draw, state.current = draw, current
+    with disabled(model):
+        full = gradient()
+
+    products: dict[str, Tensor] = {}  # layer -> (kept * full, kept * kept, full * full)
+    for name, a, b in zip(named, kept, full, strict=True):
+        if a is None or b is None:
+            continue
+        a, b = a.double(), b.double()
+        three = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
+        layer = _layer_of(name)
+        products[layer] = products[layer] + three if layer in products else three
+    table = torch.stack([*products.values(), torch.stack(list(products.values())).sum(0)])
+    cosines = (table[:, 0] / (table[:, 1] * table[:, 2]).sqrt()).tolist()
+    return GradientCosine(cosines[-1], dict(zip(products, cosines, strict=False)))
+
+
+def _plain_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """timm's own names, without what wrappers put in front of them."""
+    for name, parameter in model.named_parameters():
+        yield name.replace("_orig_mod.", "").removeprefix("module."), parameter
+
+
+def _layer_of(name: str) -> str:
+    """blocks.3.attn.qkv.weight -> blocks.3, stages.1.downsample.0.bias -> stages.1.downsample, head.bias -> head."""
+    parts = name.split(".")
+    last_number = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=0)
+    if "downsample" in parts:
+        last_number = parts.index("downsample")
+    return ".".join(parts[: last_number + 1])
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, random numbers are drawn and buffers change; afterwards both are as before. DDP does not reduce."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        for module in model.modules():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,0 +1,29 @@
+"""Counts what autograd keeps for the backward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def saved_bytes(compute_loss: Callable[[], Any]) -> int:
+    """Bytes that autograd saves for the backward pass of `compute_loss()`, without parameters.
+
+    Each storage counts once and whole, as a view keeps all of it in memory. Lower-precision copies that
+    autocast makes of the weights count: take the difference between two batch sizes for bytes per image.
+    """
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if not isinstance(base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage  # holding it keeps its address from being used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = compute_loss()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result  # the graph had to live until everything was counted
+    return total

@@ -1,0 +1,229 @@
+"""Turns a timm model into its SBP form and back, in place, by swapping the classes of its layers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from sbp import convnext, masks, vit
+from sbp.backbone import Backbone
+from sbp.state import EVALUATIONS, State, states
+
+FAMILIES = (vit, convnext)
+_PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
+_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply(
+    model: Model,
+    *,
+    keep_ratio: float | Sequence[float] = 0.5,
+    mask: str = "grid",
+    mhsa_drop: str = "qkv",
+    layers: Sequence[str] | str | None = None,
+    seed: int = 0,
+    rank: int | None = None,
+    evaluation: str = "exact",
+) -> Model:
+    """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
+
+    Call it before DDP or FSDP, torch.compile, the optimizer and EMA. Names, identity and values of the
+    parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit.
+
+    keep_ratio: share of positions with gradient, in (0, 1]; one number, or one for each SBP layer in the
+        order of the network (their kept sets are then nested).
+    mask: "grid" (regular diagonals; the paper's best) or "random".
+    mhsa_drop: what attention drops (ViT only), as in section "Drop Method on MHSA" of the talk:
+        "qkv": kept queries see kept keys and values only. With class-token pooling this equals dropping the
+        tokens at the first SBP block, and their computation is skipped.
+        "query": kept queries see all keys and values, with gradient.
+        "head": max(1, round(keep_ratio * heads)) random heads run with gradient at all positions.
+        "qkv_exact": as "qkv", but all keys and values are seen, without gradient at dropped positions; the
+        forward pass equals the plain model's (not in the paper).
+    layers: None for the published choice (the last two thirds of a ViT's blocks; of a ConvNeXt stages 1 and 2
+        with the first two thirds of stage 3 and the downsampling between), "all", or qualified names.
+    seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
+        torch.distributed, so that each process draws its own masks.
+    evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
+
+    Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
+    """
+    _refuse_wrapped(model)
+    _check_choice("mask", mask, masks.KINDS)
+    _check_choice("mhsa_drop", mhsa_drop, vit.MHSA_DROPS)
+    _check_choice("evaluation", evaluation, EVALUATIONS)
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
+    backbone, sbp_classes = _find(model)
+    names = _choose_layers(backbone, layers)
+    if rank is None:
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    state = backbone.state(
+        names,
+        _keep_ratios(keep_ratio, names),
+        mask=mask,
+        mhsa_drop=mhsa_drop,
+        seed=seed,
+        rank=rank,
+        evaluation=evaluation,
+    )
+    for index, name in enumerate(names):
+        layer = backbone.layers[name]
+        layer.__class__ = sbp_classes[type(layer)]
+        layer.sbp_state, layer.sbp_index = state, index
+    for container in backbone.containers:
+        container.__class__ = sbp_classes[type(container)]
+    for module, hook in backbone.hooks:
+        module.register_forward_pre_hook(getattr(state, hook))
+    return model
+
+
+def remove(model: Model) -> Model:
+    """The plain timm model again, in place; returns it. Raises ValueError when the model is not patched."""
+    own = states(model)
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if getattr(hook, "__self__", None) in own:
+                del module._forward_pre_hooks[key]
+        if type(module) in _PLAIN_CLASS:
+            module.__class__ = _PLAIN_CLASS[type(module)]
+            module.__dict__.pop("sbp_state", None)
+            module.__dict__.pop("sbp_index", None)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Exact backpropagation inside: every layer runs as in timm. Takes the model wrapped or not."""
+    with _set(states(model), enabled=False):
+        yield
+
+
+@contextmanager
+def fixed_mask(model: nn.Module, keep: Tensor) -> Iterator[None]:
+    """Every SBP layer uses this mask inside, whatever its keep ratio. Takes the model wrapped or not.
+
+    keep: bool (H, W), True where the gradient is kept, on the model's mask grid: the tokens of a ViT; the
+    map of the last SBP stage of a ConvNeXt. Raises ValueError for another dtype or number of dimensions, or a
+    mask that keeps nothing; the forward pass raises it for another shape.
+    """
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 2:
+        kind = f"{keep.dtype} {tuple(keep.shape)}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"keep must be a bool tensor (H, W), got {kind}")
+    if not keep.any():
+        raise ValueError("keep has no True: a mask keeps at least one position")
+    with _set(states(model), fixed=(keep.detach().cpu().clone(), int(keep.sum()))):
+        yield
+
+
+@contextmanager
+def hold_mask(model: nn.Module) -> Iterator[None]:
+    """One mask for all forward passes inside, such as the micro batches of an optimizer step.
+
+    Takes the model wrapped or not. The draw advances by one on leaving.
+    """
+    own = states(model)
+    with _set(own, held=True, current=None):
+        yield
+    for state in own:
+        state.draw.add_(1)
+
+
+def set_draw(model: nn.Module, draw: int) -> None:
+    """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on."""
+    for state in states(model):
+        state.draw.fill_(draw)
+
+
+def mask_state(model: nn.Module) -> dict[str, int]:
+    """What the masks to come depend on: {"seed", "rank", "draw"}. Reads `draw` from the model's device."""
+    state = _one_state(model)
+    return {"seed": state.seed, "rank": state.rank, "draw": int(state.draw)}
+
+
+def load_mask_state(model: nn.Module, saved: dict[str, int]) -> None:
+    """Continues the masks where `mask_state` read them."""
+    state = _one_state(model)
+    state.seed, state.rank = saved["seed"], saved["rank"]
+    state.draw.fill_(saved["draw"])
+
+
+def effective_keep_ratio(model: nn.Module) -> float:
+    """The share of positions kept in the last training forward pass, prefix tokens aside, mean over SBP layers.
+
+    The requested ratio as the grid allows it. Raises RuntimeError before the first such pass.
+    """
+    return fmean(state.keep_ratio(i) for state in states(model) for i in range(len(state.layers)))
+
+
+def _find(model: nn.Module) -> tuple[Backbone, dict[type, type]]:
+    for family in FAMILIES:
+        backbone = family.find(model)
+        if backbone is not None:
+            return backbone, family.SBP_CLASSES
+    supported = " and ".join(family.SUPPORTED for family in FAMILIES)
+    raise ValueError(f"found no blocks to train with SBP in {type(model).__name__}; supported are {supported}")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod"):
+            raise ValueError(f"call sbp.apply before the model is wrapped in {type(module).__name__}")
+        if "sbp_state" in module.__dict__:
+            raise ValueError("the model is already patched: call sbp.remove(model) first")
+
+
+def _choose_layers(backbone: Backbone, layers: Sequence[str] | str | None) -> list[str]:
+    if layers is None:
+        return backbone.published
+    if layers == "all":
+        return list(backbone.layers)
+    unknown = [layers] if isinstance(layers, str) else [name for name in layers if name not in backbone.layers]
+    if unknown or not layers:
+        raise ValueError(
+            f"layers must be None, 'all' or names of layers, got {unknown or layers}; "
+            f"this model has {', '.join(backbone.layers)}"
+        )
+    return [name for name in backbone.layers if name in layers]
+
+
+def _keep_ratios(keep_ratio: float | Sequence[float], names: list[str]) -> list[float]:
+    if isinstance(keep_ratio, str) or not isinstance(keep_ratio, Sequence):
+        return [masks.check_keep_ratio(keep_ratio)] * len(names)
+    if len(keep_ratio) != len(names):
+        raise ValueError(f"keep_ratio has {len(keep_ratio)} values for {len(names)} SBP layers: {', '.join(names)}")
+    return [masks.check_keep_ratio(ratio) for ratio in keep_ratio]
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _one_state(model: nn.Module) -> State:
+    own = states(model)
+    if len(own) > 1:
+        raise ValueError("the model holds several patched backbones: pass one of them")
+    return own[0]
+
+
+@contextmanager
+def _set(own: list[State], **values: Any) -> Iterator[None]:
+    """Sets attributes of the states, and sets them back."""
+    before = [{name: getattr(state, name) for name in values} for state in own]
+    for state in own:
+        vars(state).update(values)
+    try:
+        yield
+    finally:
+        for state, old in zip(own, before, strict=True):
+            vars(state).update(old)

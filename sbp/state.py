@@ -1,0 +1,199 @@
+"""What the SBP layers of one model share: the settings, the mask state, and the masks of the current pass.
+
+One `State` belongs to one patched model. A backbone family subclasses it with the hooks that tell it the size
+of a forward pass (`vit.py`, `convnext.py`). It is no module and holds no buffer: state-dict keys stay timm's,
+DDP broadcasts nothing, and a deep copy of the model gets a state of its own.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sbp import masks
+from sbp.masks import Positions
+
+EVALUATIONS = ("exact", "published")
+
+Grid = tuple[int, int]  # height, width
+
+
+class LayerMap(NamedTuple):
+    """The map of positions that one SBP layer works on: height x width, factor times the mask grid."""
+
+    height: int
+    width: int
+    factor: int = 1
+
+
+class Pass:
+    """One forward pass: for each SBP layer its positions, or None where it keeps everything.
+
+    key: the random number of the pass, int64 without dimensions.
+    """
+
+    def __init__(
+        self,
+        positions: list[Positions | None],
+        maps: tuple[Grid, tuple[LayerMap, ...]],
+        key: Tensor,
+        prefix_only: bool,
+    ) -> None:
+        self.positions = positions
+        self.maps = maps
+        self.key = key
+        self.prefix_only = prefix_only  # the loss reads nothing but prefix tokens
+        self.differentiated = False
+
+
+class State:
+    """Settings and masks of a patched model. `layers` are the qualified names of its SBP layers, in order."""
+
+    def __init__(
+        self,
+        layers: Sequence[str],
+        keep_ratios: Sequence[float],
+        *,
+        mask: str,
+        mhsa_drop: str,
+        seed: int,
+        rank: int,
+        evaluation: str,
+        prefix: int = 0,
+    ) -> None:
+        self.layers = list(layers)
+        self.keep_ratios = list(keep_ratios)
+        self.mask = mask
+        self.mhsa_drop = mhsa_drop
+        self.seed = seed
+        self.rank = rank
+        self.evaluation = evaluation
+        self.prefix = prefix
+        self.enabled = True
+        self.held = False
+        self.fixed: tuple[Tensor, int] | None = None  # a mask (H, W) and how many positions it keeps
+        # The number of the next draw lives on the model's device, so that drawing never waits for it.
+        self.draw = torch.zeros((), dtype=torch.int64)
+        self.current: Pass | None = None
+        self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
+
+    # -- which passes are SBP passes
+
+    def is_active(self, module: nn.Module) -> bool:
+        """Whether `module` runs SBP now: in training with gradient, or in the authors' own evaluation."""
+        if not self.enabled:
+            return False
+        if module.training:
+            return torch.is_grad_enabled()
+        return self.evaluation == "published"
+
+    def positions(self, module: nn.Module, index: int) -> Positions | None:
+        """The positions of SBP layer `index` in this pass; None where it runs like timm's own layer."""
+        if not self.is_active(module):
+            return None
+        if _in_backward():
+            self._require_one_open_pass()
+        if self.current is None:
+            raise RuntimeError(f"{self.layers[index]} ran before the model drew a mask: call the model itself")
+        return self.current.positions[index]
+
+    def keep_ratio(self, index: int) -> float:
+        """The share of positions that SBP layer `index` kept in the last pass, prefix tokens aside."""
+        if self.current is None:
+            raise RuntimeError("no mask was drawn yet: the kept share is known after a training forward pass")
+        where = self.current.positions[index]
+        if where is None:
+            return 1.0
+        kept = len(where.keep) - self.prefix
+        return kept / (kept + len(where.drop))
+
+    def describe(self, index: int) -> str:
+        """The settings of SBP layer `index`, as its `repr` shows them."""
+        return f"keep_ratio={self.keep_ratios[index]:g}, mask={self.mask}"
+
+    # -- one forward pass
+
+    def begin(self, grid: Grid, maps: Sequence[LayerMap], device: torch.device, prefix_only: bool = False) -> None:
+        """Draws the masks of a forward pass. Called by the family's hook in front of the first block.
+
+        grid: (H, W) of the mask. maps: the map of each SBP layer.
+        """
+        if not self.enabled or not (torch.is_grad_enabled() or self.evaluation == "published"):
+            return
+        if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
+            self._require_one_open_pass()
+            return
+        if self.held and self.current is not None and self.current.maps == (grid, tuple(maps)):
+            return
+        if self.draw.device != device:
+            self.draw = self.draw.to(device)
+        key = masks.draw_key(self.seed, self.rank, self.draw)
+        if not self.held:
+            self.draw.add_(1)
+        chosen = self._fixed_masks(grid, device) if self.fixed is not None else self._drawn_masks(grid, key)
+        known: dict[tuple[float, LayerMap], Positions | None] = {}
+        for ratio, layer_map in zip(self.keep_ratios, maps, strict=True):
+            if (ratio, layer_map) not in known:
+                known[ratio, layer_map] = self._enlarged(*chosen[ratio], layer_map)
+        positions = [known[pair] for pair in zip(self.keep_ratios, maps, strict=True)]
+        self.current = Pass(positions, (grid, tuple(maps)), key, prefix_only)
+
+    def _drawn_masks(self, grid: Grid, key: Tensor) -> dict[float, tuple[Tensor, int]]:
+        """For each ratio a mask on the grid and how many positions it keeps."""
+        drawn = masks.nested_masks(self.mask, *grid, self.keep_ratios, key)
+        return {ratio: (mask, masks.kept_count(self.mask, mask.numel(), ratio)) for ratio, mask in drawn.items()}
+
+    def _fixed_masks(self, grid: Grid, device: torch.device) -> dict[float, tuple[Tensor, int]]:
+        assert self.fixed is not None
+        mask, count = self.fixed
+        if tuple(mask.shape) != grid:
+            raise ValueError(f"keep has shape {tuple(mask.shape)}, but the mask grid of this input is {grid}")
+        return dict.fromkeys(self.keep_ratios, (mask.to(device), count))
+
+    def _enlarged(self, mask: Tensor, count: int, layer_map: LayerMap) -> Positions | None:
+        if count == mask.numel():
+            return None
+        height, width, factor = layer_map
+        fine = masks.enlarge(mask, height, width, factor)
+        if (height, width) == (mask.shape[0] * factor, mask.shape[1] * factor):
+            count *= factor**2
+        else:
+            count = int(fine.sum())  # the border cuts blocks: only the mask itself knows
+        return masks.positions(fine, count, self.prefix)
+
+    # -- recomputation (activation checkpointing)
+
+    def watch(self, output: Tensor) -> None:
+        """Notes that the current pass awaits its backward pass, for as long as the graph of `output` lives."""
+        current = self.current
+        if current is None or not output.requires_grad or torch.compiler.is_compiling() or _in_backward():
+            return
+        current.differentiated = False
+        self._open.add(current)
+        output.register_hook(lambda _: setattr(current, "differentiated", True))
+
+    def _require_one_open_pass(self) -> None:
+        waiting = [one for one in self._open if not one.differentiated]
+        if len(waiting) != 1 or waiting[0] is not self.current:
+            raise RuntimeError(
+                "SBP layers are recomputed in backward, but the masks of their forward pass are not at hand. "
+                "Use non-reentrant checkpointing (use_reentrant=False), and either one forward pass for each "
+                "backward pass or one mask for all of them (sbp.hold_mask)."
+            )
+
+
+def states(model: nn.Module) -> list[State]:
+    """The states of all patched backbones within `model`, wrapped (DDP, torch.compile) or not.
+
+    Raises ValueError when there is none.
+    """
+    found = {id(s): s for m in model.modules() if (s := m.__dict__.get("sbp_state")) is not None}
+    if not found:
+        raise ValueError("the model is not patched: call sbp.apply(model) first")
+    return list(found.values())
+
+
+def _in_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
