@@ -45,7 +45,7 @@ class Pass:
         self.maps = maps
         self.key = key
         self.prefix_only = prefix_only  # the loss reads nothing but prefix tokens
-        self.differentiated = False
+        self.backward: int | None = None  # the backward pass that has reached it
 
 
 class State:
@@ -170,13 +170,13 @@ class State:
         current = self.current
         if current is None or not output.requires_grad or torch.compiler.is_compiling() or _in_backward():
             return
-        current.differentiated = False
+        current.backward = None
         self._open.add(current)
-        output.register_hook(lambda _: setattr(current, "differentiated", True))
+        output.register_hook(lambda _: setattr(current, "backward", torch._C._current_graph_task_id()))
 
     def _require_one_open_pass(self) -> None:
-        waiting = [one for one in self._open if not one.differentiated]
-        if len(waiting) != 1 or waiting[0] is not self.current:
+        running = torch._C._current_graph_task_id()
+        if [one for one in self._open if one.backward in (None, running)] != [self.current]:
             raise RuntimeError(
                 "SBP layers are recomputed in backward, but the masks of their forward pass are not at hand. "
                 "Use non-reentrant checkpointing (use_reentrant=False), and either one forward pass for each "
