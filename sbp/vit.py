@@ -26,6 +26,7 @@ from sbp.masks import Positions
 from sbp.state import Grid, LayerMap, State
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
+QKV = tuple[Tensor, Tensor, Tensor]
 MHSA_DROPS = ("qkv", "query", "head", "qkv_exact")
 
 
@@ -160,50 +161,46 @@ def split_tokens(x: Tensor, where: Positions) -> Streams:
 # -- attention branches: norm, attention, layer scale of both streams
 
 
-def _attend_kept(block: Block, x: Streams) -> Streams:
+def _attend_kept(block: SBPBlock, x: Streams) -> Streams:
     """qkv: kept queries see kept keys and values; dropped queries see all, without gradient."""
     attn = block.attn
     normed = block.norm1(x.kept)
-    q, k, v = _heads(attn, normed)
+    q, k, v = _qkv(attn, normed)
     kept = block.ls1(_project(attn, _attention(attn, q, k, v), normed))
     if x.dropped is None:
         return Streams(kept, None)
     with torch.no_grad():
         normed = block.norm1(x.dropped)
-        q, k_dropped, v_dropped = _heads(attn, normed)
+        q, k_dropped, v_dropped = _qkv(attn, normed)
         k, v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
         return Streams(kept, block.ls1(_project(attn, _attention(attn, q, k, v), normed)))
 
 
-def _attend_all_detached(block: Block, x: Streams) -> Streams:
-    """qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient."""
-    attn = block.attn
-    normed = Streams(block.norm1(x.kept), _without_gradient(block.norm1, x.dropped))
-    q, k, v = _heads(attn, normed.kept)
-    q_dropped, k_dropped, v_dropped = _without_gradient(lambda tokens: _heads(attn, tokens), normed.dropped)
-    k, v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
-    return _finish(block, normed, Streams(q, q_dropped), k, v)
-
-
-def _attend_from_kept(block: Block, x: Streams) -> Streams:
+def _attend_from_kept(block: SBPBlock, x: Streams) -> Streams:
     """query: kept queries see all keys and values, with gradient; dropped queries give none."""
-    attn = block.attn
     normed = Streams(block.norm1(x.kept), block.norm1(x.dropped))
-    q, k, v = _heads(attn, normed.kept)
-    width = attn.num_heads * attn.head_dim
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    rows = slice(width, None)  # of keys and values
-    keys_values = F.linear(normed.dropped, weight[rows], None if bias is None else bias[rows])
-    k_dropped, v_dropped = keys_values.unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    k, v = torch.cat([k, attn.k_norm(k_dropped)], 2), torch.cat([v, v_dropped], 2)
+    return _attend_to_all(block, normed, _qkv(block.attn, normed.kept), _qkv(block.attn, normed.dropped))
+
+
+def _attend_to_detached(block: SBPBlock, x: Streams) -> Streams:
+    """qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient."""
+    normed = kept_gradient(block.norm1, x)
+    kept = _qkv(block.attn, normed.kept)
     with torch.no_grad():
-        rows = slice(0, width)  # of queries
-        q_dropped = F.linear(normed.dropped, weight[rows], None if bias is None else bias[rows])
-        q_dropped = attn.q_norm(q_dropped.unflatten(2, (attn.num_heads, -1)).transpose(1, 2))
-    return _finish(block, normed, Streams(q, q_dropped), k, v)
+        dropped = _qkv(block.attn, normed.dropped)
+    return _attend_to_all(block, normed, kept, dropped)
 
 
-def _attend_with_some_heads(block: Block, x: Streams) -> Streams:
+def _attend_to_all(block: SBPBlock, normed: Streams, kept: QKV, dropped: QKV) -> Streams:
+    attn = block.attn
+    k, v = torch.cat([kept[1], dropped[1]], 2), torch.cat([kept[2], dropped[2]], 2)
+    q = kept[0].clone()  # what is saved for backward must not be a view that keeps the other two alive
+    out = block.ls1(_project(attn, _attention(attn, q, k, v), normed.kept))
+    with torch.no_grad():
+        return Streams(out, block.ls1(_project(attn, _attention(attn, dropped[0], k, v), normed.dropped)))
+
+
+def _attend_with_some_heads(block: SBPBlock, x: Streams) -> Streams:
     """head: some heads run with gradient at all tokens, the others without; the projection's bias keeps its own."""
     attn, state = block.attn, block.sbp_state
     count = kept_heads(attn.num_heads, state.keep_ratios[block.sbp_index])
@@ -223,7 +220,9 @@ def _attend_with_some_heads(block: Block, x: Streams) -> Streams:
 
     out = run(tokens, order[:count])
     if count < attn.num_heads:
-        out = out + _without_gradient(lambda tokens: run(tokens, order[count:]), tokens)
+        with torch.no_grad():
+            rest = run(tokens, order[count:])
+        out = out + rest
     if attn.proj.bias is not None:
         out = out + attn.proj.bias.to(out.dtype)
     out = block.ls1(attn.proj_drop(out))
@@ -232,7 +231,7 @@ def _attend_with_some_heads(block: Block, x: Streams) -> Streams:
 
 _ATTENTION: dict[str, Callable[[SBPBlock, Streams], Streams]] = {
     "qkv": _attend_kept,
-    "qkv_exact": _attend_all_detached,
+    "qkv_exact": _attend_to_detached,
     "query": _attend_from_kept,
     "head": _attend_with_some_heads,
 }
@@ -243,7 +242,7 @@ def kept_heads(num_heads: int, keep_ratio: float) -> int:
     return max(1, round(keep_ratio * num_heads))
 
 
-def _heads(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _qkv(attn: Attention, x: Tensor) -> QKV:
     """Normed tokens (B, n, C) to q, k and v, each (B, h, n, d)."""
     qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
@@ -263,20 +262,7 @@ def _project(attn: Attention, out: Tensor, normed: Tensor) -> Tensor:
     return attn.proj_drop(attn.proj(out))
 
 
-def _finish(block: Block, normed: Streams, q: Streams, k: Tensor, v: Tensor) -> Streams:
-    """Attention of both streams' queries to the same keys and values, then the output projection."""
-    attn = block.attn
-    kept = block.ls1(_project(attn, _attention(attn, q.kept, k, v), normed.kept))
-    with torch.no_grad():
-        return Streams(kept, block.ls1(_project(attn, _attention(attn, q.dropped, k, v), normed.dropped)))
-
-
 # -- small parts
-
-
-def _without_gradient(f: Callable, x: Tensor):
-    with torch.no_grad():
-        return f(x)
 
 
 def _add(x: Streams, branch: Streams, drop_path: nn.Module) -> Streams:

@@ -63,4 +63,6 @@ def assert_same_gradients(a: tuple, b: tuple, tolerance: float = 1e-10) -> None:
         one = torch.zeros_like(other) if one is None else one
         other = torch.zeros_like(one) if other is None else other
         scale = max(float(other.abs().max()), floor)
-        torch.testing.assert_close(one / scale, other / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one / scale, other / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -188,8 +188,13 @@ def test_dropout_runs(mhsa_drop):
     model = sbp.apply(small_vit(proj_drop_rate=0.2, attn_drop_rate=0.2, global_pool="avg"), mhsa_drop=mhsa_drop)
     loss, found = gradients(model, images())
     assert torch.isfinite(loss) and all(g.isfinite().all() for g in found.values())
-    assert_same_gradients((loss, found), gradients(sbp.apply(
-        small_vit(proj_drop_rate=0.2, attn_drop_rate=0.2, global_pool="avg"), mhsa_drop=mhsa_drop), images()))
+    assert_same_gradients(
+        (loss, found),
+        gradients(
+            sbp.apply(small_vit(proj_drop_rate=0.2, attn_drop_rate=0.2, global_pool="avg"), mhsa_drop=mhsa_drop),
+            images(),
+        ),
+    )
 
 
 def test_images_of_other_sizes():

@@ -1,0 +1,50 @@
+"""Imports go one way: entry points -> training framework -> method -> torch and timm."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+METHOD = sorted((ROOT / "sbp").glob("*.py"))
+FRAMEWORK = sorted((ROOT / "sbp" / "training").rglob("*.py"))
+ENTRY_POINTS = [ROOT / "train.py", ROOT / "eval.py", *sorted((ROOT / "scripts").rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", METHOD, ids=lambda path: path.name)
+def test_the_method_needs_torch_and_timm_only(path):
+    roots = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert roots <= {"torch", "timm", "sbp"}
+    assert not any(name.startswith("sbp.training") for name in imported(path))
+
+
+@pytest.mark.parametrize("path", FRAMEWORK, ids=lambda path: path.name)
+def test_the_framework_knows_no_hydra_and_one_module_knows_wandb(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    assert not roots & {"hydra", "omegaconf", "train", "eval", "scripts"}
+    assert "wandb" not in roots or path.name == "tracking.py"
+
+
+def test_only_entry_points_know_hydra():
+    knowing = [path for path in ENTRY_POINTS if any(name.split(".")[0] == "hydra" for name in imported(path))]
+    assert {"train.py", "eval.py"} <= {path.name for path in knowing}
+    assert not any("wandb" in {name.split(".")[0] for name in imported(path)} for path in ENTRY_POINTS)
+
+
+def test_the_method_imports_without_the_framework():
+    code = "import sys, sbp; sys.exit(str({'hydra', 'omegaconf', 'sbp.training'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert result.stderr.strip() == "set()"

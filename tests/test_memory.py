@@ -1,0 +1,67 @@
+"""Bytes saved for the backward pass, compared with arithmetic: units of C bytes a token under bfloat16 autocast."""
+
+import copy
+
+import pytest
+import torch
+
+import sbp
+from tests.conftest import small_convnext, small_vit
+
+
+def bytes_per_image(model, size, low=2, high=4):
+    """The slope between two batch sizes: without copies of weights and index tensors."""
+
+    def saved(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return sbp.saved_bytes(lambda: model(torch.ones(batch, 3, size, size)).sum())
+
+    return (saved(high) - saved(low)) / (high - low)
+
+
+def block_bytes(make, size, layers, keep_ratio=0.5, **settings):
+    """What one layer more saves, in bytes per image: the model with it as SBP, against it plain."""
+    plain = make()
+    patched = sbp.apply(copy.deepcopy(plain), layers=layers, keep_ratio=keep_ratio, **settings)
+    return bytes_per_image(plain, size) - bytes_per_image(patched, size)
+
+
+def vit(**kwargs):
+    return lambda: small_vit(embed_dim=64, num_heads=2, img_size=64, **kwargs).float()
+
+
+@pytest.mark.parametrize(
+    ("mhsa_drop", "keep_ratio", "units"),
+    [("qkv", 0.5, lambda r: 36 * r), ("qkv", 0.25, lambda r: 36 * r), ("qkv_exact", 0.5, lambda r: 32 * r + 4)],
+)
+def test_a_vit_block_saves_what_the_arithmetic_says(mhsa_drop, keep_ratio, units):
+    """Plain 36, two-stream qkv 36 r, with all keys and values 32 r + 4 (64 tokens, no class token)."""
+    tokens, channels = 64, 64
+    one = ["blocks.5"]
+    saved = block_bytes(vit(class_token=False, global_pool="avg"), 64, one, keep_ratio, mhsa_drop=mhsa_drop)
+    expected = (36 - units(keep_ratio)) * tokens * channels
+    assert saved == pytest.approx(expected, rel=0.03)  # norm statistics and the softmax's log sums are small
+
+
+@pytest.mark.parametrize("conv_mlp", [False, True])
+def test_a_convnext_block_saves_what_the_arithmetic_says(conv_mlp):
+    """Plain 26, SBP 2 + 24 r with an unfused layer scale; the norm input is bfloat16 on a CPU: two units less."""
+    make = lambda: small_convnext(dims=(64, 64, 64, 64), depths=(2, 1, 1, 1), conv_mlp=conv_mlp).float()  # noqa: E731
+    positions, channels = 16 * 16, 64
+    saved = block_bytes(make, 64, ["stages.0.blocks.1"])
+    assert saved == pytest.approx(22 * 0.5 * positions * channels, rel=0.06)
+
+
+def test_keep_ratio_1_saves_what_the_plain_model_saves():
+    for make, size in ((vit(), 64), (lambda: small_convnext().float(), 64)):
+        plain = make()
+        patched = sbp.apply(copy.deepcopy(plain), keep_ratio=1)
+        assert bytes_per_image(plain, size) == bytes_per_image(patched, size)
+
+
+def test_a_storage_counts_once_and_parameters_do_not():
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    x = torch.ones(4, 8, requires_grad=True)
+    assert sbp.saved_bytes(lambda: x @ weight.t()) == 4 * 8 * 4
+    assert sbp.saved_bytes(lambda: (x[:2] * x[2:]).sum()) == 4 * 8 * 4
+    assert sbp.saved_bytes(lambda: x.sin().cos()) == 2 * 4 * 8 * 4
