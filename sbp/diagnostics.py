@@ -28,12 +28,14 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
 
     model: patched, in training mode, wrapped (DDP, torch.compile) or not. compute_loss: runs it and returns a
     scalar. Gradients, buffers, random number generators and the masks to come are left as they were.
-    Raises ValueError when the model is not patched or not in training mode.
+    Raises ValueError when the model is not patched, not in training mode, or frozen.
     """
     own = states(model)
     if not model.training:
         raise ValueError("gradient_cosine needs training mode: in evaluation mode nothing is dropped")
     named = {name: p for name, p in _plain_names(model) if p.requires_grad}
+    if not named:
+        raise ValueError("gradient_cosine needs a gradient: no parameter of the model requires one")
     parameters = list(named.values())
 
     def gradient() -> tuple[Tensor | None, ...]:

@@ -135,13 +135,13 @@ def hold_mask(model: nn.Module) -> Iterator[None]:
     with _set(own, held=True, current=None):
         yield
     for state in own:
-        state.draw.add_(1)
+        state.draw = state.draw + 1
 
 
 def set_draw(model: nn.Module, draw: int) -> None:
     """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on."""
     for state in states(model):
-        state.draw.fill_(draw)
+        state.draw = torch.full_like(state.draw, draw)
 
 
 def mask_state(model: nn.Module) -> dict[str, int]:
@@ -154,7 +154,7 @@ def load_mask_state(model: nn.Module, saved: dict[str, int]) -> None:
     """Continues the masks where `mask_state` read them."""
     state = _one_state(model)
     state.seed, state.rank = saved["seed"], saved["rank"]
-    state.draw.fill_(saved["draw"])
+    state.draw = torch.full_like(state.draw, saved["draw"])
 
 
 def effective_keep_ratio(model: nn.Module) -> float:

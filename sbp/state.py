@@ -7,7 +7,7 @@ DDP broadcasts nothing, and a deep copy of the model gets a state of its own.
 
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Pass:
         self.maps = maps
         self.key = key
         self.prefix_only = prefix_only  # the loss reads nothing but prefix tokens
+        self.ran: set[int] = set()  # the SBP layers that ran with gradient
         self.backward: int | None = None  # the backward pass that has reached it
 
 
@@ -79,6 +80,12 @@ class State:
         self.current: Pass | None = None
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"current": None, "_open": None}  # a copy takes part in no pass yet
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        vars(self).update(values, _open=weakref.WeakSet())
+
     # -- which passes are SBP passes
 
     def is_active(self, module: nn.Module) -> bool:
@@ -93,10 +100,12 @@ class State:
         """The positions of SBP layer `index` in this pass; None where it runs like timm's own layer."""
         if not self.is_active(module):
             return None
-        if _in_backward():
-            self._require_one_open_pass()
         if self.current is None:
             raise RuntimeError(f"{self.layers[index]} ran before the model drew a mask: call the model itself")
+        if _in_backward():
+            self._require_one_open_pass(index)
+        elif not torch.compiler.is_compiling():
+            self.current.ran.add(index)
         return self.current.positions[index]
 
     def keep_ratio(self, index: int) -> float:
@@ -131,7 +140,7 @@ class State:
             self.draw = self.draw.to(device)
         key = masks.draw_key(self.seed, self.rank, self.draw)
         if not self.held:
-            self.draw.add_(1)
+            self.draw = self.draw + 1  # not in place: a compiled graph may keep the old one for backward
         chosen = self._fixed_masks(grid, device) if self.fixed is not None else self._drawn_masks(grid, key)
         known: dict[tuple[float, LayerMap], Positions | None] = {}
         for ratio, layer_map in zip(self.keep_ratios, maps, strict=True):
@@ -174,9 +183,10 @@ class State:
         self._open.add(current)
         output.register_hook(lambda _: setattr(current, "backward", torch._C._current_graph_task_id()))
 
-    def _require_one_open_pass(self) -> None:
+    def _require_one_open_pass(self, index: int | None = None) -> None:
         running = torch._C._current_graph_task_id()
-        if [one for one in self._open if one.backward in (None, running)] != [self.current]:
+        waiting = [one for one in self._open if one.backward in (None, running)]
+        if waiting != [self.current] or index not in {None, *self.current.ran}:
             raise RuntimeError(
                 "SBP layers are recomputed in backward, but the masks of their forward pass are not at hand. "
                 "Use non-reentrant checkpointing (use_reentrant=False), and either one forward pass for each "

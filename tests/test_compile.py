@@ -1,0 +1,79 @@
+"""torch.compile: one graph, no recompilation when the mask changes, gradients as in eager mode."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sbp
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+
+MODELS = [
+    *[pytest.param(lambda m=m: sbp.apply(small_vit(), mhsa_drop=m), id=f"vit {m}") for m in ("qkv", "query", "head")],
+    pytest.param(
+        lambda: sbp.apply(small_vit(global_pool="avg"), mask="random", mhsa_drop="qkv_exact"), id="vit random"
+    ),
+    pytest.param(lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3]), id="vit ratios"),
+    pytest.param(lambda: sbp.apply(small_convnext()), id="convnext"),
+    pytest.param(lambda: sbp.apply(small_convnext(use_grn=True), mask="random", keep_ratio=0.3), id="convnext v2"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def memory_budget(request):
+    with torch._functorch.config.patch(activation_memory_budget=request.param):
+        yield
+
+
+def plain_names(result):
+    return result[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("memory_budget", [1.0, 0.25], indirect=True)
+def test_one_graph_with_the_gradients_of_eager_mode(make, memory_budget):
+    model = make()
+    eager = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = images(32 if hasattr(model, "blocks") else 64)
+    for _ in range(4):
+        assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x))
+    assert counter.frame_count == 1
+    assert sbp.mask_state(compiled) == sbp.mask_state(eager) == sbp.mask_state(eager) | {"draw": 4}
+
+
+@pytest.mark.parametrize("make", [MODELS[0], MODELS[5]])
+def test_contexts_and_diagnostics_take_the_compiled_model(make):
+    model = make()
+    plain = sbp.remove(copy.deepcopy(model))
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    x = images(32 if hasattr(model, "blocks") else 64)
+    with sbp.disabled(compiled):
+        assert_same_gradients(plain_names(gradients(compiled, x)), gradients(plain, x))
+    mask = sbp.masks.random_mask(4, 4, 0.3, torch.Generator().manual_seed(0))
+    with sbp.fixed_mask(compiled, mask), sbp.fixed_mask(eager, mask):
+        assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x))
+    ours, expected = (sbp.gradient_cosine(m, lambda m=m: m(x).square().sum()) for m in (compiled, eager))
+    assert ours.total == pytest.approx(expected.total, abs=1e-9) and ours.per_layer.keys() == expected.per_layer.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("memory_budget", [1.0, 0.25], indirect=True)
+def test_inductor(make, memory_budget):
+    model = make()
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    x = images(32 if hasattr(model, "blocks") else 64)
+    for _ in range(3):
+        assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x), tolerance=1e-8)

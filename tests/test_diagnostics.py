@@ -1,0 +1,85 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import sbp
+from tests.conftest import images, small_convnext, small_vit
+
+make = pytest.mark.parametrize("make", [small_vit, small_convnext])
+
+
+def compute(model):
+    x = images(32 if hasattr(model, "blocks") else 64)
+    return lambda: model(x).square().sum()
+
+
+def flat(model, compute_loss, names):
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in names]
+    return torch.cat([g.flatten() for g in torch.autograd.grad(compute_loss(), chosen)])
+
+
+@make
+def test_cosines_are_those_of_the_two_gradients(make):
+    model = sbp.apply(make())
+    plain = make()
+    found = sbp.gradient_cosine(model, compute(model))
+    names = [name for name, _ in model.named_parameters()]
+    layer = "blocks.3" if make is small_vit else "stages.2.blocks.1"
+    for layer_names, cosine in [
+        (names, found.total),
+        ([name for name in names if name.startswith(f"{layer}.")], found.per_layer[layer]),
+    ]:
+        sbp.set_draw(model, 0)
+        ours, exact = flat(model, compute(model), layer_names), flat(plain, compute(plain), layer_names)
+        assert cosine == pytest.approx(float(nn.functional.cosine_similarity(ours, exact, 0)), abs=1e-12)
+        assert 0 < cosine < 1
+
+
+@make
+def test_every_parameter_belongs_to_a_layer(make):
+    model = sbp.apply(make())
+    layers = sbp.gradient_cosine(model, compute(model)).per_layer
+    if make is small_vit:
+        assert set(layers) == {"patch_embed", "cls_token", "pos_embed", "norm", "head"} | {
+            f"blocks.{i}" for i in range(6)
+        }
+    else:
+        assert set(model.stages[0].blocks[0].sbp_state.layers) <= set(layers) and {"stem.0", "head"} <= set(layers)
+
+
+@make
+def test_keep_ratio_1_has_a_cosine_of_1(make):
+    model = sbp.apply(make(drop_path_rate=0.3), keep_ratio=1)
+    assert sbp.gradient_cosine(model, compute(model)).total == pytest.approx(1, abs=1e-12)
+
+
+@make
+def test_the_probe_leaves_nothing_behind(make):
+    model = sbp.apply(make(drop_path_rate=0.3), mask="random")
+    model.register_buffer("count", torch.zeros(()))
+    model.register_forward_pre_hook(lambda module, args: vars(module)["_buffers"]["count"].add_(1) and None)
+    compute(model)().backward()
+    before = copy.deepcopy([p.grad for p in model.parameters()])
+    torch.manual_seed(11)
+    expected_random, expected_draw = torch.get_rng_state(), sbp.mask_state(model)
+    expected_current = model.stages[0].blocks[0].sbp_state.current if make is small_convnext else None
+    sbp.gradient_cosine(model, compute(model))
+    assert torch.equal(torch.get_rng_state(), expected_random) and sbp.mask_state(model) == expected_draw
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
+    assert model.count == 1
+    if make is small_convnext:
+        assert model.stages[0].blocks[0].sbp_state.current is expected_current
+
+
+def test_what_it_needs():
+    model = sbp.apply(small_vit())
+    with pytest.raises(ValueError, match="needs training mode"):
+        sbp.gradient_cosine(model.eval(), compute(model))
+    with pytest.raises(ValueError, match="not patched"):
+        sbp.gradient_cosine(small_vit(), lambda: None)
+    frozen = model.train().requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter"):
+        sbp.gradient_cosine(frozen, compute(frozen))

@@ -1,0 +1,258 @@
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+import sbp
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+
+MODELS = [
+    pytest.param(lambda: small_vit(drop_path_rate=0.2), id="vit"),
+    pytest.param(lambda: small_vit(global_pool="avg", class_token=False), id="vit mean"),
+    pytest.param(lambda: small_convnext(drop_path_rate=0.2), id="convnext"),
+    pytest.param(lambda: small_convnext(use_grn=True, ls_init_value=None), id="convnext v2"),
+]
+each_model = pytest.mark.parametrize("make", MODELS)
+
+
+def draws(model, count=4, size=64):
+    """The kept positions of the last SBP layer in some training forward passes."""
+    kept = []
+    for _ in range(count):
+        model(images(32 if hasattr(model, "blocks") else size))
+        kept.append(next(m for m in model.modules() if hasattr(m, "sbp_state")).sbp_state.current.positions[-1].keep)
+    return torch.stack(kept)
+
+
+@each_model
+def test_names_identity_and_values_stay(make):
+    model = make()
+    before = dict(model.named_parameters())
+    state = copy.deepcopy(model.state_dict())
+    modules = [name for name, _ in model.named_modules()]
+    assert sbp.apply(model) is model
+    after = dict(model.named_parameters())
+    assert list(before) == list(after) and all(before[name] is after[name] for name in before)
+    assert list(model.state_dict()) == list(state) and modules == [name for name, _ in model.named_modules()]
+    make().load_state_dict(model.state_dict(), strict=True)
+
+
+@each_model
+@pytest.mark.parametrize(
+    "evaluate", [nn.Module.eval, lambda model: torch.no_grad().__enter__()], ids=["eval", "no_grad"]
+)
+def test_evaluation_is_the_plain_model_bit_for_bit(make, evaluate):
+    plain, model = make(), sbp.apply(make(), layers="all")
+    x = images(32 if hasattr(model, "blocks") else 64)
+    with torch.autograd.graph.save_on_cpu(), torch.set_grad_enabled(True):
+        for one in (plain, model):
+            evaluate(one)
+        torch.manual_seed(0)
+        expected = plain(x)
+        torch.manual_seed(0)
+        assert torch.equal(model(x), expected)
+    torch.set_grad_enabled(True)
+    assert sbp.mask_state(model)["draw"] in (0, 1)
+
+
+@each_model
+def test_remove_gives_the_plain_model_back(make):
+    plain = make()
+    x = images(32 if hasattr(plain, "blocks") else 64)
+    expected = gradients(plain, x)
+    model = sbp.apply(make(), layers="all")
+    gradients(model, x)
+    assert sbp.remove(model) is model
+    assert_same_gradients(gradients(model, x), expected, tolerance=0)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert not any(key.startswith("sbp") for m in model.modules() for key in vars(m))
+    sbp.apply(model)
+    with pytest.raises(ValueError, match="not patched"):
+        sbp.remove(plain)
+
+
+@each_model
+def test_disabled_is_exact(make):
+    plain = make()
+    x = images(32 if hasattr(plain, "blocks") else 64)
+    model = sbp.apply(make())
+    with sbp.disabled(model):
+        assert_same_gradients(gradients(model, x), gradients(plain, x), tolerance=0)
+    with pytest.raises(KeyError), sbp.disabled(model):
+        raise KeyError
+    assert not torch.allclose(gradients(model, x)[1]["input"], gradients(plain, x)[1]["input"])
+
+
+@each_model
+def test_a_deep_copy_draws_for_itself(make):
+    model = sbp.apply(make(), mask="random")
+    draws(model, 2)
+    twin = copy.deepcopy(model)
+    pickled = pickle.loads(pickle.dumps(model))
+    ahead = draws(model)
+    assert sbp.mask_state(model)["draw"] == 6 and sbp.mask_state(twin)["draw"] == 2
+    assert torch.equal(draws(twin), ahead) and torch.equal(draws(pickled), ahead)
+    sbp.remove(twin)
+    assert sbp.mask_state(model)["draw"] == 6
+
+
+@each_model
+def test_ema_follows_and_evaluates_exactly(make):
+    model = sbp.apply(make())
+    ema = ModelEmaV3(model, decay=0.5)
+    plain = make()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    ema.update(model)
+    plain.load_state_dict(ema.module.state_dict())
+    x = images(32 if hasattr(plain, "blocks") else 64)
+    assert torch.equal(ema.module(x), plain.eval()(x))
+
+
+def test_masks_repeat_with_the_seed_and_differ_between_ranks():
+    make = lambda **kwargs: sbp.apply(small_vit(), mask="random", **kwargs)  # noqa: E731
+    first = draws(make(seed=5))
+    assert len(first.unique(dim=0)) == 4
+    assert torch.equal(draws(make(seed=5)), first)
+    for other in (make(seed=6), make(seed=5, rank=1)):
+        assert not torch.equal(draws(other), first)
+
+
+def test_mask_state_is_read_saved_and_restored():
+    model = sbp.apply(small_vit(), mask="random", seed=9, rank=2)
+    draws(model, 3)
+    saved = sbp.mask_state(model)
+    assert saved == {"seed": 9, "rank": 2, "draw": 3}
+    ahead = draws(model)
+    other = sbp.apply(small_vit(), mask="random")
+    sbp.load_mask_state(other, saved)
+    assert torch.equal(draws(other), ahead)
+    sbp.set_draw(model, 3)
+    assert torch.equal(draws(model), ahead)
+
+
+def test_a_held_mask_lasts_for_all_forward_passes_inside():
+    model = sbp.apply(small_vit(), mask="random")
+    one = draws(model, 1)
+    with sbp.hold_mask(model):
+        held = draws(model, 3)
+    assert len(held.unique(dim=0)) == 1
+    after = draws(model, 1)
+    assert len(torch.cat([one, held[:1], after]).unique(dim=0)) == 3
+    sbp.set_draw(model, 0)
+    assert torch.equal(draws(model, 3), torch.cat([one, held[:1], after]))
+
+
+def test_evaluation_draws_nothing():
+    model = sbp.apply(small_vit())
+    with torch.no_grad():
+        model(images())
+    assert sbp.mask_state(model)["draw"] == 0
+
+
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_effective_keep_ratio(make):
+    size = 32 if make is small_vit else 64  # both have a 4 x 4 mask grid
+    for requested, effective in [(0.5, 0.5), (0.4, 6 / 16), (0.36, 6 / 16), (1, 1.0), (0.01, 1 / 16)]:
+        model = sbp.apply(make(), keep_ratio=requested)
+        with pytest.raises(RuntimeError, match="no mask was drawn yet"):
+            sbp.effective_keep_ratio(model)
+        model(images(size))
+        assert sbp.effective_keep_ratio(model) == pytest.approx(effective)
+
+
+def test_published_layers_of_a_vit():
+    with torch.device("meta"):
+        for name, first in [("vit_tiny_patch16_224", 4), ("vit_large_patch16_224", 8)]:
+            model = sbp.apply(timm.create_model(name))
+            layers = model.blocks[-1].sbp_state.layers
+            assert layers == [f"blocks.{i}" for i in range(first, len(model.blocks))]
+
+
+def test_chosen_layers():
+    assert sbp.apply(small_vit(), layers="all").blocks[0].sbp_state.layers == [f"blocks.{i}" for i in range(6)]
+    model = sbp.apply(small_convnext(), layers=["stages.3.blocks.0", "stages.1.downsample"], keep_ratio=[0.5, 0.25])
+    state = model.stages[1].downsample.sbp_state
+    assert state.layers == ["stages.1.downsample", "stages.3.blocks.0"]  # in the order of the network
+    assert torch.isfinite(gradients(model, images(128))[0])
+
+
+class Detector(nn.Module):
+    def __init__(self, *backbones):
+        super().__init__()
+        self.backbones = nn.ModuleList(backbones)
+
+    def forward(self, x):
+        return sum(backbone(x) for backbone in self.backbones)
+
+
+def test_a_backbone_within_another_model():
+    model = sbp.apply(Detector(small_vit()))
+    assert model.backbones[0].blocks[3].sbp_state.layers[0] == "backbones.0.blocks.2"
+    with pytest.raises(ValueError, match=r"2 backbones \(backbones.0, backbones.1\): call sbp.apply on each"):
+        sbp.apply(Detector(small_vit(), small_vit()))
+    two = Detector(sbp.apply(small_vit()), sbp.apply(small_vit(), seed=1))
+    plain = Detector(small_vit(), small_vit())
+    with sbp.disabled(two):
+        assert_same_gradients(gradients(two, images()), gradients(plain, images()), tolerance=0)
+    with pytest.raises(ValueError, match="several patched backbones"):
+        sbp.mask_state(two)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_ratio": 0}, r"keep_ratio must be a number in \(0, 1\], got 0"),
+        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
+        ({"keep_ratio": "half"}, r"keep_ratio must be a number in \(0, 1\], got 'half'"),
+        ({"keep_ratio": [0.5, 0.5]}, r"keep_ratio has 2 values for 4 SBP layers: blocks.2, blocks.3"),
+        ({"keep_ratio": [0.5, 0.5, 0.5, 2]}, r"keep_ratio must be a number in \(0, 1\], got 2"),
+        ({"mask": "checker"}, "mask must be one of grid, random, got 'checker'"),
+        ({"mhsa_drop": "key"}, "mhsa_drop must be one of qkv, query, head, qkv_exact, got 'key'"),
+        ({"evaluation": "partial"}, "evaluation must be one of exact, published, got 'partial'"),
+        ({"layers": []}, "layers must be None, 'all' or names of layers"),
+        ({"layers": "blocks.1"}, "layers must be None, 'all' or names of layers"),
+        ({"layers": ["blocks.1", "blocks.9"]}, r"got \['blocks.9'\]; this model has blocks.0, blocks.1"),
+        ({"seed": -1}, r"seed must be an integer in \[0, 2\^32\), got -1"),
+    ],
+)
+def test_bad_settings_are_named_and_change_nothing(settings, message):
+    model = small_vit()
+    with pytest.raises(ValueError, match=message):
+        sbp.apply(model, **settings)
+    assert not any("sbp_state" in vars(module) for module in model.modules())
+
+
+def test_models_that_cannot_be_patched():
+    model = sbp.apply(small_vit())
+    with pytest.raises(ValueError, match="already patched"):
+        sbp.apply(model)
+    with pytest.raises(ValueError, match="wrapped in DataParallel"):
+        sbp.apply(DataParallel(small_vit()))
+    with pytest.raises(ValueError, match="wrapped in OptimizedModule"):
+        sbp.apply(torch.compile(small_vit()))
+    with pytest.raises(ValueError, match=r"supported are timm's ViT and DeiT .* and timm's ConvNeXt"):
+        sbp.apply(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (torch.ones(4, 4), r"must be a bool tensor \(H, W\), got torch.float32 \(4, 4\)"),
+        (torch.ones(16, dtype=torch.bool), r"got torch.bool \(16,\)"),
+        ([[True]], "got list"),
+        (torch.zeros(4, 4, dtype=torch.bool), "at least one position"),
+        (torch.ones(3, 4, dtype=torch.bool), r"shape \(3, 4\), but the mask grid of this input is \(4, 4\)"),
+    ],
+)
+def test_bad_fixed_masks(keep, message):
+    model = sbp.apply(small_vit())
+    with pytest.raises(ValueError, match=message), sbp.fixed_mask(model, keep):
+        model(images())
