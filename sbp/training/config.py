@@ -1,0 +1,309 @@
+"""What a run can be told: plain dataclasses, the single source of every default, and their validation."""
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from sbp import masks
+from sbp.state import EVALUATIONS
+from sbp.vit import MHSA_DROPS
+
+SOURCES = ("digits", "synthetic", "folder", "timm")
+AMP = ("off", "bfloat16", "float16")
+LOGGERS = ("wandb", "none")
+DEVICES = ("auto", "cpu", "cuda")
+RESUMES = ("never", "auto")  # or the path of a checkpoint
+
+T = TypeVar("T")
+
+
+@dataclass
+class BackboneConfig:
+    """A timm model. kwargs go to `timm.create_model` as they are."""
+
+    name: str = "vit_tiny_patch16_224"
+    drop_path: float = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SbpConfig:
+    """The arguments of `sbp.apply`, and:
+
+    enabled: False trains the plain timm model.
+    hold_mask: one mask for a whole optimizer step instead of one for each micro batch.
+    eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
+    """
+
+    enabled: bool = True
+    keep_ratio: Any = 0.5  # one number, or one for each SBP layer
+    mask: str = "grid"
+    mhsa_drop: str = "qkv"
+    layers: Any = None  # null (published), "all", or a list of names
+    seed: int = 0
+    hold_mask: bool = False
+    eval: str = "exact"
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from, and how they are brought to the size and range that the network sees.
+
+    source: "digits" (scikit-learn's, no download), "synthetic" (generated), "folder" (root/split/class/image),
+        or "timm" (any name that `timm.data.create_dataset` takes).
+    crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
+    workers: loader processes for each training process.
+    train_images, val_images: how many a synthetic data set has.
+    """
+
+    source: str = "digits"
+    name: str | None = None
+    root: str | None = None
+    train_split: str = "train"
+    val_split: str = "val"
+    download: bool = False
+    num_classes: int = 10
+    image_size: int = 224
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    workers: int = 4
+    train_images: int = 1024
+    val_images: int = 256
+
+
+@dataclass
+class RecipeConfig:
+    """How to train.
+
+    lr: the peak learning rate at a global batch of lr_base_batch_size, scaled linearly to the actual one;
+        absolute when lr_base_batch_size is null.
+    augment: False leaves resizing and normalisation only.
+    crop_scale: smallest area of the random crop, as a share of the image.
+    mixup, cutmix: alphas, 0 for none.
+    ema_decay: null for no moving average of the weights.
+    """
+
+    epochs: int = 300
+    optimizer: str = "adamw"
+    lr: float = 4e-3
+    lr_base_batch_size: int | None = None
+    weight_decay: float = 0.05
+    scheduler: str = "cosine"
+    warmup_epochs: int = 20
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-6
+    clip_grad: float | None = None
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_switch: float = 0.5
+    ema_decay: float | None = None
+    augment: bool = True
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+
+
+@dataclass
+class LoggerConfig:
+    """name: "wandb", which falls back to offline without a key or network, or "none". init_timeout: seconds."""
+
+    name: str = "none"
+    project: str = "sbp"
+    entity: str | None = None
+    group: str | None = None  # null: the sweep's folder
+    offline: bool = False
+    init_timeout: int = 10
+
+
+@dataclass
+class ProbeConfig:
+    """Gradient cosine on `images` fixed training images every `every_steps` steps; null for never."""
+
+    every_steps: int | None = 100
+    images: int = 32
+
+
+@dataclass
+class CheckpointConfig:
+    """keep: how many of the latest stay. every_steps: also within an epoch; null for at its end only."""
+
+    every_epochs: int = 1
+    every_steps: int | None = None
+    keep: int = 2
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
+        pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
+    resume: "never", "auto" (the latest good checkpoint in run_dir, else from the start), or a checkpoint's path.
+    threads: of torch on the CPU; null for its own choice.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    sbp: SbpConfig = field(default_factory=SbpConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    global_batch_size: int = 32
+    micro_batch_size: int | None = None
+    eval_batch_size: int | None = None
+    seed: int = 0
+    amp: str = "off"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    log_every_steps: int = 50
+    eval_every_epochs: int = 1
+    resume: str = "never"
+    run_dir: str = "outputs/run"
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation of a checkpoint. null: as the run that wrote it.
+
+    checkpoint: a file, or a run folder for its latest. ema: null takes the averaged weights when there are any,
+    as timm does. data: overrides of the run's own, such as root or val_split.
+    """
+
+    checkpoint: str = ""
+    ema: bool | None = None
+    sbp: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    amp: str | None = None
+    device: str = "auto"
+    threads: int | None = None
+    run_dir: str = "outputs/eval"
+
+
+def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """The dataclass that `dataclasses.asdict` turned into `values`. Raises ValueError for a key it does not have."""
+    types = get_type_hints(kind)
+    unknown = [path + key for key in values if key not in types]
+    if unknown:
+        raise ValueError(f"unknown config key: {', '.join(unknown)}; there are {', '.join(types)}")
+    return kind(
+        **{
+            key: from_dict(types[key], value, f"{path}{key}.") if dataclasses.is_dataclass(types[key]) else value
+            for key, value in values.items()
+        }
+    )
+
+
+def validate(config: Config) -> Config:
+    """Returns the config; raises ValueError that names the key, what is wrong and what is allowed."""
+    sbp, data, recipe = config.sbp, config.data, config.recipe
+    _one_of("sbp.mask", sbp.mask, masks.KINDS)
+    _one_of("sbp.mhsa_drop", sbp.mhsa_drop, MHSA_DROPS)
+    _one_of("sbp.eval", sbp.eval, EVALUATIONS)
+    _one_of("data.source", data.source, SOURCES)
+    _one_of("amp", config.amp, AMP)
+    _one_of("device", config.device, DEVICES)
+    _one_of("logger.name", config.logger.name, LOGGERS)
+    for ratio in sbp.keep_ratio if isinstance(sbp.keep_ratio, list) else [sbp.keep_ratio]:
+        try:
+            masks.check_keep_ratio(ratio)
+        except ValueError as error:
+            raise ValueError(f"sbp.{error}") from None
+    for key in ("mean", "std"):
+        if len(getattr(data, key)) != 3:
+            raise ValueError(f"data.{key} must have 3 values, got {len(getattr(data, key))}")
+    if data.source == "folder" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the image folders of training and validation")
+    if data.source == "timm" and data.name is None:
+        raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
+    _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")
+    _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
+    _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "probe.images", "checkpoint.every_epochs")
+    _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
+    _at_least(config, 1, "data.image_size", "data.train_images", "data.val_images")
+    _at_least(config, 2, "data.num_classes")
+    _above_zero(config, "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise ValueError(
+            f"recipe.warmup_epochs must be less than recipe.epochs, got {recipe.warmup_epochs} and {recipe.epochs}"
+        )
+    if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
+        raise ValueError(f"recipe.ema_decay must be null or lie in (0, 1), got {recipe.ema_decay}")
+    for key in ("label_smoothing", "flip", "random_erasing", "mixup_switch"):
+        if not 0 <= getattr(recipe, key) <= 1:
+            raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")
+    return config
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one optimizer step are spread over processes and forward passes."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    accumulation: int
+
+
+def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> BatchPlan:
+    """Derives the number of accumulated forward passes.
+
+    Raises ValueError unless global = processes x micro x accumulation can hold exactly.
+    """
+    if micro_batch_size is None:
+        if global_batch_size % world_size:
+            raise ValueError(
+                f"global_batch_size={global_batch_size} cannot be spread evenly over {world_size} processes; "
+                f"take a multiple of {world_size}"
+            )
+        micro_batch_size = global_batch_size // world_size
+    at_once = micro_batch_size * world_size
+    if global_batch_size % at_once:
+        raise ValueError(
+            f"global_batch_size={global_batch_size} cannot be reached: {world_size} processes with "
+            f"micro_batch_size={micro_batch_size} take {at_once} images at once, and accumulation must be whole; "
+            f"take a multiple of {at_once}, or another micro_batch_size"
+        )
+    return BatchPlan(global_batch_size, micro_batch_size, world_size, global_batch_size // at_once)
+
+
+def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
+    """The peak learning rate for this global batch: linear in it, or absolute without lr_base_batch_size."""
+    if recipe.lr_base_batch_size is None:
+        return recipe.lr
+    return recipe.lr * global_batch_size / recipe.lr_base_batch_size
+
+
+def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _select(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _at_least(config: Config, least: int, *keys: str) -> None:
+    for key in keys:
+        value = _select(config, key)
+        if value is not None and value < least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")
+
+
+def _above_zero(config: Config, *keys: str) -> None:
+    for key in keys:
+        value = _select(config, key)
+        if value is not None and not value > 0:
+            raise ValueError(f"{key} must be above 0, got {value}")

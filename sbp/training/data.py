@@ -1,0 +1,289 @@
+"""Images: where they come from, how they are prepared, and in which order each process sees them.
+
+Every training image seeds its own augmentation from (seed, epoch, index), so what a run sees depends neither on
+the number of loader processes nor on where it was interrupted.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torchvision.datasets import ImageFolder
+
+from sbp.training import seeding
+from sbp.training.config import BatchPlan, DataConfig, RecipeConfig
+
+_UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
+
+
+class Batch(NamedTuple):
+    """images: float32 (B, 3, H, W). labels: int64 (B,). unreadable: the images that are missing, with reasons."""
+
+    images: Tensor
+    labels: Tensor
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image goes through in evaluation."""
+
+    image_size: int
+    crop_pct: float
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Preprocessing":
+        return cls(data.image_size, data.crop_pct, data.interpolation, tuple(data.mean), tuple(data.std))
+
+    def __str__(self) -> str:
+        return (
+            f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
+            f"centre crop {self.image_size} px, mean {list(self.mean)}, std {list(self.std)}"
+        )
+
+
+def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
+    """The training and the validation set, with their transforms.
+
+    Raises ValueError for a data set that cannot be trained on, before any image is read.
+    """
+    return _dataset(data, "train", train_transform(data, recipe)), build_validation_set(data)
+
+
+def build_validation_set(data: DataConfig) -> Dataset:
+    """The validation set alone. Raises ValueError as `build_datasets`."""
+    return _dataset(data, "val", validation_transform(data))
+
+
+def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
+    """timm's training transform; resizing and normalisation only when `recipe.augment` is false."""
+    return create_transform(
+        data.image_size,
+        is_training=True,
+        no_aug=not recipe.augment,
+        scale=(recipe.crop_scale, 1.0),
+        hflip=recipe.flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
+
+
+def validation_transform(data: DataConfig) -> Any:
+    """timm's evaluation transform with our figures, never those of a model's own defaults."""
+    return create_transform(
+        data.image_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
+
+
+def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
+    name = data.train_split if split == "train" else data.val_split
+    if data.source == "digits":
+        return Digits(split, transform)
+    if data.source == "synthetic":
+        length = data.train_images if split == "train" else data.val_images
+        return SyntheticImages(length, data.num_classes, data.image_size, transform)
+    if data.source == "folder":
+        assert data.root is not None
+        return image_folder(Path(data.root) / name, data.num_classes, transform)
+    dataset = create_dataset(
+        data.name, root=data.root, split=name, is_training=split == "train", download=data.download
+    )
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"data.name={data.name} is a stream; only data sets with a length are supported")
+    dataset.transform = transform
+    if hasattr(dataset, "_max_retries"):
+        dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
+    return dataset
+
+
+def image_folder(folder: Path, num_classes: int, transform: Any = None) -> ImageFolder:
+    """The images in folder/class/.
+
+    Raises ValueError for a folder that is missing, empty, without class folders, of one class, or of another
+    number of classes, and for an empty class folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; data.root needs one folder for each split, with one for each class")
+    classes = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    if not classes:
+        flat = any(entry.is_file() for entry in folder.iterdir())
+        state = "has files but no class folders" if flat else "is empty"
+        raise ValueError(f"{folder} {state}; expected {folder}/<class>/<image>")
+    if len(classes) == 1:
+        raise ValueError(f"{folder} has one class only ({classes[0]}); is it the folder of a single class?")
+    if len(classes) != num_classes:
+        raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
+    try:
+        return ImageFolder(str(folder), transform)
+    except FileNotFoundError as error:  # a class without images; torchvision says which
+        raise ValueError(f"{folder}: {error}") from None
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits that scikit-learn ships: 8 x 8 grey levels, shown as RGB images.
+
+    One fixed split, a fifth of each class for validation, whatever the run's seed.
+    """
+
+    def __init__(self, split: str, transform: Any) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and no other data needs it
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        parts = train_test_split(pixels, labels, test_size=0.2, random_state=0, stratify=labels)
+        pixels, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+        self.pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.labels = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index]).convert("RGB")), self.labels[index]
+
+
+class SyntheticImages(Dataset):
+    """Random images, each a function of its index; for timing, as nothing can be learned from them."""
+
+    def __init__(self, length: int, num_classes: int, image_size: int, transform: Any) -> None:
+        self.length, self.num_classes, self.image_size = length, num_classes, image_size
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = np.random.default_rng(index)
+        pixels = generator.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
+        return self.transform(Image.fromarray(pixels)), index % self.num_classes
+
+
+class SeededDataset(Dataset):
+    """Takes (epoch, index) and seeds random, numpy and torch from it before the image is read and augmented.
+
+    An unreadable image comes back as a line that names it, for `collate` to pass on.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int] | str:
+        epoch, index = where
+        seeding.seed_everything(self.seed, seeding.SAMPLE, epoch, index)
+        try:
+            return self.dataset[index]
+        except _UNREADABLE as error:
+            return f"{_path(self.dataset, index)} ({error})"
+        except RuntimeError as error:  # timm's after its retries
+            if "consecutive samples" not in str(error):
+                raise
+            return _path(self.dataset, index)
+
+
+def _path(dataset: Any, index: int) -> str:
+    if hasattr(dataset, "samples"):
+        return dataset.samples[index][0]
+    return dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else f"image {index}"
+
+
+def collate(samples: Sequence[tuple[Tensor, int] | str]) -> Batch:
+    """Stacks the readable samples and lists the others."""
+    readable = [sample for sample in samples if not isinstance(sample, str)]
+    images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
+
+
+class TrainSampler(Sampler[list[tuple[int, int]]]):
+    """The micro batches of one process, one epoch at a time, as lists of (epoch, index).
+
+    The images of a global batch are those at its place in a permutation drawn from (seed, epoch), whatever the
+    number of processes. Images that fill no whole global batch sit this epoch out; another epoch's order differs.
+    """
+
+    def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0) -> None:
+        self.length, self.plan, self.seed, self.rank = length, plan, seed, rank
+        self.steps_per_epoch = length // plan.global_batch_size
+        self.epoch = self.first_step = 0
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"the training set has {length} images, fewer than global_batch_size={plan.global_batch_size}"
+            )
+
+    def start_at(self, epoch: int, step: int = 0) -> None:
+        """The next pass over the loader is this epoch, from its optimizer step number `step` on."""
+        self.epoch, self.first_step = epoch, step
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.first_step) * self.plan.accumulation
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        plan, epoch = self.plan, self.epoch
+        order = seeding.permutation(self.length, self.seed, seeding.ORDER, epoch)
+        share = plan.global_batch_size // plan.world_size
+        for step in range(self.first_step, self.steps_per_epoch):
+            start = step * plan.global_batch_size + self.rank * share
+            for first in range(start, start + share, plan.micro_batch_size):
+                yield [(epoch, int(index)) for index in order[first : first + plan.micro_batch_size]]
+
+
+class ValidationSampler(Sampler[list[tuple[int, int]]]):
+    """Each image once over all processes: every `world_size`-th, from `rank` on. Nothing is padded."""
+
+    def __init__(self, length: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.indices = range(rank, length, world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[first : first + self.batch_size]]
+
+
+def make_loader(dataset: Dataset, sampler: Sampler, *, seed: int, workers: int, device: torch.device) -> DataLoader:
+    """Batches in the sampler's order, read by `workers` processes (0: by this one)."""
+    return DataLoader(
+        SeededDataset(dataset, seed),
+        batch_sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        collate_fn=collate,
+    )
+
+
+def readable(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The images and labels of a whole batch; raises ValueError that names what cannot be read."""
+    if batch.unreadable:
+        raise ValueError(f"cannot read {len(batch.unreadable)} of the images: {'; '.join(batch.unreadable)}")
+    return batch.images, batch.labels
+
+
+def spread_samples(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` images and labels at equal distances in the data set (all of it when it has fewer)."""
+    length = len(dataset)  # type: ignore[arg-type]
+    seeded = SeededDataset(dataset, seed)
+    indices = np.linspace(0, length - 1, min(count, length)).round().astype(int)
+    return readable(collate([seeded[0, int(index)] for index in indices]))

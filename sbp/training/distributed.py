@@ -1,0 +1,86 @@
+"""One process or many: what `torchrun` says, and the few numbers that processes exchange."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def start() -> None:
+    """Joins the other processes when torchrun started this one."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # gloo carries the small exchanges below
+    else:
+        dist.init_process_group("gloo")
+
+
+def stop() -> None:
+    """Leaves the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return rank() == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto", "cpu" or "cuda". Raises ValueError when CUDA is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda, but torch finds no CUDA device")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def sums(values: Sequence[float]) -> list[float]:
+    """Each value summed over the processes, in float64."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def maxima(values: Sequence[float]) -> list[float]:
+    """The largest of each value over the processes."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values: Sequence[float], operation: Any) -> list[float]:
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, operation)
+    return tensor.tolist()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """The model under DDP when there are several processes, else itself."""
+    if not dist.is_initialized():
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )

@@ -1,0 +1,52 @@
+"""timm models by name, with SBP."""
+
+import timm
+from torch import nn
+
+import sbp
+from sbp.training.config import BackboneConfig, SbpConfig
+
+
+def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The timm model, patched when `settings.enabled`; on the CPU, weights drawn from torch's generator.
+
+    Raises ValueError for a name or argument that timm does not know, for an image size that the model cannot
+    take, and for SBP settings that do not fit the model.
+    """
+    if not timm.is_model(backbone.name):
+        family = backbone.name.split("_")[0]
+        near = ", ".join(timm.list_models(f"*{family}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"backbone.name={backbone.name} is no timm model; near it: {near}")
+    try:
+        model = timm.create_model(
+            backbone.name, num_classes=num_classes, drop_path_rate=backbone.drop_path, **backbone.kwargs
+        )
+    except TypeError as error:
+        raise ValueError(f"timm cannot make {backbone.name} with {backbone.kwargs}: {error}") from None
+    _check_image_size(model, image_size)
+    if settings.enabled:
+        sbp.apply(
+            model,
+            keep_ratio=settings.keep_ratio,
+            mask=settings.mask,
+            mhsa_drop=settings.mhsa_drop,
+            layers=settings.layers,
+            seed=settings.seed,
+            evaluation=settings.eval,
+        )
+    return model
+
+
+def _check_image_size(model: nn.Module, image_size: int) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    if patch is None:
+        return
+    if any(image_size % side for side in patch):
+        raise ValueError(f"data.image_size={image_size} leaves no whole grid of {patch[0]} x {patch[1]} px patches")
+    own = getattr(patch_embed, "img_size", None)
+    if getattr(patch_embed, "strict_img_size", False) and own is not None and own != (image_size, image_size):
+        raise ValueError(
+            f"data.image_size={image_size}, but the model is made for {own[0]} x {own[1]} px; "
+            "set backbone.kwargs.img_size to data.image_size"
+        )

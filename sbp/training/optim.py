@@ -1,0 +1,67 @@
+"""Optimizer, learning rate, loss, mixup and moving average: timm's, set up from a recipe."""
+
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from sbp.training.config import RecipeConfig
+
+
+def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimizer:
+    """Without weight decay on norms, biases, layer scale, class token and position embedding."""
+    try:
+        return create_optimizer_v2(model, opt=recipe.optimizer, lr=lr, weight_decay=recipe.weight_decay)
+    except ValueError as error:
+        raise ValueError(f"recipe.optimizer={recipe.optimizer}: {error}") from None
+
+
+def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch: int) -> Scheduler:
+    """Linear warm-up, then the schedule over the epochs that are left; a pure function of the step number."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=recipe.scheduler,
+        num_epochs=recipe.epochs - recipe.warmup_epochs,
+        warmup_epochs=recipe.warmup_epochs,
+        warmup_prefix=True,
+        warmup_lr=recipe.warmup_lr,
+        min_lr=recipe.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    if scheduler is None:
+        raise ValueError(f"recipe.scheduler={recipe.scheduler} is none of timm's schedules, such as cosine")
+    return scheduler
+
+
+def build_mixup(recipe: RecipeConfig, num_classes: int, micro_batch_size: int) -> Mixup | None:
+    """timm's Mixup, which mixes an image with its mirror in the batch, or None when the recipe has none."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    if micro_batch_size % 2:
+        raise ValueError(f"mixup and cutmix mix pairs: micro_batch_size must be even, got {micro_batch_size}")
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        switch_prob=recipe.mixup_switch,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def build_criterion(recipe: RecipeConfig) -> nn.Module:
+    """Cross-entropy with label smoothing; with mixup the smoothing is in the targets already."""
+    if recipe.mixup or recipe.cutmix:
+        return SoftTargetCrossEntropy()
+    return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+
+
+def build_ema(model: nn.Module, recipe: RecipeConfig) -> ModelEmaV3 | None:
+    """A moving average that starts fast and slows to the recipe's decay, so that short runs profit too."""
+    if recipe.ema_decay is None:
+        return None
+    return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)

@@ -1,0 +1,22 @@
+"""Random numbers that are derived from what they are for, so that a checkpoint need not hold generator states."""
+
+import random
+
+import numpy as np
+import torch
+
+# The second element of every key: two uses of random numbers never share a stream.
+ORDER, SAMPLE, STEP, WEIGHTS, PROBE = range(5)
+
+
+def seed_everything(*key: int) -> None:
+    """Seeds the generators of random, numpy and torch (all devices) from a key of non-negative integers."""
+    python, numpy, first, second = (int(word) for word in np.random.SeedSequence(key).generate_state(4))
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.manual_seed(first << 32 | second)
+
+
+def permutation(length: int, *key: int) -> np.ndarray:
+    """A permutation of range(length) that depends on the key alone. (length,) int64."""
+    return np.random.default_rng(np.random.SeedSequence(key)).permutation(length)
