@@ -1,79 +1,142 @@
-"""Checkpoints: whole or not there, loaded without executing anything, in timm's own keys.
+"""Checkpoints: whole or not at all, of tensors and builtins only, with timm's own names for the weights."""
 
-A file is a dict of tensors and builtins with `state_dict` (and `state_dict_ema`), which timm reads by itself.
-"""
-
+import logging
 import os
-import warnings
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sbp.training.config import UserError
+log = logging.getLogger(__name__)
+
+_PREFIXES = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
+_BROKEN = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
-def path_of(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}.pt"
+class Checkpoints:
+    """The folder of a run's checkpoints, step-00000042.pt and so on; the latest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step-*.pt"))
+
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Writes a checkpoint, then removes those beyond the latest `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.pt"
+        save(path, content)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def latest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The latest good one and its content; None when there is none. Bad ones are named in a warning."""
+        for path in reversed(self.paths()):
+            try:
+                return path, load(path)
+            except ValueError as error:
+                log.warning("%s; trying the one before it", error)
+        return None
 
 
-def save(folder: Path, step: int, content: dict[str, Any], keep: int) -> Path:
-    """Writes beside the file's place, then moves it there; leaves the `keep` newest."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = path_of(folder, step)
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    for old in _newest_first(folder)[keep:]:
-        old.unlink()
-    return path
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes next to `path` first, so that `path` is never half a file, whatever stops the process."""
+    temporary = path.with_suffix(f".tmp{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Raises UserError for a file that is missing, corrupt, or no checkpoint."""
+    """The content on the CPU. Raises ValueError for a file that is missing, damaged, or not one of ours."""
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise ValueError(f"no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is corrupt or no checkpoint: {reason[0]}") from None
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise UserError(f"{path} is no checkpoint of this project: it has no state_dict")
+        with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
+            damaged = archive.testzip()
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except _BROKEN as error:
+        raise ValueError(f"{path} is corrupt or no checkpoint ({type(error).__name__}: {error})") from None
+    if damaged:
+        raise ValueError(f"{path} is corrupt: wrong checksum of {damaged}")
+    if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
+        raise ValueError(f"{path} was not written by train.py: it lacks state_dict or config")
     return content
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None; warns of those that cannot."""
-    for path in _newest_first(folder):
-        try:
-            return load(path)
-        except UserError as error:
-            warnings.warn(f"{error}; trying the one before", stacklevel=2)
-    return None
+def resume_point(resume: str, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None to start afresh.
+
+    resume: "never", "auto" (the latest good one of this run, if any), or a path. Raises ValueError for a path
+    without a good checkpoint, and when "never" would overwrite those of an earlier run.
+    """
+    if resume == "never":
+        if checkpoints.paths():
+            raise ValueError(
+                f"{checkpoints.folder} holds checkpoints of a run: add resume=auto to go on with it, or take another run_dir"
+            )
+        return None
+    path, content = checkpoints.latest() or (None, None) if resume == "auto" else find(Path(resume))
+    if content is not None:
+        log.info("resuming from %s at step %d", path, content["step"])
+    return content
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Loads strictly. Raises UserError that says how the weights differ from the model."""
-    weights = {name.replace("_orig_mod.", "").removeprefix("module."): value for name, value in weights.items()}
+def find(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint by its file, its folder, or the folder of its run (the latest good one). Raises ValueError."""
+    if not path.is_dir():
+        return path, load(path)
+    for folder in (path, path / "checkpoints"):
+        if found := Checkpoints(folder).latest():
+            return found
+    raise ValueError(f"no good checkpoint in {path}")
+
+
+def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefixes of DDP and torch.compile."""
+    plain = {}
+    for name, value in state.items():
+        for prefix in _PREFIXES:
+            name = name.replace(prefix, "") if prefix == "_orig_mod." else name.removeprefix(prefix)
+        plain[name] = value
+    return plain
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Loads strictly. Raises ValueError that says whether the classes or the network differ, and where."""
+    state = plain_names(state)
     own = model.state_dict()
-    problems = [
-        f"{name} is {tuple(weights[name].shape)}, here {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    for what, names in (("lacks", own.keys() - weights.keys()), ("has besides", weights.keys() - own.keys())):
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unexpected:
+        raise ValueError(f"the checkpoint is of another model: {_some('missing', missing, 'unexpected', unexpected)}")
+    other = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own}
+    other = {name: shapes for name, shapes in other.items() if shapes[0] != shapes[1]}
+    if other and all(name.startswith("head.") for name in other):
+        name, (stored, wanted) = next(iter(other.items()))
+        raise ValueError(f"the checkpoint has {stored[0]} classes and the model {wanted[0]} ({name})")
+    if other:
+        shapes = [f"{name} {stored} instead of {wanted}" for name, (stored, wanted) in other.items()]
+        raise ValueError(f"the checkpoint is of another model: {_some('', shapes)}")
+    model.load_state_dict(state)
+
+
+def _some(*labels_and_names: Any) -> str:
+    """The first few names of each list."""
+    parts = []
+    for label, names in zip(labels_and_names[::2], labels_and_names[1::2], strict=True):
         if names:
-            problems.append(f"it {what} {len(names)} of the tensors, such as {min(names)}")
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(f"{source} is of another model or class count: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(weights, strict=True)
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*.pt"), reverse=True)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{label} {', '.join(names[:3])}{more}".strip())
+    return "; ".join(parts)

@@ -283,6 +283,33 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
     return recipe.lr * global_batch_size / recipe.lr_base_batch_size
 
 
+# Keys that may differ between the run that wrote a checkpoint and the one that goes on with it: where things lie,
+# what is recorded, and how the same global batch is computed.
+_FREE = (
+    "data.root data.download data.workers logger probe checkpoint micro_batch_size eval_batch_size channels_last compile "
+    "device threads log_every_steps eval_every_epochs resume run_dir"
+).split()
+
+
+def check_same_run(stored: Mapping[str, Any], config: Config) -> None:
+    """Raises ValueError when a checkpoint's config differs from this one in what decides the result."""
+    before, now = _flat(dataclasses.asdict(from_dict(Config, stored))), _flat(dataclasses.asdict(config))
+    changed = [
+        f"{key} was {before.get(key)} and is now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
+    ]
+    if changed:
+        raise ValueError(f"the checkpoint to resume from is of another run: {'; '.join(changed)}")
+
+
+def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {path + key: value}
+    return flat
+
+
 def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")

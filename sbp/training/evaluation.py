@@ -1,37 +1,56 @@
-"""Accuracy on a set of images, exact on any number of processes."""
+"""Accuracy on a validation set, exact for any number of processes."""
 
-from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
 
-from sbp.training.distributed import Processes
+from sbp.training import distributed
+from sbp.training.data import readable
+from sbp.training.loop import autocast
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """top1, top5: percent. loss: mean cross-entropy without smoothing. images: how many were counted.
+
+    With fewer than 5 classes, top5 counts all of them.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+    def figures(self, suffix: str = "") -> dict[str, float]:
+        """As they are logged: val/top1, val/top5, val/loss."""
+        return {f"val/{name}{suffix}": getattr(self, name) for name in ("top1", "top5", "loss")}
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    processes: Processes,
-    autocast: Callable[[], torch.autocast],
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> dict[str, float]:
-    """top1 and top5 in percent, mean cross-entropy loss, and how many images they are of.
+def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", channels_last: bool = False) -> Accuracy:
+    """Runs the model in evaluation mode over the images of all processes, each counted once.
 
-    batches: (images (B, 3, H, W), labels (B,)) of this process; sums are taken over all processes.
+    Counts are summed as whole numbers, so top-1 does not depend on how images are spread over processes.
+    Raises ValueError that names an unreadable image.
     """
+    was_training = model.training
     model.eval()
-    device = processes.device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss, images
-    for images, labels in batches:
+    device = next(model.parameters()).device
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
+    for batch in loader:
+        images, labels = readable(batch)
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         labels = labels.to(device, non_blocking=True)
-        with autocast():
+        with autocast(amp, device):
             logits = model(images)
         logits = logits.float()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count = torch.tensor(len(labels), device=device)
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss.double(), count])
-    top1, top5, total_loss, count = processes.sum(sums).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": total_loss / count, "images": count}
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([best.new_tensor(len(labels), dtype=torch.float64), best[:, 0].sum(), best.sum(), loss])
+    model.train(was_training)
+    images_seen, top1, top5, total = distributed.sums(sums.tolist())
+    return Accuracy(100 * top1 / images_seen, 100 * top5 / images_seen, total / images_seen, int(images_seen))

@@ -1,95 +1,105 @@
-"""Figures about a training step that are not its loss: memory, saved activations, gradient cosine."""
+"""What a run measures besides loss and accuracy: peak memory, saved activations, gradient cosine."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 import sbp
-from sbp.training.data import seed_everything
+from sbp.training import distributed
+from sbp.training.loop import Trainer, autocast
 
 
 class PeakMemory:
-    """The highest memory use of this process, in bytes: of the GPU where it computes on one, else resident.
+    """The largest memory of training so far, in bytes: allocated and reserved on CUDA, resident on a CPU.
 
-    What happens within `excluded` does not count. The resident peak is Linux's (VmHWM of /proc/self/status).
+    Making one resets the peak. What runs inside `excluded` does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.highest: dict[str, float] = {}
+        self._before: dict[str, float] = {}
         self._reset()
 
     def read(self) -> dict[str, float]:
-        if self.device.type == "cuda":
-            now = {
-                "memory/peak_allocated": torch.cuda.max_memory_allocated(self.device),
-                "memory/peak_reserved": torch.cuda.max_memory_reserved(self.device),
-            }
-        else:
-            now = {"memory/peak_rss": _peak_resident()}
-        self.highest = {name: max(float(value), self.highest.get(name, 0.0)) for name, value in now.items()}
-        return self.highest
+        """The maximum over the processes, so all of them have to call it."""
+        self._before = self._largest()
+        return dict(zip(self._before, distributed.maxima(list(self._before.values())), strict=True))
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        self.read()
-        try:
-            yield
-        finally:
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # lest the probe's blocks count as reserved from now on
-            self._reset()
+        self._before = self._largest()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # else what ran inside stays reserved
+        self._reset()
+
+    def _largest(self) -> dict[str, float]:
+        return {key: max(value, self._before.get(key, 0)) for key, value in self._now().items()}
+
+    def _now(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            return {
+                "memory/peak_allocated": torch.cuda.max_memory_allocated(self.device),
+                "memory/peak_reserved": torch.cuda.max_memory_reserved(self.device),
+            }
+        return {"memory/peak_rss": peak_resident_bytes()}
 
     def _reset(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            with suppress(OSError):  # not Linux, or not allowed: then the peak is that of the whole process
+                Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_resident() -> float:
-    status = Path("/proc/self/status")
-    if not status.exists():  # not Linux
-        import psutil
-
-        return psutil.Process().memory_info().rss
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def training_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def peak_resident_bytes() -> int:
+    """This process's largest resident memory since it was last reset."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
-def saved_bytes_per_image(model: nn.Module, images: Tensor, autocast: Callable[[], torch.autocast]) -> float:
-    """Bytes that autograd saves for backward in a training pass, for each of `images` (B >= 4, 3, H, W).
+def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
+    """Bytes that autograd saves for each further image: the slope between half of these images and all of them.
 
-    The slope between two batch sizes, so that what does not grow with the batch drops out.
+    images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers and masks stay.
     """
+    images, labels = trainer.to_device(images, labels)
+    half = len(images) // 2
+    trainer.model.train()
 
-    def saved(batch: Tensor) -> int:
-        seed_everything(0)
-        with autocast():
-            return sbp.saved_bytes(lambda: model(batch))
+    def saved(count: int) -> int:
+        def loss() -> Tensor:
+            with autocast(trainer.amp, trainer.device):
+                return F.cross_entropy(trainer.model(images[:count]), labels[:count])
 
-    with training_mode(model):
-        return (saved(images[:4]) - saved(images[:2])) / 2
+        return sbp.saved_bytes(loss)
+
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return (saved(2 * half) - saved(half)) / half
 
 
-def gradient_cosine(
-    model: nn.Module, images: Tensor, labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
-) -> dict[str, float]:
-    """Cosine of the SBP gradient to the exact one on this batch in full precision, total and for each layer."""
-    with training_mode(model):
-        seed_everything(0)
-        found = sbp.gradient_cosine(model, lambda: loss(model(images), labels))
-    return {"gradient_cosine/total": found.total} | {f"gradient_cosine/{k}": v for k, v in found.per_layer.items()}
+def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int) -> dict[str, float]:
+    """gradient_cosine/total and gradient_cosine/<layer> on these images, with mask number `draw`."""
+    images, labels = trainer.to_device(images, labels)
+    trainer.model.train()
+    scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
+
+    def loss() -> Tensor:
+        with autocast(trainer.amp, trainer.device):
+            return F.cross_entropy(trainer.model(images), labels) * scale
+
+    sbp.set_draw(trainer.model, draw)
+    cosine = sbp.gradient_cosine(trainer.model, loss)
+    layers = {f"gradient_cosine/{name}": value for name, value in cosine.per_layer.items()}
+    return {"gradient_cosine/total": cosine.total} | layers

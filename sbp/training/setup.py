@@ -1,0 +1,150 @@
+"""From a config to the parts of a run."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import sbp
+from sbp.training import distributed, environment, seeding
+from sbp.training.config import BatchPlan, Config, plan_batches, scaled_lr
+from sbp.training.data import (
+    Preprocessing,
+    TrainSampler,
+    ValidationSampler,
+    build_datasets,
+    make_loader,
+    spread_samples,
+)
+from sbp.training.loop import Trainer
+from sbp.training.models import build_model
+from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
+from sbp.training.probes import saved_bytes_per_image
+
+log = logging.getLogger(__name__)
+
+_SAVED_BYTES_IMAGES = 4  # enough for a slope
+
+
+@dataclass(frozen=True)
+class Images:
+    """probe: (images, labels), the fixed training images that gradient cosines are measured on."""
+
+    train: DataLoader
+    order: TrainSampler
+    validation: DataLoader
+    probe: tuple[Tensor, Tensor]
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device of this process, with the number of threads set. Raises ValueError for CUDA where there is none."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return distributed.pick_device(config.device)
+
+
+def load_images(config: Config, device: torch.device) -> Images:
+    """Loaders of this process's share. Raises ValueError for data or batch sizes that cannot be trained with."""
+    plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
+    train_set, validation_set = build_datasets(config.data, config.recipe)
+    order = TrainSampler(len(train_set), plan, config.seed, distributed.rank())  # type: ignore[arg-type]
+    batch_size = config.eval_batch_size or plan.micro_batch_size
+    validation = ValidationSampler(
+        len(validation_set),  # type: ignore[arg-type]
+        batch_size,
+        distributed.rank(),
+        plan.world_size,
+    )
+    loading = {"seed": config.seed, "workers": config.data.workers, "device": device}
+    return Images(
+        make_loader(train_set, order, **loading),
+        order,
+        make_loader(validation_set, validation, **loading),
+        spread_samples(train_set, max(config.probe.images, _SAVED_BYTES_IMAGES), config.seed),
+    )
+
+
+def build_trainer(config: Config, order: TrainSampler, device: torch.device) -> Trainer:
+    """Model, optimizer and all else that a step needs, with weights drawn from the run's seed."""
+    recipe, plan = config.recipe, order.plan
+    seeding.seed_everything(config.seed, seeding.WEIGHTS)
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = build_ema(model, recipe)
+    if config.compile:
+        model.compile()  # in place: no prefix in front of parameter names
+    optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size))
+    return Trainer(
+        model,
+        optimizer,
+        build_scheduler(optimizer, recipe, order.steps_per_epoch),
+        build_criterion(recipe),
+        mixup=build_mixup(recipe, config.data.num_classes, plan.micro_batch_size),
+        ema=ema,
+        amp=config.amp,
+        clip_grad=recipe.clip_grad,
+        accumulation=plan.accumulation,
+        patched=config.sbp.enabled,
+        hold_mask=config.sbp.hold_mask,
+        channels_last=config.channels_last,
+        seed=config.seed,
+    )
+
+
+def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]:
+    """What summary.json says of a run besides its results. Runs a few images to count saved bytes."""
+    plan, settings = images.order.plan, config.sbp
+    few = tuple(part[:_SAVED_BYTES_IMAGES] for part in images.probe)
+    saved = saved_bytes_per_image(trainer, *few)  # first: the effective ratio is known after a training pass
+    return {
+        "backbone": config.backbone.name,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "keep_ratio": settings.keep_ratio if settings.enabled else 1.0,
+        "effective_keep_ratio": sbp.effective_keep_ratio(trainer.model) if settings.enabled else 1.0,
+        "sbp": settings.enabled,
+        "mask": settings.mask,
+        "mhsa_drop": settings.mhsa_drop,
+        "saved_bytes_per_image": saved,
+        "data": config.data.name or config.data.source,
+        "train_images": images.order.length,
+        "preprocessing": asdict(Preprocessing.of(config.data)),
+        "epochs": config.recipe.epochs,
+        "steps_per_epoch": images.order.steps_per_epoch,
+        **asdict(plan),
+        "base_lr": config.recipe.lr,
+        "lr": scaled_lr(config.recipe, plan.global_batch_size),
+        "amp": config.amp,
+        "seed": config.seed,
+        "device": environment.device_name(trainer.device),
+        "versions": environment.versions(),
+    }
+
+
+def announce(config: Config, facts: dict[str, Any]) -> None:
+    """Prints what a run is about to do, before it does."""
+    base = config.recipe.lr_base_batch_size
+    log.info("model         %s, %.1f M parameters", facts["backbone"], facts["parameters"] / 1e6)
+    if facts["sbp"]:
+        log.info(
+            "sbp           keep_ratio %s (effective %.3f), %s mask, mhsa_drop %s",
+            facts["keep_ratio"],
+            facts["effective_keep_ratio"],
+            facts["mask"],
+            facts["mhsa_drop"],
+        )
+    else:
+        log.info("sbp           off: exact backpropagation")
+    log.info("saved         %.2f MiB of activations per image", facts["saved_bytes_per_image"] / 2**20)
+    log.info("images        %d, preprocessing: %s", facts["train_images"], Preprocessing.of(config.data))
+    log.info(
+        "global batch  %d = %d processes x %d images x %d accumulated; %d steps per epoch",
+        *(facts[key] for key in ("global_batch_size", "world_size", "micro_batch_size", "accumulation")),
+        facts["steps_per_epoch"],
+    )
+    origin = "absolute" if base is None else f"{facts['base_lr']:g} for a batch of {base}"
+    log.info("lr            %g (%s)", facts["lr"], origin)
+    log.info("device        %s, amp %s", facts["device"], facts["amp"])

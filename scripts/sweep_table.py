@@ -1,0 +1,67 @@
+"""The table at the end of a sweep: a Hydra callback that reads each job's summary.json."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from sbp.training import distributed
+from sbp.training.summary import SUMMARY
+from scripts.launch import FAILURE
+
+COLUMNS = {  # heading -> how a value of summary.json is shown
+    "keep_ratio": lambda s: s["keep_ratio"],
+    "effective": lambda s: f"{s['effective_keep_ratio']:.3f}",
+    "top-1 %": lambda s: f"{s['top1']:.2f}",
+    "saved MiB/image": lambda s: f"{s['saved_bytes_per_image'] / 2**20:.2f}",
+    "peak MiB": lambda s: f"{s.get('peak_allocated', s.get('peak_rss', 0)) / 2**20:.0f}",
+    "gradient cosine": lambda s: "" if s["gradient_cosine"] is None else f"{s['gradient_cosine']:.3f}",
+    "images/s": lambda s: f"{s['images_per_second']:.0f}",
+}
+
+
+class SweepTable(Callback):
+    """Keeps table.md and table.csv in the sweep's folder up to date, and prints the table at the end."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[str]] = []
+        self.failed = 0
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        hydra_config = job_return.hydra_cfg.hydra
+        if str(hydra_config.mode) != "RunMode.MULTIRUN" or not distributed.is_main():
+            return
+        folder = Path(hydra_config.runtime.output_dir)
+        failure = folder / FAILURE
+        if failure.is_file():
+            self.failed += 1
+            self.rows.append(
+                [folder.name, f"failed: {failure.read_text().splitlines()[0]}"] + [""] * (len(COLUMNS) - 1)
+            )
+        else:
+            summary = json.loads((folder / SUMMARY).read_text())
+            self.rows.append([folder.name, *(str(show(summary)) for show in COLUMNS.values())])
+        (folder.parent / "table.md").write_text(self.markdown() + "\n")
+        with (folder.parent / "table.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["job", *COLUMNS], *self.rows])
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if self.rows:
+            print(f"\n{self.markdown()}\n\nin {config.hydra.sweep.dir}")
+        if self.failed:
+            print(f"{self.failed} of {len(self.rows)} jobs failed; see {FAILURE} in their folders", file=sys.stderr)
+            raise SystemExit(1)
+
+    def markdown(self) -> str:
+        lines = [["job", *COLUMNS], *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        lines.insert(1, ["-" * width for width in widths])
+        return "\n".join(
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        )
