@@ -3,8 +3,9 @@
 `python train.py --help` lists the config groups and every key. `-m` sweeps: `python train.py -m sbp.keep_ratio=0.5,1`.
 """
 
-import dataclasses
 import logging
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,73 +29,61 @@ log = logging.getLogger("train")
 def train(config: Config, folder: Path) -> dict[str, Any]:
     """One run, recorded in `folder`; returns its summary. Raises ValueError for what the user got wrong."""
     validate(config)
+    main = distributed.is_main()
     device = setup.pick_device(config)
     peak = PeakMemory(device)
     images = setup.load_images(config, device)
     trainer = setup.build_trainer(config, images.order, device)
-    epochs, steps_per_epoch = config.recipe.epochs, images.order.steps_per_epoch
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     step, run_id = 0, new_run_id()
     if (resumed := resume_point(config.resume, checkpoints)) is not None:
         check_same_run(resumed["config"], config)
-        load_weights(trainer.model, resumed["state_dict"])  # says what does not fit; then everything else
+        load_weights(trainer.model, resumed["state_dict"])  # says what does not fit; then all the rest
         trainer.load_state_dict(resumed)
         step, run_id = resumed["step"], resumed["run_id"]
-
-    def save() -> None:
-        if distributed.is_main():
-            state = {"config": dataclasses.asdict(config), "step": step, "run_id": run_id}
-            checkpoints.save(step, trainer.state_dict() | state)
-
-    def report_at(done: int) -> bool:
-        return done % config.log_every_steps == 0 or done % steps_per_epoch == 0 or probe_at(done)
-
-    def probe_at(done: int) -> bool:
-        return config.sbp.enabled and config.probe.every_steps is not None and done % config.probe.every_steps == 0
 
     with peak.excluded():
         facts = setup.describe(config, images, trainer)
     setup.announce(config, facts)
+
+    epochs, steps_per_epoch = config.recipe.epochs, images.order.steps_per_epoch
+    when = setup.Schedule(config, steps_per_epoch)
     progress = Progress(epochs * steps_per_epoch, step)
-    main = distributed.is_main()
-    with Tracker(
-        folder, config.logger, dataclasses.asdict(config), run_id=run_id, resumed_at=step, enabled=main
-    ) as tracker:
+
+    accuracy = partial(evaluate, loader=images.validation, amp=config.amp, patched=config.sbp.enabled)
+
+    def save() -> None:
+        if main:
+            state = {"config": asdict(config), "step": step, "run_id": run_id}
+            checkpoints.save(step, trainer.state_dict() | state)
+
+    with Tracker(folder, config.logger, asdict(config), run_id=run_id, resumed_at=step, enabled=main) as tracker:
         if step == 0:
             tracker.log(0, {key: facts[key] for key in ("saved_bytes_per_image", "effective_keep_ratio")})
         for epoch in range(step // steps_per_epoch, epochs):
             images.order.start_at(epoch, step % steps_per_epoch)
-            with progress.epoch(f"epoch {epoch + 1}/{epochs}", len(images.train) // trainer.accumulation):
-                for step, figures in train_epoch(
-                    trainer,
-                    images.train,
-                    progress,
-                    first_step=step,
-                    global_batch_size=config.global_batch_size,
-                    report_at=report_at,
-                ):
+            steps = train_epoch(trainer, images, progress, first_step=step, report_at=when.report)
+            with progress.epoch(f"epoch {epoch + 1}/{epochs}", images.order.steps_left):
+                for done, figures in steps:
+                    step = done
                     with progress.paused():
-                        if probe_at(step) and main:
+                        if when.probe(step) and main:
                             with peak.excluded():
                                 figures |= gradient_cosines(trainer, *images.probe, draw=step)
                         if figures:
                             tracker.log(step, figures | {"epoch": step / steps_per_epoch})
-                        every = config.checkpoint.every_steps
-                        if every and step % every == 0 and step % steps_per_epoch:
+                        if when.save_within_epoch(step):
                             save()
-
-            last = epoch + 1 == epochs
-            if last or (epoch + 1) % config.eval_every_epochs == 0:
-                figures = peak.read()
+            if when.evaluate(epoch + 1):
+                measured = peak.read()
                 with peak.excluded():
-                    for suffix, model in (("", trainer.model), ("_ema", trainer.ema and trainer.ema.module)):
-                        if model is not None:
-                            accuracy = evaluate(model, images.validation, amp=config.amp)
-                            figures |= accuracy.figures(suffix)
-                tracker.log(step, figures | {"epoch": epoch + 1})
-                log.info("%s", progress.line(epoch + 1, epochs, figures))
-            if last or (epoch + 1) % config.checkpoint.every_epochs == 0:
+                    measured |= accuracy(trainer.model).figures()
+                    if trainer.ema is not None:
+                        measured |= accuracy(trainer.ema.module).figures("_ema")
+                tracker.log(step, measured | {"epoch": epoch + 1})
+                log.info("%s", progress.line(epoch + 1, epochs, figures | measured))
+            if when.save(epoch + 1):
                 save()
         summary = summarise(folder, facts) if main else {}
         tracker.summarise(summary)

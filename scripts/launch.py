@@ -1,8 +1,10 @@
 """What the entry points share: one output folder for all processes, a typed config, and errors worth reading."""
 
 import gc
+import hashlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed
@@ -25,9 +27,32 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", Config, EvalConfig)
 
 FAILURE = "failure.txt"
+LONGEST_NAME = 120
+_SWEEP = re.compile(r"=.*,|\b(range|choice|glob|interval)\(")
 
 ConfigStore.instance().store(name="train_schema", node=Config)
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+
+
+def job_folder(overrides: ListConfig) -> str:
+    """The name of a sweep's job: the overrides that the sweep varies, such as backbone-vit_tiny+sbp.keep_ratio-0.5.
+
+    Of characters that neither a shell nor Hydra's own command line takes for something else, and of bounded length.
+    """
+    swept = {_key(argument) for argument in sys.argv[1:] if "=" in argument and _SWEEP.search(argument)}
+    chosen = [override for override in overrides if _key(override) in swept] or list(overrides) or ["job"]
+    name = "+".join(override.lstrip("+~").replace("=", "-", 1) for override in chosen)
+    safe = re.sub(r"[^A-Za-z0-9.+_-]", "_", name)
+    if len(safe) > LONGEST_NAME:
+        safe = f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return safe
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def join_processes() -> None:

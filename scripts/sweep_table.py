@@ -8,6 +8,7 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sbp.training import distributed
@@ -23,6 +24,7 @@ COLUMNS = {  # heading -> how a value of summary.json is shown
     "gradient cosine": lambda s: "" if s["gradient_cosine"] is None else f"{s['gradient_cosine']:.3f}",
     "images/s": lambda s: f"{s['images_per_second']:.0f}",
 }
+HEADINGS = ["job", *COLUMNS, "status"]
 
 
 class SweepTable(Callback):
@@ -33,22 +35,22 @@ class SweepTable(Callback):
         self.failed = 0
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        assert job_return.hydra_cfg is not None
         hydra_config = job_return.hydra_cfg.hydra
-        if str(hydra_config.mode) != "RunMode.MULTIRUN" or not distributed.is_main():
+        if hydra_config.mode != RunMode.MULTIRUN or not distributed.is_main():
             return
         folder = Path(hydra_config.runtime.output_dir)
         failure = folder / FAILURE
         if failure.is_file():
             self.failed += 1
-            self.rows.append(
-                [folder.name, f"failed: {failure.read_text().splitlines()[0]}"] + [""] * (len(COLUMNS) - 1)
-            )
+            reason = failure.read_text().splitlines()[0]
+            self.rows.append([folder.name, *[""] * len(COLUMNS), f"failed: {reason}"])
         else:
             summary = json.loads((folder / SUMMARY).read_text())
-            self.rows.append([folder.name, *(str(show(summary)) for show in COLUMNS.values())])
+            self.rows.append([folder.name, *(str(show(summary)) for show in COLUMNS.values()), "done"])
         (folder.parent / "table.md").write_text(self.markdown() + "\n")
         with (folder.parent / "table.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([["job", *COLUMNS], *self.rows])
+            csv.writer(file).writerows([HEADINGS, *self.rows])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.rows:
@@ -58,10 +60,9 @@ class SweepTable(Callback):
             raise SystemExit(1)
 
     def markdown(self) -> str:
-        lines = [["job", *COLUMNS], *self.rows]
+        """The table as it stands."""
+        lines = [HEADINGS, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         lines.insert(1, ["-" * width for width in widths])
-        return "\n".join(
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines
-        )
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in padded)

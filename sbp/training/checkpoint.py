@@ -85,7 +85,8 @@ def resume_point(resume: str, checkpoints: Checkpoints) -> dict[str, Any] | None
     if resume == "never":
         if checkpoints.paths():
             raise ValueError(
-                f"{checkpoints.folder} holds checkpoints of a run: add resume=auto to go on with it, or take another run_dir"
+                f"{checkpoints.folder} holds checkpoints of a run: add resume=auto to go on with it, "
+                "or take another run_dir"
             )
         return None
     path, content = checkpoints.latest() or (None, None) if resume == "auto" else find(Path(resume))

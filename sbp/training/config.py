@@ -1,8 +1,7 @@
 """What a run can be told: plain dataclasses, the single source of every default, and their validation."""
 
-import dataclasses
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from sbp import masks
@@ -171,18 +170,46 @@ class Config:
 
 
 @dataclass
+class EvalSbpConfig:
+    """eval: "exact", "published", or null."""
+
+    eval: str | None = None
+
+
+@dataclass
+class EvalDataConfig:
+    """Keys of DataConfig."""
+
+    root: str | None = None
+    val_split: str | None = None
+    image_size: int | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    workers: int | None = None
+
+
+@dataclass
+class EvalBackboneConfig:
+    """Keys of BackboneConfig; kwargs are added to the run's own."""
+
+    name: str | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class EvalConfig:
-    """One evaluation of a checkpoint. null: as the run that wrote it.
+    """One evaluation of a checkpoint. null: as in the run that wrote it.
 
     checkpoint: a file, or a run folder for its latest. ema: null takes the averaged weights when there are any,
-    as timm does. data: overrides of the run's own, such as root or val_split.
+    as timm does.
     """
 
     checkpoint: str = ""
     ema: bool | None = None
-    sbp: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
+    backbone: EvalBackboneConfig = field(default_factory=EvalBackboneConfig)
+    sbp: EvalSbpConfig = field(default_factory=EvalSbpConfig)
+    data: EvalDataConfig = field(default_factory=EvalDataConfig)
+    eval_batch_size: int | None = None
     amp: str | None = None
     device: str = "auto"
     threads: int | None = None
@@ -190,17 +217,33 @@ class EvalConfig:
 
 
 def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """The dataclass that `dataclasses.asdict` turned into `values`. Raises ValueError for a key it does not have."""
+    """The dataclass that `asdict` turned into `values`. Raises ValueError for a key it does not have."""
     types = get_type_hints(kind)
     unknown = [path + key for key in values if key not in types]
     if unknown:
         raise ValueError(f"unknown config key: {', '.join(unknown)}; there are {', '.join(types)}")
     return kind(
         **{
-            key: from_dict(types[key], value, f"{path}{key}.") if dataclasses.is_dataclass(types[key]) else value
+            key: from_dict(types[key], value, f"{path}{key}.") if is_dataclass(types[key]) else value
             for key, value in values.items()
         }
     )
+
+
+def overridden(config: Config, request: EvalConfig) -> Config:
+    """A run's config with what an evaluation asks for in place of it. A new image size reaches the model too."""
+    changes = asdict(request)
+    kwargs = config.backbone.kwargs | changes["backbone"].pop("kwargs")
+    if request.data.image_size is not None and "img_size" in kwargs:
+        kwargs["img_size"] = request.data.image_size
+    groups = {group: replace(getattr(config, group), **_given(changes[group])) for group in ("backbone", "sbp", "data")}
+    groups["backbone"] = replace(groups["backbone"], kwargs=kwargs)
+    flat = {key: changes[key] for key in ("eval_batch_size", "amp", "device", "threads")}
+    return replace(config, **groups, **_given(flat))
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def validate(config: Config) -> Config:
@@ -286,14 +329,15 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on with it: where things lie,
 # what is recorded, and how the same global batch is computed.
 _FREE = (
-    "data.root data.download data.workers logger probe checkpoint micro_batch_size eval_batch_size channels_last compile "
-    "device threads log_every_steps eval_every_epochs resume run_dir"
-).split()
+    *("data.root", "data.download", "data.workers", "logger", "probe", "checkpoint", "log_every_steps"),
+    *("micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile", "device", "threads"),
+    *("resume", "run_dir"),
+)
 
 
 def check_same_run(stored: Mapping[str, Any], config: Config) -> None:
     """Raises ValueError when a checkpoint's config differs from this one in what decides the result."""
-    before, now = _flat(dataclasses.asdict(from_dict(Config, stored))), _flat(dataclasses.asdict(config))
+    before, now = _flat(asdict(from_dict(Config, stored))), _flat(asdict(config))
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())

@@ -104,6 +104,7 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     if data.source == "folder":
         assert data.root is not None
         return image_folder(Path(data.root) / name, data.num_classes, transform)
+    assert data.name is not None
     dataset = create_dataset(
         data.name, root=data.root, split=name, is_training=split == "train", download=data.download
     )
@@ -234,8 +235,13 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         """The next pass over the loader is this epoch, from its optimizer step number `step` on."""
         self.epoch, self.first_step = epoch, step
 
+    @property
+    def steps_left(self) -> int:
+        """Optimizer steps from `start_at` to the end of the epoch."""
+        return self.steps_per_epoch - self.first_step
+
     def __len__(self) -> int:
-        return (self.steps_per_epoch - self.first_step) * self.plan.accumulation
+        return self.steps_left * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         plan, epoch = self.plan, self.epoch
@@ -260,6 +266,16 @@ class ValidationSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for first in range(0, len(self.indices), self.batch_size):
             yield [(0, index) for index in self.indices[first : first + self.batch_size]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """All images of a run. probe: (images, labels), those that gradient cosines are measured on."""
+
+    train: DataLoader
+    order: TrainSampler
+    validation: DataLoader
+    probe: tuple[Tensor, Tensor]
 
 
 def make_loader(dataset: Dataset, sampler: Sampler, *, seed: int, workers: int, device: torch.device) -> DataLoader:

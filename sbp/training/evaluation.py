@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+import sbp
 from sbp.training import distributed
 from sbp.training.data import readable
 from sbp.training.loop import autocast
@@ -30,21 +31,22 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", channels_last: bool = False) -> Accuracy:
+def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched: bool = False) -> Accuracy:
     """Runs the model in evaluation mode over the images of all processes, each counted once.
 
     Counts are summed as whole numbers, so top-1 does not depend on how images are spread over processes.
+    patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
     Raises ValueError that names an unreadable image.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if patched:
+        sbp.set_draw(model, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
     for batch in loader:
         images, labels = readable(batch)
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
-        labels = labels.to(device, non_blocking=True)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(amp, device):
             logits = model(images)
         logits = logits.float()

@@ -11,11 +11,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 import sbp
 from sbp.training import distributed, seeding
-from sbp.training.data import readable
+from sbp.training.data import Images, readable
 from sbp.training.progress import Progress
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +60,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
 
     def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """One optimizer step over `accumulation` micro batches; returns this process's mean loss, detached.
+        """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss, detached.
 
         Gradients are averaged over micro batches and processes; they are unscaled and clipped once.
         """
@@ -125,24 +124,23 @@ class Trainer:
 
 def train_epoch(
     trainer: Trainer,
-    loader: DataLoader,
+    images: Images,
     progress: Progress,
     *,
     first_step: int,
-    global_batch_size: int,
     report_at: Callable[[int], bool],
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Runs the loader's micro batches; yields after each optimizer step the number of steps done, and figures.
+    """Runs what is left of the epoch; yields after each optimizer step the number of steps done, and figures.
 
     first_step: steps done before. report_at: for which numbers of steps done the figures are wanted (loss over
     the global batch, lr, images per second, share of time spent waiting for data); they are empty for others.
     Raises ValueError for an unreadable image.
     """
-    batches = iter(loader)
-    for step in range(first_step, first_step + len(loader) // trainer.accumulation):
+    batches = iter(images.train)
+    for step in range(first_step, first_step + images.order.steps_left):
         waited = (progress.wait_for(batches) for _ in range(trainer.accumulation))
         loss = trainer.step(step, (readable(batch) for batch in waited))
-        progress.advance(global_batch_size)
+        progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):
             mean = distributed.sums([loss.item()])[0] / distributed.world_size()  # .item() waits for the device

@@ -2,16 +2,16 @@
 
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 import sbp
 from sbp.training import distributed, environment, seeding
-from sbp.training.config import BatchPlan, Config, plan_batches, scaled_lr
+from sbp.training.config import Config, plan_batches, scaled_lr
 from sbp.training.data import (
+    Images,
     Preprocessing,
     TrainSampler,
     ValidationSampler,
@@ -30,13 +30,29 @@ _SAVED_BYTES_IMAGES = 4  # enough for a slope
 
 
 @dataclass(frozen=True)
-class Images:
-    """probe: (images, labels), the fixed training images that gradient cosines are measured on."""
+class Schedule:
+    """What happens when: questions about a number of steps done, or of epochs done."""
 
-    train: DataLoader
-    order: TrainSampler
-    validation: DataLoader
-    probe: tuple[Tensor, Tensor]
+    config: Config
+    steps_per_epoch: int
+
+    def probe(self, step: int) -> bool:
+        every = self.config.probe.every_steps
+        return self.config.sbp.enabled and every is not None and step % every == 0
+
+    def report(self, step: int) -> bool:
+        return step % self.config.log_every_steps == 0 or step % self.steps_per_epoch == 0 or self.probe(step)
+
+    def save_within_epoch(self, step: int) -> bool:
+        """Not at an epoch's end, which is evaluated before it is saved."""
+        every = self.config.checkpoint.every_steps
+        return every is not None and step % every == 0 and step % self.steps_per_epoch != 0
+
+    def evaluate(self, epoch: int) -> bool:
+        return epoch % self.config.eval_every_epochs == 0 or epoch == self.config.recipe.epochs
+
+    def save(self, epoch: int) -> bool:
+        return epoch % self.config.checkpoint.every_epochs == 0 or epoch == self.config.recipe.epochs
 
 
 def pick_device(config: Config) -> torch.device:
@@ -58,11 +74,11 @@ def load_images(config: Config, device: torch.device) -> Images:
         distributed.rank(),
         plan.world_size,
     )
-    loading = {"seed": config.seed, "workers": config.data.workers, "device": device}
+    loader = partial(make_loader, seed=config.seed, workers=config.data.workers, device=device)
     return Images(
-        make_loader(train_set, order, **loading),
+        loader(train_set, order),
         order,
-        make_loader(validation_set, validation, **loading),
+        loader(validation_set, validation),
         spread_samples(train_set, max(config.probe.images, _SAVED_BYTES_IMAGES), config.seed),
     )
 

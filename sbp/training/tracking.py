@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import wandb
 
@@ -99,7 +99,8 @@ def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:
     """A run, online if that works, else offline, else None."""
-    for mode in ("offline",) if settings.offline else ("online", "offline"):
+    modes: tuple[Literal["online", "offline"], ...] = ("offline",) if settings.offline else ("online", "offline")
+    for mode in modes:
         try:
             run = wandb.init(
                 project=settings.project,

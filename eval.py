@@ -1,0 +1,72 @@
+"""Evaluates a checkpoint of train.py: `python eval.py checkpoint=FILE_OR_RUN_FOLDER`.
+
+The model and the preprocessing are those of the run that wrote it. `sbp.eval=published` evaluates as the authors'
+code does, with masks and partial attention.
+"""
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from sbp.training import distributed, setup
+from sbp.training.checkpoint import find, load_weights
+from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
+from sbp.training.data import Preprocessing, ValidationSampler, build_validation_set, make_loader
+from sbp.training.evaluation import evaluate
+from sbp.training.models import build_model
+from scripts.launch import join_processes, run_job
+
+log = logging.getLogger("eval")
+
+
+def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
+    """Returns top1, top5, loss and what they were measured with, and writes them to folder/eval.json.
+
+    Raises ValueError for a checkpoint that is damaged or does not fit the model, and for bad data.
+    """
+    path, checkpoint = find(Path(request.checkpoint))
+    config = validate(overridden(from_dict(Config, checkpoint["config"]), request))
+    ema = "state_dict_ema" in checkpoint if request.ema is None else request.ema
+    if ema and "state_dict_ema" not in checkpoint:
+        raise ValueError(f"ema=true, but {path} has no averaged weights (its run had recipe.ema_decay=null)")
+
+    device = setup.pick_device(config)
+    images = build_validation_set(config.data)
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
+    load_weights(model, checkpoint["state_dict_ema" if ema else "state_dict"])
+    batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
+    order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
+    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
+
+    accuracy = evaluate(model, loader, amp=config.amp, patched=config.sbp.enabled)
+    preprocessing = Preprocessing.of(config.data)
+    log.info("checkpoint     %s, step %d, %s weights", path, checkpoint["step"], "averaged (EMA)" if ema else "raw")
+    log.info("preprocessing  %s", preprocessing)
+    log.info("evaluation     %s, amp %s", config.sbp.eval if config.sbp.enabled else "exact", config.amp)
+    log.info("top-1 %.2f %%, top-5 %.2f %%, loss %.4f on %d images", *asdict(accuracy).values())
+    result = asdict(accuracy) | {
+        "checkpoint": str(path),
+        "step": checkpoint["step"],
+        "ema": ema,
+        "sbp_eval": config.sbp.eval,
+        "amp": config.amp,
+        "preprocessing": asdict(preprocessing),
+    }
+    if distributed.is_main():
+        (folder / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="eval")
+def main(composed: DictConfig) -> None:
+    run_job(composed, EvalConfig, evaluate_checkpoint)
+
+
+if __name__ == "__main__":
+    join_processes()
+    main()

@@ -1,0 +1,1 @@
+"""Entry points beside train.py and eval.py, and what the entry points share."""
