@@ -61,14 +61,14 @@ def main(folder: Path) -> None:
 
 
 def train(name: str, folder: Path) -> None:
-    overrides = [*BACKBONES[name], *COMMON, f"run_dir={folder}", "sbp.keep_ratio=1.0,0.5"]
+    overrides = [*BACKBONES[name], *COMMON, f'run_dir="{folder}"', "sbp.keep_ratio=1.0,0.5"]
     run(["train.py", "-m", *overrides], shown=name)
 
 
 def evaluate(run_folder: Path) -> dict[str, Any]:
     """The summary of a run, with the accuracy that eval.py finds for its checkpoint."""
     target = run_folder / "eval"
-    run(["eval.py", f'checkpoint="{run_folder}"', f"run_dir={target}", "threads=1"])
+    run(["eval.py", f'checkpoint="{run_folder}"', f'run_dir="{target}"', "threads=1"])
     summary = json.loads((run_folder / "summary.json").read_text())
     return summary | json.loads((target / "eval.json").read_text()) | {"backbone": run_folder.parent.name}
 
