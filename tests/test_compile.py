@@ -9,15 +9,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sbp
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
 
-MODELS = [
-    *[pytest.param(lambda m=m: sbp.apply(small_vit(), mhsa_drop=m), id=f"vit {m}") for m in ("qkv", "query", "head")],
-    pytest.param(
-        lambda: sbp.apply(small_vit(global_pool="avg"), mask="random", mhsa_drop="qkv_exact"), id="vit random"
-    ),
-    pytest.param(lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3]), id="vit ratios"),
-    pytest.param(lambda: sbp.apply(small_convnext()), id="convnext"),
-    pytest.param(lambda: sbp.apply(small_convnext(use_grn=True), mask="random", keep_ratio=0.3), id="convnext v2"),
-]
+MODELS = {
+    "vit qkv": lambda: sbp.apply(small_vit()),
+    "vit query": lambda: sbp.apply(small_vit(), mhsa_drop="query"),
+    "vit head": lambda: sbp.apply(small_vit(), mhsa_drop="head"),
+    "vit qkv_exact, random": lambda: sbp.apply(small_vit(global_pool="avg"), mask="random", mhsa_drop="qkv_exact"),
+    "vit, ratios": lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3]),
+    "convnext": lambda: sbp.apply(small_convnext()),
+    "convnext v2, random": lambda: sbp.apply(small_convnext(use_grn=True), mask="random", keep_ratio=0.3),
+}
+LOW_BUDGET = ("vit qkv", "convnext")  # the others are among the slow tests
 
 
 @pytest.fixture(autouse=True)
@@ -37,10 +38,13 @@ def plain_names(result):
     return result[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
 
 
-@pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("memory_budget", [1.0, 0.25], indirect=True)
-def test_one_graph_with_the_gradients_of_eager_mode(make, memory_budget):
-    model = make()
+@pytest.mark.parametrize(
+    ("name", "memory_budget"),
+    [*((name, 1.0) for name in MODELS), *((name, 0.25) for name in LOW_BUDGET)],
+    indirect=["memory_budget"],
+)
+def test_one_graph_with_the_gradients_of_eager_mode(name, memory_budget):
+    model = MODELS[name]()
     eager = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -51,9 +55,9 @@ def test_one_graph_with_the_gradients_of_eager_mode(make, memory_budget):
     assert sbp.mask_state(compiled) == sbp.mask_state(eager) == sbp.mask_state(eager) | {"draw": 4}
 
 
-@pytest.mark.parametrize("make", [MODELS[0], MODELS[5]])
-def test_contexts_and_diagnostics_take_the_compiled_model(make):
-    model = make()
+@pytest.mark.parametrize("name", ["vit qkv", pytest.param("convnext", marks=pytest.mark.slow)])
+def test_contexts_and_diagnostics_take_the_compiled_model(name):
+    model = MODELS[name]()
     plain = sbp.remove(copy.deepcopy(model))
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")
@@ -68,10 +72,10 @@ def test_contexts_and_diagnostics_take_the_compiled_model(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("memory_budget", [1.0, 0.25], indirect=True)
-def test_inductor(make, memory_budget):
-    model = make()
+def test_inductor(name, memory_budget):
+    model = MODELS[name]()
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True)
     x = images(32 if hasattr(model, "blocks") else 64)
