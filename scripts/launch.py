@@ -1,5 +1,6 @@
 """What the entry points share: one output folder for all processes, a typed config, and errors worth reading."""
 
+import atexit
 import gc
 import hashlib
 import logging
@@ -14,7 +15,6 @@ from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -56,12 +56,13 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 def join_processes() -> None:
-    """To be called before Hydra's main function, which makes the output folder.
+    """Joins the processes of a torchrun. To be called before Hydra's main function, which makes the output folder.
 
     Under torchrun every process runs Hydra: rank 0 decides the time in the folder's name for all, and the others
     write no config and no log.
     """
     distributed.start()
+    atexit.register(distributed.stop)
     os.environ["SBP_STARTED"] = distributed.from_main(datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f"))
     if not distributed.is_main():
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -103,9 +104,10 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
     gc.collect()
     if message is None:
         return
-    if not sweeping:
-        raise CompactHydraException(f"error: {message}")
-    log.error("job failed: %s", message)
+    if sweeping:
+        log.error("job failed: %s", message)
+        return
+    sys.exit(f"error: {message}" if distributed.is_main() else f"error on process {distributed.rank()}: {message}")
 
 
 def _one_line(error: BaseException) -> str:

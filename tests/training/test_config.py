@@ -1,0 +1,122 @@
+"""Every shipped config composes and validates; what is wrong is said by name, before anything is built."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+from omegaconf.errors import OmegaConfBaseException
+
+from sbp.training.config import (
+    Config,
+    EvalConfig,
+    check_same_run,
+    from_dict,
+    overridden,
+    plan_batches,
+    scaled_lr,
+    validate,
+)
+from tests.training.configs import ROOT, composed, small
+
+GROUPS = ("backbone", "sbp", "data", "recipe", "logger")
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((ROOT / "configs" / group).glob("*.yaml"))]
+EXPERIMENTS = sorted((ROOT / "configs" / "experiment" / "table1").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_each_option_of_a_group_composes_and_validates(option):
+    validate(composed(option, "data.root=somewhere", "data.name=torch/cifar10"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_each_experiment_is_that_of_table_1(path):
+    config = validate(composed(f"experiment=table1/{path.stem}", "data.root=somewhere"))
+    text = path.read_text()
+    assert f"experiment=table1/{path.stem} data.root=" in text and "top-1" in text and "MB per GPU" in text
+    assert config.sbp.enabled == path.stem.endswith("_sbp") and config.sbp.keep_ratio == 0.5
+    tiny_vit = path.stem.startswith("vit_tiny")
+    assert config.global_batch_size == (2048 if tiny_vit else 4096)
+    assert scaled_lr(config.recipe, config.global_batch_size) == (2e-3 if tiny_vit else 4e-3)
+    gpus = 32 if "nnodes=4" in text else 8
+    plan = plan_batches(config.global_batch_size, config.micro_batch_size, gpus)
+    assert (
+        plan.accumulation
+        == {"vit_tiny": 1, "vit_base": 2, "convnext_tiny": 4, "convnext_base": 2}[path.stem.rsplit("_", 1)[0]]
+    )
+
+
+def test_there_are_eight_experiments():
+    assert len(EXPERIMENTS) == 8
+
+
+@pytest.mark.parametrize(
+    "override", ["sbp.typo=1", "+sbp.typo=1", "+typo=1", "global_batch_size=many", "+sbp.mask.x=1"]
+)
+def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
+    with pytest.raises((ConfigCompositionException, OmegaConfBaseException)):
+        composed(override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            "sbp.keep_ratio=0",
+            "sbp.keep_ratio=1.5",
+            "sbp.keep_ratio=half",
+            "sbp.keep_ratio=[0.5,2]",
+            "sbp.mask=stripes",
+        ),
+        *("sbp.mhsa_drop=v", "sbp.eval=never", "amp=float8", "device=tpu", "data.source=web", "logger.name=mlflow"),
+        *("recipe.epochs=0", "recipe.warmup_epochs=20", "recipe.lr=0", "recipe.label_smoothing=2", "data.mean=[0.5]"),
+        *("global_batch_size=0", "micro_batch_size=0", "recipe.ema_decay=1", "data.num_classes=1", "seed=-1"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_rejected_by_name(override):
+    with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
+        validate(composed("data=digits", "recipe=demo", override))
+
+
+@pytest.mark.parametrize("option", ["data=imagenet", "data=timm"])
+def test_data_that_lies_nowhere_is_rejected(option):
+    with pytest.raises(ValueError, match=r"data\.(root|name) is needed"):
+        validate(composed(option))
+
+
+def test_accumulation_is_derived_and_must_be_whole():
+    assert plan_batches(4096, 64, 32).accumulation == 2
+    assert plan_batches(64, None, 2).micro_batch_size == 32
+    with pytest.raises(ValueError, match="global_batch_size=100 cannot be reached"):
+        plan_batches(100, 32, 2)
+    with pytest.raises(ValueError, match="over 3 processes"):
+        plan_batches(100, None, 3)
+
+
+def test_a_config_survives_json_and_names_what_it_does_not_know():
+    config = composed("data=digits", "recipe=demo", "backbone=convnext_demo", "sbp.keep_ratio=[0.5,1]")
+    assert from_dict(Config, json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(ValueError, match=r"unknown config key: sbp\.typo"):
+        from_dict(Config, {"sbp": {"typo": 1}})
+
+
+def test_resuming_another_run_is_refused_but_moving_the_data_is_not():
+    config = small()
+    check_same_run(asdict(small("data.root=elsewhere", "data.workers=2", "logger=wandb")), config)
+    with pytest.raises(ValueError, match=r"recipe\.epochs was 2 and is now 1"):
+        check_same_run(asdict(small("recipe.epochs=2")), config)
+
+
+def test_an_evaluation_changes_what_it_names_and_nothing_else():
+    config = small("amp=bfloat16")
+    assert overridden(config, EvalConfig(checkpoint="x")) == config
+    request = composed("checkpoint=x", "data.image_size=64", "sbp.eval=published", name="eval", kind=EvalConfig)
+    changed = overridden(config, request)
+    assert changed.data.image_size == changed.backbone.kwargs["img_size"] == 64
+    assert changed.sbp.eval == "published" and changed.amp == "bfloat16"
+
+
+def test_no_config_names_a_place_on_a_machine():
+    for path in Path(ROOT / "configs").rglob("*.yaml"):
+        assert "/home" not in path.read_text() and "/work" not in path.read_text()

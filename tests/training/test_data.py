@@ -1,0 +1,169 @@
+"""The order of images, their augmentation, and what is said about bad data."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sbp.training.config import plan_batches
+from sbp.training.data import (
+    Digits,
+    TrainSampler,
+    ValidationSampler,
+    build_datasets,
+    build_validation_set,
+    make_loader,
+    readable,
+    spread_samples,
+    train_transform,
+)
+from tests.training.configs import composed, small
+
+CPU = torch.device("cpu")
+
+
+def image_folders(root, classes=("a", "b"), count=3):
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(i).integers(256, size=(20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def folder_config(root, *overrides):
+    return small("data=imagenet", f"data.root={root}", "data.num_classes=2", "data.workers=0", *overrides)
+
+
+def order(world_size, micro, *, epoch=0, first_step=0, length=53, batch=12, seed=0):
+    """For each step the indices of its global batch, over all processes."""
+    plan = plan_batches(batch, micro, world_size)
+    steps = []
+    for rank in range(world_size):
+        sampler = TrainSampler(length, plan, seed, rank)
+        sampler.start_at(epoch, first_step)
+        batches = list(sampler)
+        assert len(batches) == len(sampler) == sampler.steps_left * plan.accumulation
+        assert all(e == epoch for batch in batches for e, _ in batch)
+        for i, one in enumerate(batches):
+            step = i // plan.accumulation
+            steps += [[] for _ in range(step + 1 - len(steps))]
+            steps[step] += [index for _, index in one]
+    return [sorted(step) for step in steps]
+
+
+def test_a_global_batch_is_the_same_however_it_is_spread():
+    alone = order(1, 12)
+    assert alone == order(2, 6) == order(2, 3) == order(3, 2)
+    assert len(alone) == 4 and len({i for step in alone for i in step}) == 48  # the tail of 5 sits out
+
+
+def test_an_epoch_goes_on_where_it_was_left_and_the_next_one_differs():
+    assert order(2, 3, first_step=3) == order(1, 12)[3:]
+    assert order(1, 12, epoch=1) != order(1, 12)
+    assert order(1, 12, seed=1) != order(1, 12)
+
+
+def test_fewer_images_than_a_global_batch_are_refused():
+    with pytest.raises(ValueError, match="11 images, fewer than global_batch_size=12"):
+        TrainSampler(11, plan_batches(12, None, 1), 0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_validation_counts_every_image_once(world_size):
+    samplers = [ValidationSampler(101, 8, rank, world_size) for rank in range(world_size)]
+    assert sorted(index for s in samplers for batch in s for _, index in batch) == list(range(101))
+    assert all(len(list(s)) == len(s) for s in samplers)
+
+
+def test_augmentation_depends_on_epoch_and_index_not_on_workers():
+    config = small("recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "recipe.random_erasing=0.5")
+    images, _ = build_datasets(config.data, config.recipe)
+
+    def batches(workers, epoch):
+        sampler = TrainSampler(len(images), plan_batches(32, None, 1), 0)
+        sampler.start_at(epoch, 40)
+        return torch.cat([b.images for b in make_loader(images, sampler, seed=0, workers=workers, device=CPU)])
+
+    assert torch.equal(batches(0, 0), batches(2, 0))
+    assert not torch.equal(batches(0, 0), batches(0, 1))
+
+
+def test_the_digits_are_split_by_class_and_share_nothing():
+    train, val = Digits("train", None), Digits("val", None)
+    assert (len(train), len(val)) == (1437, 360)
+    assert min(np.bincount(val.labels)) >= 34
+    seen = {pixels.tobytes() for pixels in train.pixels}
+    assert not any(pixels.tobytes() in seen for pixels in val.pixels)
+
+
+def test_digits_reach_the_size_and_range_of_the_config():
+    config = small()
+    image, label = build_validation_set(config.data)[0]
+    assert image.shape == (3, 32, 32) and image.min() >= -1 and image.max() <= 1 and 0 <= label < 10
+
+
+def test_preprocessing_is_ours_not_the_models():
+    text = repr(train_transform(composed("data=imagenet").data, composed("recipe=published").recipe))
+    assert "rand" in text.lower() and "[0.4850, 0.4560, 0.4060]" in text and "RandomErasing" in text
+
+
+def test_synthetic_images_need_no_disk():
+    config = small("data=synthetic", "data.image_size=16", "data.num_classes=3")
+    images, _ = build_datasets(config.data, config.recipe)
+    a, b = images[5], images[5]
+    assert torch.equal(a[0], b[0]) and a[1] == 2 and a[0].shape == (3, 16, 16)
+
+
+def test_probe_images_come_from_all_over_the_data_set(tmp_path):
+    config = folder_config(image_folders(tmp_path))
+    images, _ = build_datasets(config.data, config.recipe)
+    assert spread_samples(images, 4, seed=0)[1].tolist() == [0, 0, 1, 1]
+    assert len(spread_samples(images, 100, seed=0)[1]) == 6
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"no folder {tmp_path}/train"):
+        build_datasets(folder_config(tmp_path).data, small().recipe)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda train: None, "train is empty"),
+        (lambda train: (train / "0.png").touch(), "has files but no class folders"),
+        (lambda train: (train / "a").mkdir(), "one class only"),
+        (lambda train: [(train / c).mkdir() for c in "abc"], "3 class folders, but data.num_classes is 2"),
+        (lambda train: [(train / c).mkdir() for c in "ab"], "no valid file"),
+    ],
+    ids=["empty", "flat", "one class", "other classes", "classes without images"],
+)
+def test_a_folder_that_cannot_be_trained_on_is_refused(tmp_path, spoil, message):
+    (tmp_path / "train").mkdir()
+    spoil(tmp_path / "train")
+    with pytest.raises(ValueError, match=message):
+        build_datasets(folder_config(tmp_path).data, small().recipe)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no image", None], ids=["empty", "no image", "truncated"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_image_is_named(tmp_path, damage, workers):
+    bad = image_folders(tmp_path) / "val" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:500] if damage is None else damage)
+    images = build_validation_set(folder_config(tmp_path).data)
+    loader = make_loader(images, ValidationSampler(len(images), 6), seed=0, workers=workers, device=CPU)
+    (batch,) = loader
+    assert len(batch.images) == 5
+    with pytest.raises(ValueError, match=str(bad)):
+        readable(batch)
+
+
+def test_timm_names_work_and_their_corrupt_images_are_named_too(tmp_path):
+    bad = image_folders(tmp_path) / "val" / "a" / "2.png"
+    bad.write_bytes(b"no image")
+    config = folder_config(tmp_path, "data=timm", "data.name=folder", "data.val_split=val", "data.num_classes=2")
+    images = build_validation_set(config.data)
+    (batch,) = make_loader(images, ValidationSampler(len(images), 6), seed=0, workers=0, device=CPU)
+    with pytest.raises(ValueError, match=str(bad)):
+        readable(batch)

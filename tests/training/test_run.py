@@ -1,0 +1,201 @@
+"""Whole runs of `train`, in this process, on the digits."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import timm
+import torch
+from timm.models import load_checkpoint
+
+from eval import evaluate_checkpoint
+from sbp.training import setup
+from sbp.training.checkpoint import Checkpoints, find
+from sbp.training.config import EvalConfig
+from sbp.training.distributed import pick_device
+from sbp.training.loop import Trainer
+from sbp.training.models import build_model
+from sbp.training.optim import build_criterion, build_optimizer, build_scheduler
+from sbp.training.tracking import read_metrics
+from tests.training.configs import BACKBONES, small
+from train import train
+
+CPU = pick_device("cpu")
+MEASURED = ("images_per_second", "data_wait_share", "memory/peak_rss")  # what differs between equal runs
+
+
+def record(folder):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def assert_equal(a, b, path=""):
+    """Bitwise equality of nested containers of tensors and numbers."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(one, other, f"{path}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def test_a_short_training_learns_and_records_it(tmp_path):
+    config = small(
+        *("recipe.epochs=6", "recipe.lr=2e-3", "global_batch_size=16", "recipe.ema_decay=0.99", "probe.every_steps=89")
+    )
+    summary = train(config, tmp_path)
+    assert summary["top1"] > 65 and summary["top1_ema"] > 65
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["keep_ratio"] == summary["effective_keep_ratio"] == 0.5
+    assert 0.3 < summary["gradient_cosine"] < 1
+    assert summary["saved_bytes_per_image"] > 0 and summary["peak_rss"] > 2**20
+    assert summary["images_per_second"] > 0 and summary["lr"] == 2e-3 and summary["versions"]["torch"]
+
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    names = {name for line in lines for name in line}
+    assert {"train/loss", "lr", "val/top1", "val/top5", "val/loss", "val/top1_ema", "epoch"} <= names
+    assert {"memory/peak_rss", "saved_bytes_per_image", "effective_keep_ratio", "gradient_cosine/total"} <= names
+    assert {"gradient_cosine/blocks.1", "images_per_second", "data_wait_share"} <= names
+
+    # Its checkpoint: eval.py finds the same accuracy, and timm reads the file by itself.
+    result = evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path), ema=False), tmp_path)
+    assert result["top1"] == summary["top1"] and result["images"] == 360
+    assert evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path)), tmp_path)["top1"] == summary["top1_ema"]
+    path, content = find(tmp_path)
+    plain = timm.create_model(config.backbone.name, num_classes=10, **config.backbone.kwargs)
+    load_checkpoint(plain, str(path), use_ema=False)
+    assert_equal(dict(plain.state_dict()), dict(content["state_dict"]))
+
+
+def test_published_evaluation_is_another_one_and_repeats_itself(tmp_path):
+    train(small("sbp.keep_ratio=0.25"), tmp_path)
+    request = EvalConfig(checkpoint=str(tmp_path))
+    request.sbp.eval = "published"
+    published = [evaluate_checkpoint(request, tmp_path)["loss"] for _ in range(2)]
+    request.sbp.eval = "exact"
+    assert published[0] == published[1] != evaluate_checkpoint(request, tmp_path)["loss"]
+
+
+def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
+    config = small()
+    trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
+    content = {"config": asdict(config), "step": 0}
+    path = Checkpoints(tmp_path).save(0, trainer.state_dict() | content)
+    with pytest.raises(ValueError, match="has no averaged weights"):
+        evaluate_checkpoint(EvalConfig(checkpoint=str(path), ema=True), tmp_path)
+    request = EvalConfig(checkpoint=str(path))
+    request.backbone.name = "convnext_atto"
+    with pytest.raises(ValueError, match="cannot make convnext_atto"):
+        evaluate_checkpoint(request, tmp_path)
+
+
+class Interrupted(Exception):
+    pass
+
+
+# Everything that draws random numbers: augmentation, erasing, mixup, drop path, random masks, an accumulated step.
+RANDOM = (
+    *("recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random"),
+    *("recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9"),
+    *("global_batch_size=128", "micro_batch_size=64", "checkpoint.every_steps=4", "checkpoint.keep=20"),
+    *("probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1"),
+)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, backbone):
+    config = small(*RANDOM, backbone=backbone)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    train(config, whole)
+
+    real = Checkpoints.save
+    stops = {4: 0, 16: 0}  # of 11 steps an epoch: within the first and within the second
+
+    def save(self, step, content):
+        path = real(self, step, content)
+        if stops.pop(step, None) is not None:
+            raise Interrupted
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    for workers in (0, 2):
+        with pytest.raises(Interrupted):
+            train(replace(config, resume="auto", data=replace(config.data, workers=workers)), parts)
+    train(replace(config, resume="auto"), parts)
+
+    (_, expected), (_, resumed) = find(whole), find(parts)
+    for key in ("state_dict", "state_dict_ema", "optimizer", "scaler", "step"):
+        assert_equal(expected[key], resumed[key], key)
+    assert record(whole) == record(parts)
+
+
+def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
+    train(small("probe.every_steps=null"), tmp_path)
+    with pytest.raises(ValueError, match="add resume=auto"):
+        train(small(), tmp_path)
+    with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
+        train(small("sbp.keep_ratio=0.25", "resume=auto"), tmp_path)
+    before = find(tmp_path)[1]["state_dict"]
+    assert train(small("resume=auto"), tmp_path)["top1"] is not None  # finished: nothing is left to do
+    assert_equal(dict(find(tmp_path)[1]["state_dict"]), dict(before))
+
+
+def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
+    config = small("amp=float16")
+    images = setup.load_images(config, CPU)
+    trainer = setup.build_trainer(config, images.order, CPU)
+    batch = next(iter(images.train))[:2]
+    first = trainer.scaler.get_scale()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    infinite = (torch.full_like(batch[0], float("inf")), batch[1])
+    trainer.step(0, [infinite])
+    assert trainer.scaler.get_scale() == first / 2
+    assert_equal(before, dict(trainer.model.state_dict()))
+    for step in range(1, 30):
+        loss = trainer.step(step, [batch])
+    assert loss < 1.5 and trainer.scaler.get_scale() <= first
+
+
+def double_trainer(config, accumulation):
+    torch.manual_seed(0)
+    model = build_model(config.backbone, config.sbp, 10, 32).double()
+    optimizer = build_optimizer(model, config.recipe, 1e-2)
+    return Trainer(
+        model,
+        optimizer,
+        build_scheduler(optimizer, config.recipe, 10),
+        build_criterion(config.recipe),
+        accumulation=accumulation,
+        clip_grad=0.1,
+        hold_mask=True,
+    )
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_accumulation_equals_one_large_batch(backbone):
+    config = small("backbone.drop_path=0", "recipe.optimizer=sgd", backbone=backbone)
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(12, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
+    labels = torch.arange(12) % 10
+    one, four = double_trainer(config, 1), double_trainer(config, 4)
+    for step, images in enumerate(batches):
+        loss = one.step(step, [(images, labels)])
+        split = four.step(step, zip(images.split(3), labels.split(3), strict=True))
+        torch.testing.assert_close(loss, split)
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(four.model.state_dict()[name], value, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_without_sbp_there_is_no_cosine(tmp_path):
+    summary = train(small("sbp=none", "probe.every_steps=10"), tmp_path)
+    assert summary["gradient_cosine"] is None and summary["effective_keep_ratio"] == 1.0
