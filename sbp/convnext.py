@@ -48,15 +48,17 @@ def find(model: nn.Module) -> Backbone | None:
 
     def state(names: list[str], *args: Any, **kwargs: Any) -> ConvNeXtState:
         for name in names:
-            if isinstance(layers[name], nn.Sequential):
-                _check_patches(name, *layers[name])
+            _check(name, layers[name])
         return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
 
     first_stage = next(iter(stages.values()))
     return Backbone(layers, published, hooks=[(first_stage, "enter_first_stage")], state=state)
 
 
-def _check_patches(name: str, norm: nn.Module, conv: nn.Conv2d) -> None:
+def _check(name: str, layer: nn.Module) -> None:
+    if not isinstance(layer, nn.Sequential):
+        return  # a block, and those were checked already
+    norm, conv = layer
     if conv.kernel_size != conv.stride or conv.padding != (0, 0) or conv.dilation != (1, 1):
         raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
     if type(norm) not in _NORMS:
@@ -70,7 +72,7 @@ def _published_depth(stage: int, depth: int) -> int:
     return 21 if depth == 27 else round(depth * 2 / 3)
 
 
-def _stride(stage: ConvNeXtStage) -> int:
+def _stride(stage: Any) -> int:
     return 1 if isinstance(stage.downsample, nn.Identity) else stage.downsample[1].stride[0]
 
 
@@ -106,6 +108,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
 
     sbp_state: ConvNeXtState
     sbp_index: int
+    mlp: Any  # with timm's own attributes, which torch's types do not know
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W)."""
@@ -138,7 +141,10 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         mlp = self.mlp
         hidden = kept_gradient(lambda positions: mlp.drop1(mlp.act(mlp.fc1(self.norm(positions)))), x)
         norms = kept_gradient(lambda positions: positions.norm(p=2, dim=dim, keepdim=True), hidden)
-        response = torch.stack(norms).norm(p=2, dim=0)  # of the whole map: (B, 1, C) or (B, C, 1, 1)
+        assert norms.dropped is not None
+        response = torch.stack([norms.kept, norms.dropped]).norm(
+            p=2, dim=0
+        )  # of the whole map: (B, 1, C) or (B, C, 1, 1)
         channels = 1 if self.use_conv_mlp else -1
         response = response / (response.mean(dim=channels, keepdim=True) + mlp.grn.eps)
         shape = (1, -1, 1, 1) if self.use_conv_mlp else (1, 1, -1)
@@ -162,11 +168,12 @@ class SBPDownsample(nn.Sequential):
         where = self.sbp_state.positions(self, self.sbp_index)
         if where is None:
             return super().forward(x)
-        norm, conv = self
+        norm: Any = self[0]
+        conv: Any = self[1]
         size = conv.kernel_size[0]
         height, width = x.shape[-2] // size, x.shape[-1] // size
         x = x[..., : height * size, : width * size].flatten(2).transpose(1, 2)  # (B, H * W, C), whole patches
-        streams = split(x, *(patch_pixels(index, width, size) for index in where))
+        streams = split(x, patch_pixels(where.keep, width, size), patch_pixels(where.drop, width, size))
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C', s * s * C)
 
         def run(positions: Tensor) -> Tensor:  # (B, n * s * s, C) to (B, n, C')

@@ -80,7 +80,8 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, kept: Tensor | None, dropped: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         if kept is None and dropped is None:
             return None, None, None, None
-        return _scatter(kept, dropped, *ctx.saved_tensors, ctx.dim), None, None, None
+        keep, drop = ctx.saved_tensors
+        return _scatter(kept, dropped, keep, drop, ctx.dim), None, None, None
 
 
 class _Join(torch.autograd.Function):

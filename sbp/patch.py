@@ -79,7 +79,7 @@ def apply(
     for index, name in enumerate(names):
         layer = backbone.layers[name]
         layer.__class__ = sbp_classes[type(layer)]
-        layer.sbp_state, layer.sbp_index = state, index
+        vars(layer).update(sbp_state=state, sbp_index=index)
     for container in backbone.containers:
         container.__class__ = sbp_classes[type(container)]
     for module, hook in backbone.hooks:

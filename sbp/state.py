@@ -96,6 +96,12 @@ class State:
             return torch.is_grad_enabled()
         return self.evaluation == "published"
 
+    @property
+    def running(self) -> Pass:
+        """The pass that an active SBP layer takes part in."""
+        assert self.current is not None
+        return self.current
+
     def positions(self, module: nn.Module, index: int) -> Positions | None:
         """The positions of SBP layer `index` in this pass; None where it runs like timm's own layer."""
         if not self.is_active(module):
@@ -186,7 +192,7 @@ class State:
     def _require_one_open_pass(self, index: int | None = None) -> None:
         running = torch._C._current_graph_task_id()
         waiting = [one for one in self._open if one.backward in (None, running)]
-        if waiting != [self.current] or index not in {None, *self.current.ran}:
+        if waiting != [self.current] or index not in {None, *self.running.ran}:
             raise RuntimeError(
                 "SBP layers are recomputed in backward, but the masks of their forward pass are not at hand. "
                 "Use non-reentrant checkpointing (use_reentrant=False), and either one forward pass for each "

@@ -9,7 +9,7 @@ on both, and they are joined once after the last SBP block. No block gathers or 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class ViTState(State):
         """Forward pre-hook of the transformer: unlike forward_features, forward reads pooled tokens only."""
         self.plain_forward = _reads_prefix_only(model)
 
-    def enter_patch_embed(self, patch_embed: nn.Module, args: tuple) -> None:
+    def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
         (images,) = args
         plain_forward, self.plain_forward = self.plain_forward, False
@@ -93,6 +93,8 @@ class SBPBlock(Block):
 
     sbp_state: ViTState
     sbp_index: int
+    attn: Any  # with timm's own attributes, which torch's types do not know
+    mlp: nn.Module
 
     def sbp_positions(self) -> Positions | None:
         return self.sbp_state.positions(self, self.sbp_index)
@@ -126,28 +128,27 @@ class SBPBlocks(nn.Sequential):
     timm also calls the blocks one by one (checkpointing, forward_intermediates); each then splits for itself.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Tensor:
+        """x: tokens (B, N, C), and between SBP blocks the streams of them."""
         where = [block.sbp_positions() if isinstance(block, SBPBlock) else None for block in self]
-        if not any(where):
+        state = next((block.sbp_state for block in self if isinstance(block, SBPBlock)), None)
+        if state is None or not any(where):
             return super().forward(x)
-        state = next(block.sbp_state for block in self if isinstance(block, SBPBlock))
-        skip_dropped = state.current.prefix_only and _never_regrows(where)
+        skip_dropped = state.running.prefix_only and _never_regrows(where)
         current: Positions | None = None
-        streams: Tensor | Streams = x
         for block, wanted in zip(self, where, strict=True):
             if wanted is not current:
                 if current is not None:
-                    streams = join(streams, *current)
+                    x = join(x, *current)
                 if wanted is not None:
-                    streams = split_tokens(streams, wanted)
-                    if skip_dropped:
-                        streams = Streams(streams.kept, None)
+                    x = split_tokens(x, wanted)
+                    x = Streams(x.kept, None) if skip_dropped else x
                 current = wanted
-            streams = block(streams)
+            x = block(x)
         if current is not None:
-            streams = streams.kept if skip_dropped else join(streams, *current)
-        state.watch(streams)
-        return streams
+            x = x.kept if skip_dropped else join(x, *current)
+        state.watch(x)
+        return x
 
 
 def split_tokens(x: Tensor, where: Positions) -> Streams:
@@ -178,34 +179,38 @@ def _attend_kept(block: SBPBlock, x: Streams) -> Streams:
 
 def _attend_from_kept(block: SBPBlock, x: Streams) -> Streams:
     """query: kept queries see all keys and values, with gradient; dropped queries give none."""
-    normed = Streams(block.norm1(x.kept), block.norm1(x.dropped))
-    return _attend_to_all(block, normed, _qkv(block.attn, normed.kept), _qkv(block.attn, normed.dropped))
+    kept, dropped = block.norm1(x.kept), block.norm1(x.dropped)
+    return _attend_to_all(block, kept, dropped, _qkv(block.attn, kept), _qkv(block.attn, dropped))
 
 
 def _attend_to_detached(block: SBPBlock, x: Streams) -> Streams:
     """qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient."""
-    normed = kept_gradient(block.norm1, x)
-    kept = _qkv(block.attn, normed.kept)
+    kept = block.norm1(x.kept)
+    kept_qkv = _qkv(block.attn, kept)
     with torch.no_grad():
-        dropped = _qkv(block.attn, normed.dropped)
-    return _attend_to_all(block, normed, kept, dropped)
+        dropped = block.norm1(x.dropped)
+        dropped_qkv = _qkv(block.attn, dropped)
+    return _attend_to_all(block, kept, dropped, kept_qkv, dropped_qkv)
 
 
-def _attend_to_all(block: SBPBlock, normed: Streams, kept: QKV, dropped: QKV) -> Streams:
+def _attend_to_all(block: SBPBlock, kept: Tensor, dropped: Tensor, kept_qkv: QKV, dropped_qkv: QKV) -> Streams:
+    """From normed tokens of both streams and their queries, keys and values."""
     attn = block.attn
-    k, v = torch.cat([kept[1], dropped[1]], 2), torch.cat([kept[2], dropped[2]], 2)
-    q = kept[0].clone()  # what is saved for backward must not be a view that keeps the other two alive
-    out = block.ls1(_project(attn, _attention(attn, q, k, v), normed.kept))
+    (q, *_), (q_dropped, *_) = kept_qkv, dropped_qkv
+    k, v = (torch.cat(pair, 2) for pair in zip(kept_qkv[1:], dropped_qkv[1:], strict=True))
+    q = q.clone()  # what is saved for backward must not be a view that keeps the other two alive
+    out = block.ls1(_project(attn, _attention(attn, q, k, v), kept))
     with torch.no_grad():
-        return Streams(out, block.ls1(_project(attn, _attention(attn, dropped[0], k, v), normed.dropped)))
+        return Streams(out, block.ls1(_project(attn, _attention(attn, q_dropped, k, v), dropped)))
 
 
 def _attend_with_some_heads(block: SBPBlock, x: Streams) -> Streams:
     """head: some heads run with gradient at all tokens, the others without; the projection's bias keeps its own."""
     attn, state = block.attn, block.sbp_state
     count = kept_heads(attn.num_heads, state.keep_ratios[block.sbp_index])
-    order = torch.argsort(masks.hashed_scores(state.current.key, attn.num_heads, stream=1 + block.sbp_index))
-    tokens = block.norm1(torch.cat(x, 1))  # (B, P + K + D, C)
+    order = torch.argsort(masks.hashed_scores(state.running.key, attn.num_heads, stream=1 + block.sbp_index))
+    assert x.dropped is not None  # only "qkv" skips it
+    tokens = block.norm1(torch.cat([x.kept, x.dropped], 1))  # (B, P + K + D, C)
     weight = attn.qkv.weight.unflatten(0, (3, attn.num_heads, -1))  # (3, h, d, C)
     bias = None if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, (3, attn.num_heads, -1))
     proj = attn.proj.weight.unflatten(1, (attn.num_heads, -1))  # (C, h, d)
@@ -242,19 +247,19 @@ def kept_heads(num_heads: int, keep_ratio: float) -> int:
     return max(1, round(keep_ratio * num_heads))
 
 
-def _qkv(attn: Attention, x: Tensor) -> QKV:
+def _qkv(attn: Any, x: Tensor) -> QKV:
     """Normed tokens (B, n, C) to q, k and v, each (B, h, n, d)."""
     qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     q, k, v = qkv.unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
-def _attention(attn: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dropout = attn.attn_drop.p if attn.training else 0.0
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
 
 
-def _project(attn: Attention, out: Tensor, normed: Tensor) -> Tensor:
+def _project(attn: Any, out: Tensor, normed: Tensor) -> Tensor:
     """Attention output (B, h, n, d) and its normed tokens (B, n, C) to (B, n, C)."""
     out = attn.norm(out.transpose(1, 2).flatten(2))
     if getattr(attn, "gate", None) is not None:
@@ -267,26 +272,23 @@ def _project(attn: Attention, out: Tensor, normed: Tensor) -> Tensor:
 
 def _add(x: Streams, branch: Streams, drop_path: nn.Module) -> Streams:
     """The residual addition, with one drop-path decision for an image's kept and dropped tokens."""
-    if isinstance(drop_path, nn.Identity):
-        scale = None
-    else:
-        scale = drop_path(branch.kept.new_ones(len(branch.kept), 1, 1))
-    sums = [
-        None if one is None else one + (branched if scale is None else branched * scale)
-        for one, branched in zip(x, branch, strict=True)
-    ]
-    return Streams(*sums)
+    kept, dropped = branch
+    if not isinstance(drop_path, nn.Identity):
+        scale = drop_path(kept.new_ones(len(kept), 1, 1))
+        kept, dropped = kept * scale, None if dropped is None else dropped * scale
+    if x.dropped is None or dropped is None:
+        return Streams(x.kept + kept, None)
+    return Streams(x.kept + kept, x.dropped + dropped)
 
 
 def _never_regrows(where: Sequence[Positions | None]) -> bool:
     """Whether, from the first SBP block on, no block sees a token again that one before it dropped."""
-    kept = [None if one is None else len(one.keep) for one in where]
-    first = next(i for i, count in enumerate(kept) if count is not None)
-    tail = kept[first:]
-    return None not in tail and all(after <= before for before, after in pairwise(tail))
+    from_first = list(dropwhile(lambda one: one is None, where))
+    kept = [len(one.keep) for one in from_first if one is not None]
+    return len(kept) == len(from_first) and all(after <= before for before, after in pairwise(kept))
 
 
-def _reads_prefix_only(model: nn.Module) -> bool:
+def _reads_prefix_only(model: Any) -> bool:
     """Whether the head of this transformer reads the class (and distillation) token and nothing else."""
     return (
         type(model) in (VisionTransformer, VisionTransformerDistilled)
@@ -296,7 +298,7 @@ def _reads_prefix_only(model: nn.Module) -> bool:
     )
 
 
-def _patch_size(patch_embed: nn.Module) -> Grid:
+def _patch_size(patch_embed: Any) -> Grid:
     ratio = patch_embed.feat_ratio(as_scalar=False)
     return ratio if isinstance(ratio, tuple) else (ratio, ratio)
 
