@@ -12,13 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import auto_augment, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 
 from sbp.training import seeding
 from sbp.training.config import BatchPlan, DataConfig, RecipeConfig
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's, which at the highest level keeps no bit at all: a black image. Pillow refuses that from 13 on."""
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
 
@@ -38,17 +47,17 @@ class Preprocessing:
     image_size: int
     crop_pct: float
     interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: list[float]
+    std: list[float]
 
     @classmethod
     def of(cls, data: DataConfig) -> "Preprocessing":
-        return cls(data.image_size, data.crop_pct, data.interpolation, tuple(data.mean), tuple(data.std))
+        return cls(data.image_size, data.crop_pct, data.interpolation, list(data.mean), list(data.std))
 
     def __str__(self) -> str:
         return (
             f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
-            f"centre crop {self.image_size} px, mean {list(self.mean)}, std {list(self.std)}"
+            f"centre crop {self.image_size} px, mean {self.mean}, std {self.std}"
         )
 
 

@@ -69,7 +69,7 @@ def test_nothing_but_tensors_and_builtins_is_loaded(tmp_path):
     with pytest.raises(ValueError, match="corrupt or no checkpoint"):
         load(tmp_path / "x.pt")
     torch.save({"weight": torch.zeros(1)}, tmp_path / "y.pt")
-    with pytest.raises(ValueError, match="not written by train.py"):
+    with pytest.raises(ValueError, match=r"not written by train\.py"):
         load(tmp_path / "y.pt")
     with pytest.raises(ValueError, match="no checkpoint"):
         load(tmp_path / "z.pt")
@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_said():
     state = model().state_dict()
     with pytest.raises(ValueError, match="10 classes and the model 7"):
         load_weights(model(7), state)
-    with pytest.raises(ValueError, match="another model: .*unexpected blocks"):
+    with pytest.raises(ValueError, match=r"another model: .*unexpected blocks"):
         load_weights(model(10, "backbone.kwargs.depth=1"), state)
     with pytest.raises(ValueError, match=r"another model: .*\(1, 16, 48\) instead of \(1, 16, 24\)"):
         load_weights(model(10, "backbone.kwargs.embed_dim=24"), state)

@@ -109,6 +109,13 @@ def test_preprocessing_is_ours_not_the_models():
     assert "rand" in text.lower() and "[0.4850, 0.4560, 0.4060]" in text and "RandomErasing" in text
 
 
+def test_the_strongest_posterization_works_with_every_pillow():
+    config = small("recipe.augment=true", "recipe.auto_augment=rand-m10-n8-p1-inc1")
+    images, _ = build_datasets(config.data, config.recipe)
+    sampler = TrainSampler(len(images), plan_batches(128, None, 1), 0)
+    assert next(iter(make_loader(images, sampler, seed=0, workers=0, device=CPU))).images.isfinite().all()
+
+
 def test_synthetic_images_need_no_disk():
     config = small("data=synthetic", "data.image_size=16", "data.num_classes=3")
     images, _ = build_datasets(config.data, config.recipe)

@@ -79,7 +79,6 @@ def test_no_key_means_an_offline_run(tmp_path, monkeypatch, caplog):
 def test_wandb_never_stops_a_run(tmp_path, monkeypatch, caplog, broken):
     class Run:
         dir = "x/files"
-        summary: dict = {}
 
         def __getattr__(self, name):
             def call(*args, **kwargs):

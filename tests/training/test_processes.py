@@ -1,0 +1,90 @@
+"""The entry points as a user starts them: one process, two processes, sweeps, mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sbp.training.checkpoint import find
+from sbp.training.tracking import read_metrics
+from tests.training.configs import BACKBONES, ROOT
+
+TINY = ("data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+pytestmark = pytest.mark.multiprocess
+
+
+def run(*arguments, folder):
+    """Starts python with these arguments in `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    environment.pop("WANDB_API_KEY", None)
+    command = [sys.executable, *(str(one) for one in arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_two_processes_train_in_one_folder_what_one_process_evaluates(tmp_path):
+    accumulated = ("micro_batch_size=8", "logger=wandb", "logger.offline=true")
+    result = run(*TORCHRUN, ROOT / "train.py", *TINY, *accumulated, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "32 = 2 processes x 8 images x 2 accumulated" in result.stdout
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert {"checkpoints", "metrics.jsonl", "summary.json", "train.log", ".hydra"} <= set(os.listdir(folder))
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert steps == [0, 44, 44]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["world_size"] == summary["accumulation"] == 2
+
+    result = run(ROOT / "eval.py", f"checkpoint={folder}", "run_dir=evaluation", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "centre crop 32 px" in result.stdout
+    assert json.loads((tmp_path / "evaluation" / "eval.json").read_text())["top1"] == summary["top1"]
+
+
+def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
+    """Gradients, weights, and the accuracy on 101 images; see `two_processes.py`."""
+    script = ROOT / "tests" / "training" / "two_processes.py"
+    for launcher, name in ((TORCHRUN, "two"), ((), "one")):
+        result = run(*launcher, script, tmp_path / name, folder=tmp_path)
+        assert result.returncode == 0, result.stderr
+    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.0", "two.0", "two.1"))
+    assert two[0]["accuracy"] == two[1]["accuracy"]
+    assert one["accuracy"]["images"] == 101
+    for figure in ("images", "top1", "top5"):
+        assert two[0]["accuracy"][figure] == one["accuracy"][figure], figure
+    assert two[0]["accuracy"]["loss"] == pytest.approx(one["accuracy"]["loss"], rel=1e-6)  # float32 sums of batches
+    for name, value in one["weights"].items():
+        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name]), name
+        torch.testing.assert_close(two[0]["weights"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
+    result = run(ROOT / "train.py", "-m", *TINY, "run_dir=sweep", "sbp.keep_ratio=2,0.5", folder=tmp_path)
+    assert result.returncode == 1
+    assert "1 of 2 jobs failed" in result.stderr
+    failed, done = (tmp_path / "sweep" / f"sbp.keep_ratio-{ratio}" for ratio in ("2", "0.5"))
+    assert (failed / "failure.txt").read_text().startswith("sbp.keep_ratio must be a number in (0, 1], got 2\n")
+    assert find(done)[1]["step"] == 44
+    table = (tmp_path / "sweep" / "table.md").read_text()
+    assert table in result.stdout and "failed: sbp.keep_ratio must be" in table
+    assert len((tmp_path / "sweep" / "table.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.py", "data=imagenet", "data.root=nowhere"), "no folder nowhere/train"),
+        (("train.py", *TINY, "+sbp.typo=1"), "Key 'typo' not in 'SbpConfig' (key: sbp.typo)"),
+        (("eval.py", "checkpoint=nothing.pt"), "no checkpoint nothing.pt"),
+    ],
+    ids=["data", "key", "checkpoint"],
+)
+def test_a_mistake_ends_in_one_line_and_exit_code_1(tmp_path, arguments, message):
+    result = run(ROOT / arguments[0], *arguments[1:], folder=tmp_path)
+    assert result.returncode == 1
+    assert f"error: {message}" in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
