@@ -1,4 +1,7 @@
-"""What a run measures besides loss and accuracy: peak memory, saved activations, gradient cosine."""
+"""What a run measures besides loss and accuracy: peak memory, saved activations, gradient cosine.
+
+The probes call `model.forward`, which `model.compile()` leaves alone: their small batches would be compiled anew.
+"""
 
 import resource
 import sys
@@ -80,7 +83,7 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> f
     def saved(count: int) -> int:
         def loss() -> Tensor:
             with autocast(trainer.amp, trainer.device):
-                return F.cross_entropy(trainer.model(images[:count]), labels[:count])
+                return F.cross_entropy(trainer.model.forward(images[:count]), labels[:count])
 
         return sbp.saved_bytes(loss)
 
@@ -97,7 +100,7 @@ def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int
 
     def loss() -> Tensor:
         with autocast(trainer.amp, trainer.device):
-            return F.cross_entropy(trainer.model(images), labels) * scale
+            return F.cross_entropy(trainer.model.forward(images), labels) * scale
 
     sbp.set_draw(trainer.model, draw)
     cosine = sbp.gradient_cosine(trainer.model, loss)

@@ -102,6 +102,8 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
     modes: tuple[Literal["online", "offline"], ...] = ("offline",) if settings.offline else ("online", "offline")
     for mode in modes:
         try:
+            if mode == "online" and not wandb.login(prompt=False, verify=False):  # init would ask, and wait for a key
+                raise wandb.errors.UsageError("no API key: `wandb login` takes one")
             run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,

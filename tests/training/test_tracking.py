@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+import time
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -14,25 +15,33 @@ from sbp.training.tracking import Tracker, read_metrics
 OFFLINE = LoggerConfig(name="wandb", offline=True)
 
 
-def wandb_history(folder):
-    """The history records of the one offline run in `folder`: a LevelDB-style log of protobuf records."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    data, position, record, history = path.read_bytes(), 7, b"", []
+def wandb_records(path):
+    """The records of a .wandb file: a LevelDB-style log of protobuf messages."""
+    data, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
         if left < 7:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7 : position + 7 + length]
+        parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # full, last
-            message = wandb_internal_pb2.Record.FromString(record)
-            if message.WhichOneof("record_type") == "history":
-                items = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in message.history.item}
-                history.append({name: value for name, value in items.items() if not name.startswith("_")})
-            record = b""
-    return history
+            yield wandb_internal_pb2.Record.FromString(parts)
+            parts = b""
+
+
+def wandb_history(folder):
+    """What the one offline run in `folder` logged."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(100):  # wandb's service writes on for a moment after finish()
+        records = list(wandb_records(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+    history = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in item} for item in items]
+    return [{name: value for name, value in line.items() if not name.startswith("_")} for line in history]
 
 
 def test_the_offline_wandb_file_holds_what_metrics_jsonl_holds(tmp_path):
@@ -60,18 +69,28 @@ def test_other_processes_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_key_means_an_offline_run(tmp_path, monkeypatch, caplog):
+def test_no_key_means_an_offline_run_and_no_question(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with caplog.at_level(logging.WARNING), Tracker(tmp_path, LoggerConfig(name="wandb"), {}, run_id="a") as tracker:
+        tracker.log(1, {"lr": 1.0})
+    assert "wandb online is not possible (no API key" in caplog.text
+    assert wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
+
+
+def test_no_network_means_an_offline_run(tmp_path, monkeypatch, caplog):
     real = tracking.wandb.init
 
     def init(**kwargs):
         if kwargs["mode"] == "online":
-            raise tracking.wandb.errors.UsageError("No API key configured.")
+            raise tracking.wandb.errors.CommError("Run initialization has timed out after 10.0 sec.")
         return real(**kwargs)
 
+    monkeypatch.setattr(tracking.wandb, "login", lambda **kwargs: True)
     monkeypatch.setattr(tracking.wandb, "init", init)
     with caplog.at_level(logging.WARNING), Tracker(tmp_path, LoggerConfig(name="wandb"), {}, run_id="a") as tracker:
         tracker.log(1, {"lr": 1.0})
-    assert "wandb online is not possible (No API key configured.)" in caplog.text
+    assert "wandb online is not possible (Run initialization has timed out" in caplog.text
     assert wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
 
 
