@@ -89,7 +89,8 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, kept: Tensor, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(keep, drop)
         ctx.dim = dim
-        return _scatter(kept, dropped, keep, drop, dim)
+        out = _scatter(kept, dropped, keep, drop, dim)
+        return out.view_as(out)  # torch 2.11 compiles a tensor that was only written to as one without gradient
 
     @staticmethod
     @once_differentiable
