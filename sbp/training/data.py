@@ -1,6 +1,6 @@
 """Images: where they come from, how they are prepared, and in which order each process sees them.
 
-Every training image seeds its own augmentation from (seed, epoch, index), so what a run sees depends neither on
+Every training image seeds its own augmentation from (seed, pass, index), so what a run sees depends neither on
 the number of loader processes nor on where it was interrupted.
 """
 
@@ -12,22 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_dataset, create_transform
+from timm.data import create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 
 from sbp.training import seeding
 from sbp.training.config import BatchPlan, DataConfig, RecipeConfig
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which at the highest level keeps no bit at all: a black image. Pillow refuses that from 13 on."""
-    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
-
-
-for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
-    auto_augment.NAME_TO_OP[_name] = _posterize
 
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
 
@@ -189,7 +180,7 @@ class SyntheticImages(Dataset):
 
 
 class SeededDataset(Dataset):
-    """Takes (epoch, index) and seeds random, numpy and torch from it before the image is read and augmented.
+    """Takes (pass, index) and seeds random, numpy and torch from it before the image is read and augmented.
 
     An unreadable image comes back as a line that names it, for `collate` to pass on.
     """
@@ -199,8 +190,8 @@ class SeededDataset(Dataset):
         self.seed = seed
 
     def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int] | str:
-        epoch, index = where
-        seeding.seed_everything(self.seed, seeding.SAMPLE, epoch, index)
+        turn, index = where
+        seeding.seed_everything(self.seed, seeding.SAMPLE, turn, index)
         try:
             return self.dataset[index]
         except _UNREADABLE as error:
@@ -225,10 +216,11 @@ def collate(samples: Sequence[tuple[Tensor, int] | str]) -> Batch:
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
-    """The micro batches of one process, one epoch at a time, as lists of (epoch, index).
+    """The micro batches of one process, one epoch at a time, as lists of (pass, index).
 
-    The images of a global batch are those at its place in a permutation drawn from (seed, epoch), whatever the
-    number of processes. Images that fill no whole global batch sit this epoch out; another epoch's order differs.
+    A run reads the images as one stream, pass after pass in an order drawn from (seed, pass), and cuts it into
+    global batches, whatever the number of processes. An epoch has as many of them as a pass fills; the images
+    that a pass leaves over come first in the next epoch, so none is lost and none counts twice.
     """
 
     def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0) -> None:
@@ -253,13 +245,28 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
         return self.steps_left * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        plan, epoch = self.plan, self.epoch
-        order = seeding.permutation(self.length, self.seed, seeding.ORDER, epoch)
+        plan = self.plan
         share = plan.global_batch_size // plan.world_size
-        for step in range(self.first_step, self.steps_per_epoch):
+        before = self.epoch * self.steps_per_epoch
+        images = _Stream(self.length, self.seed)
+        for step in range(before + self.first_step, before + self.steps_per_epoch):
             start = step * plan.global_batch_size + self.rank * share
             for first in range(start, start + share, plan.micro_batch_size):
-                yield [(epoch, int(index)) for index in order[first : first + plan.micro_batch_size]]
+                yield [images[position] for position in range(first, first + plan.micro_batch_size)]
+
+
+class _Stream:
+    """(pass, index) of the image at any position of a run, counted from its start."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed = length, seed
+        self.turn, self.order = -1, np.empty(0)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        turn, place = divmod(position, self.length)
+        if turn != self.turn:
+            self.turn, self.order = turn, seeding.permutation(self.length, self.seed, seeding.ORDER, turn)
+        return turn, int(self.order[place])
 
 
 class ValidationSampler(Sampler[list[tuple[int, int]]]):
