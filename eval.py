@@ -31,6 +31,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     """
     path, checkpoint = find(Path(request.checkpoint))
     config = validate(overridden(from_dict(Config, checkpoint["config"]), request))
+    if config.sbp.eval == "published" and not config.sbp.enabled:
+        raise ValueError(f"sbp.eval=published, but {path} was trained without SBP")
     ema = "state_dict_ema" in checkpoint if request.ema is None else request.ema
     if ema and "state_dict_ema" not in checkpoint:
         raise ValueError(f"ema=true, but {path} has no averaged weights (its run had recipe.ema_decay=null)")

@@ -29,16 +29,17 @@ log = logging.getLogger("train")
 def train(config: Config, folder: Path) -> dict[str, Any]:
     """One run, recorded in `folder`; returns its summary. Raises ValueError for what the user got wrong."""
     validate(config)
-    main = distributed.is_main()
-    device = setup.pick_device(config)
+    device, is_main = setup.pick_device(config), distributed.is_main()
     peak = PeakMemory(device)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    resumed = resume_point(config.resume, checkpoints)
+    if resumed is not None:
+        check_same_run(resumed["config"], config)
+
     images = setup.load_images(config, device)
     trainer = setup.build_trainer(config, images.order, device)
-
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     step, run_id = 0, new_run_id()
-    if (resumed := resume_point(config.resume, checkpoints)) is not None:
-        check_same_run(resumed["config"], config)
+    if resumed is not None:
         load_weights(trainer.model, resumed["state_dict"])  # says what does not fit; then all the rest
         trainer.load_state_dict(resumed)
         step, run_id = resumed["step"], resumed["run_id"]
@@ -46,19 +47,17 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     with peak.excluded():
         facts = setup.describe(config, images, trainer)
     setup.announce(config, facts)
-
     epochs, steps_per_epoch = config.recipe.epochs, images.order.steps_per_epoch
     when = setup.Schedule(config, steps_per_epoch)
     progress = Progress(epochs * steps_per_epoch, step)
-
     accuracy = partial(evaluate, loader=images.validation, amp=config.amp, patched=config.sbp.enabled)
 
     def save() -> None:
-        if main:
+        if is_main:
             state = {"config": asdict(config), "step": step, "run_id": run_id}
             checkpoints.save(step, trainer.state_dict() | state)
 
-    with Tracker(folder, config.logger, asdict(config), run_id=run_id, resumed_at=step, enabled=main) as tracker:
+    with Tracker(folder, config.logger, asdict(config), run_id=run_id, resumed_at=step, enabled=is_main) as tracker:
         if step == 0:
             tracker.log(0, {key: facts[key] for key in ("saved_bytes_per_image", "effective_keep_ratio")})
         for epoch in range(step // steps_per_epoch, epochs):
@@ -68,7 +67,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
                 for done, figures in steps:
                     step = done
                     with progress.paused():
-                        if when.probe(step) and main:
+                        if when.probe(step) and is_main:
                             with peak.excluded():
                                 figures |= gradient_cosines(trainer, *images.probe, draw=step)
                         if figures:
@@ -85,7 +84,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
                 log.info("%s", progress.line(epoch + 1, epochs, figures | measured))
             if when.save(epoch + 1):
                 save()
-        summary = summarise(folder, facts) if main else {}
+        summary = summarise(folder, facts) if is_main else {}
         tracker.summarise(summary)
     return summary
 

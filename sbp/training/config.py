@@ -12,7 +12,7 @@ SOURCES = ("digits", "synthetic", "folder", "timm")
 AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
-RESUMES = ("never", "auto")  # or the path of a checkpoint
+SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
 
 T = TypeVar("T")
 
@@ -270,10 +270,11 @@ def validate(config: Config) -> Config:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
     _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")
     _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
-    _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "probe.images", "checkpoint.every_epochs")
+    _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
     _at_least(config, 1, "data.image_size", "data.train_images", "data.val_images")
     _at_least(config, 2, "data.num_classes")
+    _at_least(config, SLOPE_IMAGES, "probe.images")
     _above_zero(config, "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 
 import sbp
 from sbp.training import distributed, environment, seeding
-from sbp.training.config import Config, plan_batches, scaled_lr
+from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
 from sbp.training.data import (
     Images,
     Preprocessing,
@@ -25,8 +25,6 @@ from sbp.training.optim import build_criterion, build_ema, build_mixup, build_op
 from sbp.training.probes import saved_bytes_per_image
 
 log = logging.getLogger(__name__)
-
-_SAVED_BYTES_IMAGES = 4  # enough for a slope
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def load_images(config: Config, device: torch.device) -> Images:
         loader(train_set, order),
         order,
         loader(validation_set, validation),
-        spread_samples(train_set, max(config.probe.images, _SAVED_BYTES_IMAGES), config.seed),
+        spread_samples(train_set, config.probe.images, config.seed),
     )
 
 
@@ -114,7 +112,7 @@ def build_trainer(config: Config, order: TrainSampler, device: torch.device) -> 
 def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]:
     """What summary.json says of a run besides its results. Runs a few images to count saved bytes."""
     plan, settings = images.order.plan, config.sbp
-    few = tuple(part[:_SAVED_BYTES_IMAGES] for part in images.probe)
+    few = tuple(part[:SLOPE_IMAGES] for part in images.probe)
     saved = saved_bytes_per_image(trainer, *few)  # first: the effective ratio is known after a training pass
     return {
         "backbone": config.backbone.name,

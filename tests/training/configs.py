@@ -22,5 +22,5 @@ def composed(*overrides: str, name: str = "train", kind: type = Config):
 
 def small(*overrides: str, backbone: str = "vit") -> Config:
     """A tiny "vit" or "convnext" on the digits: an epoch takes a second."""
-    demo = ("data=digits", "recipe=demo", "recipe.epochs=1", "recipe.warmup_epochs=0")
+    demo = ("data=digits", "recipe=demo", "recipe.epochs=1", "recipe.warmup_epochs=0", "logger=none")
     return composed(*demo, *BACKBONES[backbone], *overrides)

@@ -12,7 +12,7 @@ from sbp.training.checkpoint import find
 from sbp.training.tracking import read_metrics
 from tests.training.configs import BACKBONES, ROOT
 
-TINY = ("data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
+TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 pytestmark = pytest.mark.multiprocess

@@ -85,12 +85,16 @@ def test_published_evaluation_is_another_one_and_repeats_itself(tmp_path):
 
 
 def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
-    config = small()
+    config = small("sbp=none")
     trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
     content = {"config": asdict(config), "step": 0}
     path = Checkpoints(tmp_path).save(0, trainer.state_dict() | content)
     with pytest.raises(ValueError, match="has no averaged weights"):
         evaluate_checkpoint(EvalConfig(checkpoint=str(path), ema=True), tmp_path)
+    request = EvalConfig(checkpoint=str(path))
+    request.sbp.eval = "published"
+    with pytest.raises(ValueError, match="was trained without SBP"):
+        evaluate_checkpoint(request, tmp_path)
     request = EvalConfig(checkpoint=str(path))
     request.backbone.name = "convnext_atto"
     with pytest.raises(ValueError, match="cannot make convnext_atto"):
