@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 DEMO_FOLDER ?= outputs/demo
 
 demo: setup
-	@$(BIN)/python scripts/demo.py $(DEMO_FOLDER)
+	@$(BIN)/python -m scripts.demo $(DEMO_FOLDER)
 
 test: setup
 	@$(BIN)/python -m pytest

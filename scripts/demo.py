@@ -1,6 +1,6 @@
 """Trains a small ViT and a small ConvNeXt on handwritten digits, with and without SBP, and compares them.
 
-    python scripts/demo.py outputs/demo
+    python -m scripts.demo outputs/demo
 
 Runs train.py (a Hydra multirun for each backbone, both at once, one thread each) and eval.py as a user would, then
 writes table.md, table.csv and figure.png to the folder. What was in the folder's runs before is replaced.
@@ -22,22 +22,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from scripts.sweep_table import COLUMNS, markdown
+
 ROOT = Path(__file__).parents[1]
 BACKBONES = {
     "vit": ["backbone=vit_demo", "recipe.epochs=20"],
     "convnext": ["backbone=convnext_demo", "recipe.epochs=15"],
 }
 COMMON = ["data=digits", "recipe=demo", "logger=wandb", "logger.offline=true", "probe.every_steps=100", "threads=1"]
-COLUMNS = {  # heading -> how a row shows it
-    "backbone": lambda row: row["backbone"],
-    "keep-ratio": lambda row: f"{row['keep_ratio']:g}",
-    "effective": lambda row: f"{row['effective_keep_ratio']:g}",
-    "top-1 %": lambda row: f"{row['top1']:.2f}",
-    "saved KiB/image": lambda row: f"{row['saved_bytes_per_image'] / 2**10:.0f}",
-    "peak MiB": lambda row: f"{row.get('peak_allocated', row.get('peak_rss', 0)) / 2**20:.0f}",
-    "gradient cosine": lambda row: f"{row['gradient_cosine']:.3f}",
-    "images/s": lambda row: f"{row['images_per_second']:.0f}",
-}
+HEADINGS = ["backbone", *COLUMNS]
 
 
 def main(folder: Path) -> None:
@@ -50,13 +43,13 @@ def main(folder: Path) -> None:
         rows = list(pool.map(evaluate, runs))
     rows.sort(key=lambda row: (row["backbone"], -row["keep_ratio"]))
 
-    cells = [[show(row) for show in COLUMNS.values()] for row in rows]
-    table = markdown([list(COLUMNS), *cells])
+    cells = [[row["backbone"], *(str(show(row)) for show in COLUMNS.values())] for row in rows]
+    table = markdown([HEADINGS, *cells])
     (folder / "table.md").write_text(table + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *cells])
+        csv.writer(file).writerows([HEADINGS, *cells])
     draw(rows, folder / "figure.png")
-    print(f"\n{table}\n\n{rows[0]['device']}, one thread; top-1 on {rows[0]['images']} digits by eval.py")
+    print(f"\n{table}\n\n{rows[0]['device']}; top-1 on {rows[0]['images']} digits by eval.py")
     print(f"{folder}: table.md, table.csv, figure.png and the runs; {perf_counter() - start:.0f} s")
 
 
@@ -94,17 +87,10 @@ def run(command: list[str], shown: str | None = None) -> None:
         sys.exit(f"{' '.join(command)} failed with exit code {process.returncode}:\n{''.join(lines)}")
 
 
-def markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    lines.insert(1, " | ".join(f"{'-' * (width - 1)}:" for width in widths))
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of each figure, for each backbone with keep-ratio 1 and 0.5."""
     panels = {
-        "saved activations, KiB / image": lambda row: row["saved_bytes_per_image"] / 2**10,
+        "saved activations, MiB / image": lambda row: row["saved_bytes_per_image"] / 2**20,
         "top-1, %": lambda row: row["top1"],
         "training speed, images / s": lambda row: row["images_per_second"],
     }
@@ -121,7 +107,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 places, heights, 0.36, label=f"keep-ratio {ratio:g}", color=["#5b8db8", "#f2a900"][i % 2],
                 edgecolor="black", hatch=["", "//"][i % 2],
             )  # fmt: skip
-            axis.bar_label(bars, fmt="%.4g", fontsize=8)
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
         axis.set_xticks(range(len(backbones)), backbones)
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.12)

@@ -48,21 +48,21 @@ class SweepTable(Callback):
         else:
             summary = json.loads((folder / SUMMARY).read_text())
             self.rows.append([folder.name, *(str(show(summary)) for show in COLUMNS.values()), "done"])
-        (folder.parent / "table.md").write_text(self.markdown() + "\n")
+        (folder.parent / "table.md").write_text(markdown([HEADINGS, *self.rows]) + "\n")
         with (folder.parent / "table.csv").open("w", newline="") as file:
             csv.writer(file).writerows([HEADINGS, *self.rows])
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         if self.rows:
-            print(f"\n{self.markdown()}\n\nin {config.hydra.sweep.dir}")
+            print(f"\n{markdown([HEADINGS, *self.rows])}\n\nin {config.hydra.sweep.dir}")
         if self.failed:
             print(f"{self.failed} of {len(self.rows)} jobs failed; see {FAILURE} in their folders", file=sys.stderr)
             raise SystemExit(1)
 
-    def markdown(self) -> str:
-        """The table as it stands."""
-        lines = [HEADINGS, *self.rows]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-        lines.insert(1, ["-" * width for width in widths])
-        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table whose columns line up as plain text too; the first line holds the headings."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)

@@ -78,10 +78,12 @@ class Trainer:
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema is not None:
+        skipped = self.scaler.get_scale() < scale  # the gradient was not finite, so the weights are as before
+        if self.ema is not None and not skipped:
             self.ema.update(self.model, step=step + 1)
         return total
 

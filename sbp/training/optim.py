@@ -61,7 +61,10 @@ def build_criterion(recipe: RecipeConfig) -> nn.Module:
 
 
 def build_ema(model: nn.Module, recipe: RecipeConfig) -> ModelEmaV3 | None:
-    """A moving average that starts fast and slows to the recipe's decay, so that short runs profit too."""
+    """A moving average that starts fast and slows to the recipe's decay, so that short runs profit too.
+
+    A decay of 0.9999 is reached after 10,000 steps, early in the published runs.
+    """
     if recipe.ema_decay is None:
         return None
-    return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+    return ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True, warmup_power=1.0)

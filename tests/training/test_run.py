@@ -1,5 +1,6 @@
 """Whole runs of `train`, in this process, on the digits."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -155,17 +156,18 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
 
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
-    config = small("amp=float16")
+    config = small("amp=float16", "recipe.ema_decay=0.9")
     images = setup.load_images(config, CPU)
     trainer = setup.build_trainer(config, images.order, CPU)
     batch = next(iter(images.train))[:2]
     first = trainer.scaler.get_scale()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.step(0, [batch])
+    before = copy.deepcopy([trainer.model.state_dict(), trainer.ema.module.state_dict()])
     infinite = (torch.full_like(batch[0], float("inf")), batch[1])
-    trainer.step(0, [infinite])
+    trainer.step(1, [infinite])
     assert trainer.scaler.get_scale() == first / 2
-    assert_equal(before, dict(trainer.model.state_dict()))
-    for step in range(1, 30):
+    assert_equal(before, [trainer.model.state_dict(), trainer.ema.module.state_dict()])
+    for step in range(2, 30):
         loss = trainer.step(step, [batch])
     assert loss < 2.1 and trainer.scaler.get_scale() <= first
 
