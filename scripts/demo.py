@@ -50,6 +50,7 @@ def main(folder: Path) -> None:
         csv.writer(file).writerows([HEADINGS, *cells])
     draw(rows, folder / "figure.png")
     print(f"\n{table}\n\n{rows[0]['device']}; top-1 on {rows[0]['images']} digits by eval.py")
+    print("peak MiB is the resident memory of the process: at this size that of the libraries, not of the activations")
     print(f"{folder}: table.md, table.csv, figure.png and the runs; {perf_counter() - start:.0f} s")
 
 

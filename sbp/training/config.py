@@ -21,7 +21,7 @@ T = TypeVar("T")
 class BackboneConfig:
     """A timm model. kwargs go to `timm.create_model` as they are."""
 
-    name: str = "vit_tiny_patch16_224"
+    name: str = "???"  # has to be given
     drop_path: float = 0.0
     kwargs: dict[str, Any] = field(default_factory=dict)
 

@@ -27,7 +27,15 @@ EXPERIMENTS = sorted((ROOT / "configs" / "experiment" / "table1").glob("*.yaml")
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_each_option_of_a_group_composes_and_validates(option):
-    validate(composed(option, "data.root=somewhere", "data.name=torch/cifar10"))
+    named = ("data.root=somewhere", "data.name=torch/cifar10")
+    validate(composed(option, *named, *(["backbone.name=vit_small_patch16_224"] if option == "backbone=timm" else [])))
+
+
+def test_any_timm_model_by_name():
+    config = composed("backbone=timm", "backbone.name=vit_small_patch16_224")
+    assert config.backbone.kwargs == {}  # nothing of another backbone is left over
+    with pytest.raises(OmegaConfBaseException, match="name"):
+        composed("backbone=timm")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
