@@ -1,6 +1,7 @@
 """One process or many: what `torchrun` says, and the few numbers that processes exchange."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ def wrap(model: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return model
     device = next(model.parameters()).device
+    # Said of depthwise weights, whose gradient may come with other strides: a copy of a few kilobytes.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
