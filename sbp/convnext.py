@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, keep_gradient, kept_gradient, split
-from sbp.state import LayerMap, State
+from sbp.state import LayerMap, Shape, State
 
 SUPPORTED = "timm's ConvNeXt v1 and v2 (`ConvNeXtBlock` with a norm over channels)"
 
 
 def find(model: nn.Module) -> Backbone | None:
     """The ConvNeXt in `model`, or None. Raises ValueError where SBP cannot train it."""
-    only(model, ConvNeXt)
+    only(model, ConvNeXt)  # of several it says what to do
     stages = {name: stage for name, stage in model.named_modules() if isinstance(stage, ConvNeXtStage)}
     if not stages:
         return None
@@ -99,8 +99,8 @@ class ConvNeXtState(State):
         last = max(self.stages)
         if not all(sizes[last]):
             raise ValueError(f"a map of {tuple(x.shape[-2:])} is too small for the SBP stages of this ConvNeXt")
-        maps = [LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages]
-        self.begin(sizes[last], maps, x.device)
+        maps = tuple(LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages)
+        self.begin(Shape(sizes[last], maps), x.device)
 
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
@@ -142,11 +142,9 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         hidden = kept_gradient(lambda positions: mlp.drop1(mlp.act(mlp.fc1(self.norm(positions)))), x)
         norms = kept_gradient(lambda positions: positions.norm(p=2, dim=dim, keepdim=True), hidden)
         assert norms.dropped is not None
-        response = torch.stack([norms.kept, norms.dropped]).norm(
-            p=2, dim=0
-        )  # of the whole map: (B, 1, C) or (B, C, 1, 1)
+        whole = torch.stack([norms.kept, norms.dropped]).norm(p=2, dim=0)  # (B, 1, C) or (B, C, 1, 1)
         channels = 1 if self.use_conv_mlp else -1
-        response = response / (response.mean(dim=channels, keepdim=True) + mlp.grn.eps)
+        response = whole / (whole.mean(dim=channels, keepdim=True) + mlp.grn.eps)
         shape = (1, -1, 1, 1) if self.use_conv_mlp else (1, 1, -1)
         weight, bias = mlp.grn.weight.view(shape), mlp.grn.bias.view(shape)
 

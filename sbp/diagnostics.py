@@ -58,7 +58,9 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
         layer = _layer_of(name)
         products[layer] = products[layer] + three if layer in products else three
     table = torch.stack([*products.values(), torch.stack(list(products.values())).sum(0)])
-    cosines = (table[:, 0] / (table[:, 1] * table[:, 2]).sqrt()).tolist()
+    lengths = (table[:, 1] * table[:, 2]).sqrt()
+    equal = (table[:, 1] == table[:, 2]).double()  # where there is no gradient: 1 when neither has one, else 0
+    cosines = torch.where(lengths > 0, table[:, 0] / lengths, equal).tolist()
     return GradientCosine(cosines[-1], dict(zip(products, cosines, strict=False)))
 
 

@@ -36,7 +36,8 @@ def apply(
     """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
 
     Call it before DDP or FSDP, torch.compile, the optimizer and EMA. Names, identity and values of the
-    parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit.
+    parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit. Forward
+    hooks on a ViT's SBP blocks see pairs of kept and dropped tokens in training.
 
     keep_ratio: share of positions with gradient, in (0, 1]; one number, or one for each SBP layer in the
         order of the network (their kept sets are then nested).

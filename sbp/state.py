@@ -28,23 +28,28 @@ class LayerMap(NamedTuple):
     factor: int = 1
 
 
+class Shape(NamedTuple):
+    """What a family's hook knows of a forward pass.
+
+    grid: (H, W) of the mask. maps: the map of each SBP layer. prefix_only: the loss will read nothing but prefix
+    tokens.
+    """
+
+    grid: Grid
+    maps: tuple[LayerMap, ...]
+    prefix_only: bool = False
+
+
 class Pass:
     """One forward pass: for each SBP layer its positions, or None where it keeps everything.
 
     key: the random number of the pass, int64 without dimensions.
     """
 
-    def __init__(
-        self,
-        positions: list[Positions | None],
-        maps: tuple[Grid, tuple[LayerMap, ...]],
-        key: Tensor,
-        prefix_only: bool,
-    ) -> None:
+    def __init__(self, shape: Shape, positions: list[Positions | None], key: Tensor) -> None:
+        self.shape = shape
         self.positions = positions
-        self.maps = maps
         self.key = key
-        self.prefix_only = prefix_only  # the loss reads nothing but prefix tokens
         self.ran: set[int] = set()  # the SBP layers that ran with gradient
         self.backward: int | None = None  # the backward pass that has reached it
 
@@ -130,30 +135,30 @@ class State:
 
     # -- one forward pass
 
-    def begin(self, grid: Grid, maps: Sequence[LayerMap], device: torch.device, prefix_only: bool = False) -> None:
-        """Draws the masks of a forward pass. Called by the family's hook in front of the first block.
-
-        grid: (H, W) of the mask. maps: the map of each SBP layer.
-        """
+    def begin(self, shape: Shape, device: torch.device) -> None:
+        """Draws the masks of a forward pass. Called by the family's hook in front of the first block."""
         if not self.enabled or not (torch.is_grad_enabled() or self.evaluation == "published"):
             return
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
             return
-        if self.held and self.current is not None and self.current.maps == (grid, tuple(maps)):
+        if self.held and self.current is not None and self.current.shape == shape:
             return
         if self.draw.device != device:
             self.draw = self.draw.to(device)
         key = masks.draw_key(self.seed, self.rank, self.draw)
         if not self.held:
             self.draw = self.draw + 1  # not in place: a compiled graph may keep the old one for backward
-        chosen = self._fixed_masks(grid, device) if self.fixed is not None else self._drawn_masks(grid, key)
+        if self.fixed is not None:
+            chosen = self._fixed_masks(shape.grid, device)
+        else:
+            chosen = self._drawn_masks(shape.grid, key)
         known: dict[tuple[float, LayerMap], Positions | None] = {}
-        for ratio, layer_map in zip(self.keep_ratios, maps, strict=True):
+        for ratio, layer_map in zip(self.keep_ratios, shape.maps, strict=True):
             if (ratio, layer_map) not in known:
                 known[ratio, layer_map] = self._enlarged(*chosen[ratio], layer_map)
-        positions = [known[pair] for pair in zip(self.keep_ratios, maps, strict=True)]
-        self.current = Pass(positions, (grid, tuple(maps)), key, prefix_only)
+        positions = [known[pair] for pair in zip(self.keep_ratios, shape.maps, strict=True)]
+        self.current = Pass(shape, positions, key)
 
     def _drawn_masks(self, grid: Grid, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid and how many positions it keeps."""

@@ -23,7 +23,7 @@ from sbp import masks
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, kept_gradient, split
 from sbp.masks import Positions
-from sbp.state import Grid, LayerMap, State
+from sbp.state import Grid, LayerMap, Shape, State
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -84,8 +84,8 @@ class ViTState(State):
                 f"images of {images.shape[-2]} x {images.shape[-1]} pixels leave no whole grid of "
                 f"{patch_height} x {patch_width} patches"
             )
-        maps = [LayerMap(height, width)] * len(self.layers)
-        self.begin((height, width), maps, images.device, prefix_only=plain_forward and self.mhsa_drop == "qkv")
+        maps = (LayerMap(height, width),) * len(self.layers)
+        self.begin(Shape((height, width), maps, plain_forward and self.mhsa_drop == "qkv"), images.device)
 
 
 class SBPBlock(Block):
@@ -134,7 +134,7 @@ class SBPBlocks(nn.Sequential):
         state = next((block.sbp_state for block in self if isinstance(block, SBPBlock)), None)
         if state is None or not any(where):
             return super().forward(x)
-        skip_dropped = state.running.prefix_only and _never_regrows(where)
+        skip_dropped = state.running.shape.prefix_only and _never_regrows(where)
         current: Positions | None = None
         for block, wanted in zip(self, where, strict=True):
             if wanted is not current:

@@ -56,6 +56,12 @@ def test_keep_ratio_1_has_a_cosine_of_1(make):
     assert sbp.gradient_cosine(model, compute(model)).total == pytest.approx(1, abs=1e-12)
 
 
+def test_no_gradient_at_all_is_no_difference():
+    model = sbp.apply(small_vit())
+    found = sbp.gradient_cosine(model, lambda: model(images()).sum() * 0)
+    assert found.total == 1 and set(found.per_layer.values()) == {1.0}
+
+
 @make
 def test_the_probe_leaves_nothing_behind(make):
     model = sbp.apply(make(drop_path_rate=0.3), mask="random")
