@@ -6,14 +6,19 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test test-slow lint format clean setup
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format clean setup
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
 DEMO_FOLDER ?= outputs/demo
+
+help:
+	@sed -n 's/^# *//p' Makefile
 
 demo: setup
 	@$(BIN)/python -m scripts.demo $(DEMO_FOLDER)
@@ -33,7 +38,8 @@ format: setup
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@{ test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)'; } \
+		|| { echo "make: Python 3.11 or later is needed; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version), once; this downloads torch and takes some minutes ..."
 	@$(PYTHON) -m venv --clear $(VENV) || { echo "make: $(PYTHON) cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]' \
