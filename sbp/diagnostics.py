@@ -42,12 +42,14 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
         with _undisturbed(model), torch.enable_grad():
             return torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
 
-    before = [(state.draw.clone(), state.current) for state in own]
-    kept = gradient()
-    for state, (draw, current) in zip(own, before, strict=True):
-        state.draw, state.current = draw, current
-    with disabled(model):
-        full = gradient()
+    before = [(state.draw, state.current) for state in own]
+    try:
+        kept = gradient()
+        with disabled(model):
+            full = gradient()
+    finally:
+        for state, (draw, current) in zip(own, before, strict=True):
+            state.draw, state.current = draw, current
 
     products: dict[str, Tensor] = {}  # layer -> (kept * full, kept * kept, full * full)
     for name, a, b in zip(named, kept, full, strict=True):
@@ -89,7 +91,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
-        yield
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)

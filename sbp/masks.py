@@ -9,6 +9,7 @@ Grid masks: Fang et al., NeurIPS 2022, "Gradient Keep Mask". Sources of everythi
 
 from fractions import Fraction
 from math import gcd
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Positions(NamedTuple):
 
 def check_keep_ratio(keep_ratio: float) -> float:
     """Returns the ratio as a float; raises ValueError unless it is a number in (0, 1]."""
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real) or not 0 < keep_ratio <= 1:
         raise ValueError(f"keep_ratio must be a number in (0, 1], got {keep_ratio!r}")
     return float(keep_ratio)
 
@@ -55,7 +56,8 @@ def grid_mask(height: int, width: int, keep_ratio: float, offset: int | Tensor =
 
     Keeps (i, j) when (i + j) mod n = offset for a ratio of 1/n, drops it for 1 - 1/n: the published formula.
     Other ratios p/q keep p of q diagonals, as evenly spread as whole diagonals can be; then single positions
-    are added or taken away until exactly `kept_count("grid", ...)` are kept, whatever the offset.
+    are added or taken away until exactly `kept_count("grid", ...)` are kept, whatever the offset. Offsets beyond
+    n or q repeat the pattern with other single positions.
 
     offset: int, or an int64 tensor without dimensions, on whose device the mask is then made.
     Raises ValueError for a ratio outside (0, 1].
@@ -152,28 +154,41 @@ def _grid_scores(height: int, width: int, keep_ratio: float, offset: int | Tenso
 
 
 def _diagonal_scores(height: int, width: int, ratio: float, offset: int | Tensor) -> Tensor:
-    kept, period, stride = _pattern(height, width, ratio)
+    kept, period, diagonal, row_step, tie_step = _pattern(height, width, ratio)
     device = offset.device if isinstance(offset, Tensor) else None
     i = torch.arange(height, device=device)[:, None]
     j = torch.arange(width, device=device)
-    # The `kept` lowest of `period` phases are evenly spaced diagonals (a Bresenham line).
-    phase = (i + j - offset % period) * kept % period
+    # Each round of offsets starts from another place, lest the odd ones out be the same for ever.
+    turn = offset // period
+    rolled_i, rolled_j = (i + turn) % height, (j + turn // height) % width
+    if not diagonal:
+        i, j = rolled_i, rolled_j
+    # The `kept` lowest of `period` phases are evenly spaced (a Bresenham line).
+    phase = ((j - offset % period) * kept + i * row_step) % period
     # Within a phase rows are taken in strides, lest the odd ones out lie side by side.
-    return (phase * (height * width) + i * stride % height * width + j).flatten()
+    order = rolled_i * tie_step % height * width + rolled_j
+    return (phase * (height * width) + order).flatten()
 
 
 @torch.compiler.assume_constant_result
-def _pattern(height: int, width: int, ratio: float) -> tuple[int, int, int]:
-    """Kept diagonals, the period they repeat with, and a stride near the golden ratio that visits all rows."""
+def _pattern(height: int, width: int, ratio: float) -> tuple[int, int, bool, int, int]:
+    """Kept phases, the period they repeat with, whether they are diagonals, the phase's step from row to row, and
+    the stride among ties.
+
+    Diagonals further apart than the grid is wide would leave it empty. Then the phase steps by a golden section of
+    the period, which spreads the few positions over the grid (a rank-1 lattice).
+    """
     pattern = Fraction(ratio).limit_denominator(_LARGEST_PERIOD)
     if pattern == 0:
         pattern = Fraction(1, min(round(1 / ratio), height * width))
-    strides = [stride for stride in range(1, height + 1) if gcd(stride, height) == 1]
-    return (
-        pattern.numerator,
-        pattern.denominator,
-        min(strides, key=lambda stride: abs(stride - 0.618 * height)),
-    )
+    kept, period = pattern.numerator, pattern.denominator
+    diagonal = period <= max(height, width)
+    return kept, period, diagonal, kept if diagonal else _golden_section(period), _golden_section(height)
+
+
+def _golden_section(length: int) -> int:
+    """The number nearest to 0.618 * length that has no divisor in common with it."""
+    return min((n for n in range(1, length + 1) if gcd(n, length) == 1), key=lambda n: abs(n - 0.618 * length))
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:

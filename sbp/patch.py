@@ -77,8 +77,8 @@ def apply(
         rank=rank,
         evaluation=evaluation,
     )
-    for index, name in enumerate(names):
-        layer = backbone.layers[name]
+    state.members = [backbone.layers[name] for name in names]
+    for index, layer in enumerate(state.members):
         layer.__class__ = sbp_classes[type(layer)]
         vars(layer).update(sbp_state=state, sbp_index=index)
     for container in backbone.containers:
@@ -133,7 +133,9 @@ def hold_mask(model: nn.Module) -> Iterator[None]:
     Takes the model wrapped or not. The draw advances by one on leaving.
     """
     own = states(model)
-    with _set(own, held=True, current=None):
+    for state in own:
+        state.current = None  # what is held is drawn inside
+    with _set(own, held=True):
         yield
     for state in own:
         state.draw = state.draw + 1

@@ -46,7 +46,8 @@ class Pass:
     key: the random number of the pass, int64 without dimensions.
     """
 
-    def __init__(self, shape: Shape, positions: list[Positions | None], key: Tensor) -> None:
+    def __init__(self, origin: tuple, shape: Shape, positions: list[Positions | None], key: Tensor) -> None:
+        self.origin = origin  # the draw or the fixed mask
         self.shape = shape
         self.positions = positions
         self.key = key
@@ -77,6 +78,7 @@ class State:
         self.rank = rank
         self.evaluation = evaluation
         self.prefix = prefix
+        self.members: list[nn.Module] = []  # the SBP layers themselves
         self.enabled = True
         self.held = False
         self.fixed: tuple[Tensor, int] | None = None  # a mask (H, W) and how many positions it keeps
@@ -137,15 +139,18 @@ class State:
 
     def begin(self, shape: Shape, device: torch.device) -> None:
         """Draws the masks of a forward pass. Called by the family's hook in front of the first block."""
-        if not self.enabled or not (torch.is_grad_enabled() or self.evaluation == "published"):
+        if not any(self.is_active(layer) for layer in self.members):
             return
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
             return
-        if self.held and self.current is not None and self.current.shape == shape:
-            return
         if self.draw.device != device:
             self.draw = self.draw.to(device)
+        origin = (self.draw, self.fixed)
+        if self.held and self.current is not None and self.current.shape == shape:
+            before = self.current.origin
+            if before[0] is origin[0] and before[1] is origin[1]:
+                return
         key = masks.draw_key(self.seed, self.rank, self.draw)
         if not self.held:
             self.draw = self.draw + 1  # not in place: a compiled graph may keep the old one for backward
@@ -158,7 +163,7 @@ class State:
             if (ratio, layer_map) not in known:
                 known[ratio, layer_map] = self._enlarged(*chosen[ratio], layer_map)
         positions = [known[pair] for pair in zip(self.keep_ratios, shape.maps, strict=True)]
-        self.current = Pass(shape, positions, key)
+        self.current = Pass(origin, shape, positions, key)
 
     def _drawn_masks(self, grid: Grid, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid and how many positions it keeps."""

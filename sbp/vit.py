@@ -7,9 +7,9 @@ The tokens are split once, in front of the first SBP block, into a kept and a dr
 on both, and they are joined once after the last SBP block. No block gathers or scatters.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import dropwhile, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -68,9 +68,17 @@ class ViTState(State):
 
     plain_forward = False
 
-    def enter_model(self, model: nn.Module, args: tuple) -> None:
+    def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the transformer: unlike forward_features, forward reads pooled tokens only."""
-        self.plain_forward = _reads_prefix_only(model)
+        self.plain_forward = _reads_prefix_only(model) and self.never_regrows(model.blocks)
+
+    def never_regrows(self, blocks: nn.Sequential) -> bool:
+        """Whether no block sees a token again that one before it dropped."""
+        ratios = [
+            (self.keep_ratios[block.sbp_index] if self.fixed is None else 0.5) if isinstance(block, SBPBlock) else 1.0
+            for block in blocks
+        ]
+        return all(after <= before for before, after in pairwise(ratios))
 
     def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
@@ -110,7 +118,12 @@ class SBPBlock(Block):
             return super().forward(x, attn_mask, is_causal)
         if attn_mask is not None or is_causal:
             raise ValueError("SBP blocks take no attn_mask or is_causal in training")
-        out = join(self.run(split_tokens(x, where)), *where)
+        streams = split_tokens(x, where)
+        if self.sbp_state.running.shape.prefix_only:  # nothing reads dropped tokens: they pass by
+            streams = Streams(self.run(Streams(streams.kept, None)).kept, streams.dropped)
+        else:
+            streams = self.run(streams)
+        out = join(streams, *where)
         self.sbp_state.watch(out)
         return out
 
@@ -134,7 +147,7 @@ class SBPBlocks(nn.Sequential):
         state = next((block.sbp_state for block in self if isinstance(block, SBPBlock)), None)
         if state is None or not any(where):
             return super().forward(x)
-        skip_dropped = state.running.shape.prefix_only and _never_regrows(where)
+        skip_dropped = state.running.shape.prefix_only
         current: Positions | None = None
         for block, wanted in zip(self, where, strict=True):
             if wanted is not current:
@@ -279,13 +292,6 @@ def _add(x: Streams, branch: Streams, drop_path: nn.Module) -> Streams:
     if x.dropped is None or dropped is None:
         return Streams(x.kept + kept, None)
     return Streams(x.kept + kept, x.dropped + dropped)
-
-
-def _never_regrows(where: Sequence[Positions | None]) -> bool:
-    """Whether, from the first SBP block on, no block sees a token again that one before it dropped."""
-    from_first = list(dropwhile(lambda one: one is None, where))
-    kept = [len(one.keep) for one in from_first if one is not None]
-    return len(kept) == len(from_first) and all(after <= before for before, after in pairwise(kept))
 
 
 def _reads_prefix_only(model: Any) -> bool:

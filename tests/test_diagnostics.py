@@ -80,6 +80,20 @@ def test_the_probe_leaves_nothing_behind(make):
         assert model.stages[0].blocks[0].sbp_state.current is expected_current
 
 
+def test_a_probe_that_fails_leaves_nothing_behind_either():
+    model = sbp.apply(small_vit())
+    model.register_buffer("count", torch.zeros(()))
+
+    def fails():
+        model(images())
+        model.count += 1
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        sbp.gradient_cosine(model, fails)
+    assert sbp.mask_state(model)["draw"] == 0 and model.count == 0
+
+
 def test_what_it_needs():
     model = sbp.apply(small_vit())
     with pytest.raises(ValueError, match="needs training mode"):

@@ -82,7 +82,26 @@ def test_masks_are_a_pure_function_of_seed_rank_and_draw(kind):
         [mask(1, r, 3) for r in range(20)],
         [mask(s, 2, 3) for s in range(20)],
     ):
-        assert len({tuple(m.flatten().tolist()) for m in other}) == (5 if kind == "grid" else 20)
+        assert len({tuple(m.flatten().tolist()) for m in other}) >= (5 if kind == "grid" else 20)
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("size", [(14, 14), (4, 4), (7, 7), (25, 42)])
+@pytest.mark.parametrize("ratio", [1 / 32, 0.05, 0.1, 1 / 8, 0.2, 0.25, 1 / 3, 0.4, 0.5, 2 / 3, 0.9, 0.95])
+def test_every_position_is_kept_about_as_often(kind, size, ratio):
+    """Over many draws: a position that was never kept would never give a gradient."""
+    draws = 1500
+    kept = torch.zeros(size)
+    for draw in range(draws):
+        kept += masks.nested_masks(kind, *size, [ratio], masks.draw_key(0, 0, torch.tensor(draw)))[ratio]
+    expected = draws * masks.kept_count(kind, math.prod(size), ratio) / math.prod(size)
+    slack = 0.25 * expected + 5 * math.sqrt(expected)
+    assert kept.min() > expected - slack and kept.max() < expected + slack
+
+
+def test_a_grid_of_half_the_positions_has_two_masks():
+    drawn = {masks.grid_mask(14, 14, 0.5, offset) for offset in range(100)}
+    assert len({tuple(m.flatten().tolist()) for m in drawn}) == 2
 
 
 def test_draws_are_uniform():

@@ -57,7 +57,7 @@ def test_evaluation_is_the_plain_model_bit_for_bit(make, evaluate):
         torch.manual_seed(0)
         assert torch.equal(model(x), expected)
     torch.set_grad_enabled(True)
-    assert sbp.mask_state(model)["draw"] in (0, 1)
+    assert sbp.mask_state(model)["draw"] == 0
 
 
 @each_model
@@ -150,11 +150,32 @@ def test_a_held_mask_lasts_for_all_forward_passes_inside():
     assert torch.equal(draws(model, 3), torch.cat([one, held[:1], after]))
 
 
-def test_evaluation_draws_nothing():
-    model = sbp.apply(small_vit())
+def test_within_a_held_mask_one_can_fix_or_set_it():
+    model = sbp.apply(small_vit(), mask="random", keep_ratio=0.25)
+    third = draws(model, 3)[2]
+    with sbp.hold_mask(model):
+        held = draws(model, 1)
+        with sbp.fixed_mask(model, torch.ones(4, 4, dtype=torch.bool).triu()):
+            model(images())
+            assert sbp.effective_keep_ratio(model) == 10 / 16
+        sbp.set_draw(model, 2)
+        assert torch.equal(draws(model, 2), third.expand(2, -1)) and not torch.equal(held[0], third)
+    assert sbp.effective_keep_ratio(model) == 0.25  # of the last pass, also after it
+
+
+@each_model
+def test_evaluation_draws_nothing(make):
+    model = sbp.apply(make())
+    x = images(32 if hasattr(model, "blocks") else 64)
     with torch.no_grad():
-        model(images())
+        model(x)
+    model.eval()(x)
     assert sbp.mask_state(model)["draw"] == 0
+    first = next(module for module in model.modules() if hasattr(module, "weight"))
+    model.train()
+    first.eval()  # a frozen stem
+    model(x)
+    assert sbp.mask_state(model)["draw"] == 1
 
 
 @pytest.mark.parametrize("make", [small_vit, small_convnext])

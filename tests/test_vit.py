@@ -87,6 +87,7 @@ def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it():
 
     forward = lambda model: model(images())  # noqa: E731
     assert tokens_seen(forward) == 2 * 17 + 4 * 9
+    assert tokens_seen(lambda model: (model.set_grad_checkpointing(), model(images()))) == 2 * 17 + 4 * 9
     assert tokens_seen(lambda model: model.forward_features(images())) == 6 * 17
     assert tokens_seen(lambda model: model.forward_intermediates(images())) == 6 * 17
     assert tokens_seen(forward, global_pool="avg") == 6 * 17
@@ -141,12 +142,13 @@ def test_the_forward_pass_is_the_plain_models(mhsa_drop, global_pool):
     torch.testing.assert_close(model(images()), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("mhsa_drop", METHODS)
-def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, monkeypatch):
+def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, global_pool, monkeypatch):
     """The split-once path, blocks run one by one, checkpointed segments, and the model checkpointed as a whole."""
 
     def run(prepare):
-        model = sbp.apply(small_vit(global_pool="avg", drop_path_rate=0.3), mhsa_drop=mhsa_drop)
+        model = sbp.apply(small_vit(global_pool=global_pool, drop_path_rate=0.3), mhsa_drop=mhsa_drop)
         prepare(model)
         return gradients(model, images())
 
