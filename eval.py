@@ -18,7 +18,7 @@ from sbp.training.checkpoint import find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
 from sbp.training.data import Preprocessing, ValidationSampler, build_validation_set, make_loader
 from sbp.training.evaluation import evaluate
-from sbp.training.models import build_model
+from sbp.training.models import build_model, fit_position_embedding
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")
@@ -40,7 +40,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     device = setup.pick_device(config)
     images = build_validation_set(config.data)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
-    load_weights(model, checkpoint["state_dict_ema" if ema else "state_dict"])
+    load_weights(model, fit_position_embedding(model, checkpoint["state_dict_ema" if ema else "state_dict"]))
     batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
     loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)

@@ -44,7 +44,7 @@ def draw(path: Path) -> None:
         handles=[
             Patch(color=COMPUTED, label="computed"),
             Patch(color=KEPT, label="saved for backward, gives gradient"),
-            Patch(color=DROPPED, label="nothing saved, no gradient"),
+            Patch(color=DROPPED, label="nothing saved by SBP layers, no gradient"),
         ],
         loc="outside lower center",
         ncols=3,

@@ -124,7 +124,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
         raise ValueError(f"the checkpoint is of another model: {_some('missing', missing, 'unexpected', unexpected)}")
     other = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own}
     other = {name: shapes for name, shapes in other.items() if shapes[0] != shapes[1]}
-    if other and all(name.startswith("head.") for name in other):
+    if other and all(name.startswith(("head.", "head_dist.")) for name in other):
         name, (stored, wanted) = next(iter(other.items()))
         raise ValueError(f"the checkpoint has {stored[0]} classes and the model {wanted[0]} ({name})")
     if other:

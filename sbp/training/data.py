@@ -57,7 +57,11 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
 
     Raises ValueError for a data set that cannot be trained on, before any image is read.
     """
-    return _dataset(data, "train", train_transform(data, recipe)), build_validation_set(data)
+    train, val = _dataset(data, "train", train_transform(data, recipe)), build_validation_set(data)
+    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
+        only = min(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"{train.root} and {val.root} have different classes: {only} is in one of them only")
+    return train, val
 
 
 def build_validation_set(data: DataConfig) -> Dataset:

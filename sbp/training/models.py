@@ -1,7 +1,8 @@
 """timm models by name, with SBP."""
 
 import timm
-from torch import nn
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
 
 import sbp
 from sbp.training.config import BackboneConfig, SbpConfig
@@ -35,6 +36,16 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
             evaluation=settings.eval,
         )
     return model
+
+
+def fit_position_embedding(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a ViT that was trained on another image size, for this one: timm's interpolation."""
+    own, stored = getattr(model, "pos_embed", None), weights.get("pos_embed")
+    if own is None or stored is None or own.shape == stored.shape or own.shape[-1] != stored.shape[-1]:
+        return weights
+    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    prefix = own.shape[1] - grid[0] * grid[1]  # type: ignore[index, operator]
+    return weights | {"pos_embed": resample_abs_pos_embed(stored, new_size=list(grid), num_prefix_tokens=prefix)}  # type: ignore[arg-type]
 
 
 def _check_image_size(model: nn.Module, image_size: int) -> None:

@@ -1,6 +1,6 @@
 """What a run measures besides loss and accuracy: peak memory, saved activations, gradient cosine.
 
-The probes call `model.forward`, which `model.compile()` leaves alone: their small batches would be compiled anew.
+The probes run a compiled model eagerly: their small batches would be compiled anew.
 """
 
 import ctypes
@@ -76,7 +76,7 @@ def peak_resident_bytes() -> int:
 def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
     """Bytes that autograd saves for each further image: the slope between half of these images and all of them.
 
-    images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers and masks stay.
+    images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers stay; masks are drawn.
     """
     images, labels = trainer.to_device(images, labels)
     half = len(images) // 2
@@ -85,12 +85,12 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> f
     def saved(count: int) -> int:
         def loss() -> Tensor:
             with autocast(trainer.amp, trainer.device):
-                return F.cross_entropy(trainer.model.forward(images[:count]), labels[:count])
+                return F.cross_entropy(trainer.model(images[:count]), labels[:count])
 
         return sbp.saved_bytes(loss)
 
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         return (saved(2 * half) - saved(half)) / half
 
 
@@ -102,9 +102,10 @@ def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int
 
     def loss() -> Tensor:
         with autocast(trainer.amp, trainer.device):
-            return F.cross_entropy(trainer.model.forward(images), labels) * scale
+            return F.cross_entropy(trainer.model(images), labels) * scale
 
     sbp.set_draw(trainer.model, draw)
-    cosine = sbp.gradient_cosine(trainer.model, loss)
+    with torch.compiler.set_stance("force_eager"):
+        cosine = sbp.gradient_cosine(trainer.model, loss)
     layers = {f"gradient_cosine/{name}": value for name, value in cosine.per_layer.items()}
     return {"gradient_cosine/total": cosine.total} | layers

@@ -35,8 +35,9 @@ class Schedule:
     steps_per_epoch: int
 
     def probe(self, step: int) -> bool:
-        every = self.config.probe.every_steps
-        return self.config.sbp.enabled and every is not None and step % every == 0
+        """Every so many steps, and at the end of the run."""
+        every, last = self.config.probe.every_steps, self.config.recipe.epochs * self.steps_per_epoch
+        return self.config.sbp.enabled and every is not None and (step % every == 0 or step == last)
 
     def report(self, step: int) -> bool:
         return step % self.config.log_every_steps == 0 or step % self.steps_per_epoch == 0 or self.probe(step)
@@ -135,6 +136,7 @@ def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]
         "seed": config.seed,
         "device": environment.device_name(trainer.device),
         "versions": environment.versions(),
+        "config": asdict(config),
     }
 
 

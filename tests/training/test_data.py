@@ -174,3 +174,10 @@ def test_timm_names_work_and_their_corrupt_images_are_named_too(tmp_path):
     (batch,) = make_loader(images, ValidationSampler(len(images), 6), seed=0, workers=0, device=CPU)
     with pytest.raises(ValueError, match=str(bad)):
         readable(batch)
+
+
+def test_splits_of_different_classes_are_refused(tmp_path):
+    root = image_folders(tmp_path)
+    (root / "val" / "b").rename(root / "val" / "ant")
+    with pytest.raises(ValueError, match="have different classes: ant is in one of them only"):
+        build_datasets(folder_config(root).data, folder_config(root).recipe)

@@ -85,6 +85,16 @@ def test_published_evaluation_is_another_one_and_repeats_itself(tmp_path):
     assert published[0] == published[1] != evaluate_checkpoint(request, tmp_path)["loss"]
 
 
+def test_a_vit_is_evaluated_at_another_image_size(tmp_path):
+    """Its position embedding is interpolated as timm does, which at its own size changes nothing."""
+    summary = train(small("probe.every_steps=null"), tmp_path)
+    request = EvalConfig(checkpoint=str(tmp_path))
+    assert evaluate_checkpoint(request, tmp_path)["top1"] == summary["top1"]
+    request.data.image_size = 48
+    result = evaluate_checkpoint(request, tmp_path)
+    assert result["preprocessing"]["image_size"] == 48 and result["images"] == 360
+
+
 def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
     config = small("sbp=none")
     trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
