@@ -1,24 +1,27 @@
 """SBP for timm's ConvNeXt v1 and v2: blocks and the downsampling layers between stages.
 
-Shapes: maps (B, C, H, W); N = H * W positions of which K are kept. Position-wise layers see positions in the
-form that the block's own layers take: (B, N, C), or (B, C, N, 1) where they are 1x1 convolutions.
+Shapes: maps (B, C, H, W); N = H * W positions of which K are kept. Position-wise layers see positions (B, N, C),
+whichever form the block's own layers take them in.
 
 The depthwise convolution needs the whole map in every block and keeps its full gradient; norm, both pointwise
 layers, activation, response norm and layer scale are SBP. The mask is drawn at the resolution of the last SBP
 stage and enlarged for the earlier ones, so that the same image regions are kept throughout (Fang et al., 2022).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
+from sbp import recompute
 from sbp.backbone import Backbone, only
-from sbp.functional import Streams, join, keep_gradient, kept_gradient, split
+from sbp.functional import Streams, join, kept_gradient, split
+from sbp.masks import Positions
+from sbp.recompute import Function
 from sbp.state import LayerMap, Shape, State
 
 SUPPORTED = "timm's ConvNeXt v1 and v2 (`ConvNeXtBlock` with a norm over channels)"
@@ -59,10 +62,14 @@ def _check(name: str, layer: nn.Module) -> None:
     if not isinstance(layer, nn.Sequential):
         return  # a block, and those were checked already
     norm, conv = layer
-    if conv.kernel_size != conv.stride or conv.padding != (0, 0) or conv.dilation != (1, 1):
+    if not _is_patchwise(conv):
         raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
     if type(norm) not in _NORMS:
         raise ValueError(f"{name} has {type(norm).__name__}; SBP knows {SUPPORTED}")
+
+
+def _is_patchwise(conv: Any) -> bool:
+    return conv.kernel_size == conv.stride and conv.padding == (0, 0) and conv.dilation == (1, 1)
 
 
 def _published_depth(stage: int, depth: int) -> int:
@@ -104,84 +111,106 @@ class ConvNeXtState(State):
 
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
-    """timm's `ConvNeXtBlock`, whose pointwise part is trained through kept positions only."""
+    """timm's `ConvNeXtBlock`, whose pointwise part is trained through kept positions only.
+
+    sbp_index: which SBP layer it is; None for one that keeps all positions and only recomputes.
+    """
 
     sbp_state: ConvNeXtState
-    sbp_index: int
+    sbp_index: int | None
     mlp: Any  # with timm's own attributes, which torch's types do not know
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W)."""
         where = self.sbp_state.positions(self, self.sbp_index)
-        if where is None:
+        again = self.sbp_state.recomputes(self)
+        if where is None and again == "none":
             return super().forward(x)
-        y = self.conv_dw(x)
-        height, width = y.shape[-2:]
-        dim = 2 if self.use_conv_mlp else 1
-        y = y.flatten(2).unsqueeze(-1) if self.use_conv_mlp else y.flatten(2).transpose(1, 2)
-        if hasattr(self.mlp, "grn"):
-            y = join(self.sbp_respond(split(y, *where, dim), dim), *where, dim)
+        shortcut = self.shortcut(x)
+        if again == "block":
+            streams = recompute.block(partial(self._pointwise, where), recompute.lowered(x))
         else:
-            y = keep_gradient(lambda positions: self.sbp_scale(self.mlp(self.norm(positions))), y, *where, dim)
-        y = y.squeeze(-1) if self.use_conv_mlp else y.transpose(1, 2)
-        out = self.drop_path(y.unflatten(2, (height, width))) + self.shortcut(x)
+            streams = self._pointwise(where, x)
+        y = streams.kept if where is None else join(streams, *where)  # (B, N, C)
+        out = self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
         self.sbp_state.watch(out)
         return out
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def sbp_scale(self, x: Tensor) -> Tensor:
-        if self.gamma is None:
-            return x
-        return x * (self.gamma.reshape(1, -1, 1, 1) if self.use_conv_mlp else self.gamma)
+    def _pointwise(self, where: Positions | None, x: Tensor, again: bool = False) -> Streams:
+        """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
+        y = self.conv_dw(x).flatten(2).transpose(1, 2)
+        streams = Streams(y, None) if where is None else split(y, *where)
+        mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
+        up = linear(mlp.fc1, partial(_normed, self.norm), reads=[*self.norm.parameters()])
+        down = partial(linear, mlp.fc2, scale=self.gamma)
+        if hasattr(mlp, "grn"):
+            return self._respond(streams, up, down)
+        if again:
+            streams = Streams(streams.kept, None)
+        to_output = down(mlp.act, mlp.drop1, mlp.norm)
+        return kept_gradient(lambda positions: mlp.drop2(to_output(up(positions))), streams)
 
-    def sbp_respond(self, x: Streams, dim: int) -> Streams:
-        """The pointwise part of v2: response norm pools over both streams, with gradient through the kept one."""
+    def _respond(self, x: Streams, up: Function, down: Callable[..., Function]) -> Streams:
+        """The MLP of v2: response norm pools over both streams, with gradient through the kept one."""
         mlp = self.mlp
-        hidden = kept_gradient(lambda positions: mlp.drop1(mlp.act(mlp.fc1(self.norm(positions)))), x)
-        norms = kept_gradient(lambda positions: positions.norm(p=2, dim=dim, keepdim=True), hidden)
-        assert norms.dropped is not None
-        whole = torch.stack([norms.kept, norms.dropped]).norm(p=2, dim=0)  # (B, 1, C) or (B, C, 1, 1)
-        channels = 1 if self.use_conv_mlp else -1
-        response = whole / (whole.mean(dim=channels, keepdim=True) + mlp.grn.eps)
-        shape = (1, -1, 1, 1) if self.use_conv_mlp else (1, 1, -1)
-        weight, bias = mlp.grn.weight.view(shape), mlp.grn.bias.view(shape)
+        hidden = kept_gradient(lambda positions: mlp.drop1(mlp.act(up(positions))), x)
+        norms = kept_gradient(lambda positions: positions.norm(p=2, dim=1, keepdim=True), hidden)  # (B, 1, 4 C)
+        whole = torch.stack([one for one in norms if one is not None]).norm(p=2, dim=0)
+        response = whole / (whole.mean(dim=-1, keepdim=True) + mlp.grn.eps)
+        weight, bias = mlp.grn.weight, mlp.grn.bias
 
-        def finish(positions: Tensor) -> Tensor:
-            positions = positions + torch.addcmul(bias, weight, positions * response)
-            return self.sbp_scale(mlp.drop2(mlp.fc2(positions)))
+        def respond(positions: Tensor) -> Tensor:
+            return positions + torch.addcmul(bias, weight, positions * response)
 
-        return kept_gradient(finish, hidden)
+        to_output = down(respond, reads=[response, weight, bias])
+        return kept_gradient(lambda positions: mlp.drop2(to_output(positions)), hidden)
 
 
 class SBPDownsample(nn.Sequential):
     """A norm and a convolution whose patches do not overlap: kept output positions can be computed alone."""
 
     sbp_state: ConvNeXtState
-    sbp_index: int
+    sbp_index: int | None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) to (B, C', H // s, W // s)."""
         where = self.sbp_state.positions(self, self.sbp_index)
-        if where is None:
-            return super().forward(x)
+        again = self.sbp_state.recomputes(self)
         norm: Any = self[0]
         conv: Any = self[1]
+        if where is None and (again == "none" or not _is_patchwise(conv)):
+            return super().forward(x)
         size = conv.kernel_size[0]
         height, width = x.shape[-2] // size, x.shape[-1] // size
         x = x[..., : height * size, : width * size].flatten(2).transpose(1, 2)  # (B, H * W, C), whole patches
-        streams = split(x, patch_pixels(where.keep, width, size), patch_pixels(where.drop, width, size))
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # (C', s * s * C)
-
-        def run(positions: Tensor) -> Tensor:  # (B, n * s * s, C) to (B, n, C')
-            positions = norm(positions.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-            return F.linear(positions.reshape(len(x), -1, weight.shape[1]), weight, conv.bias)
-
-        y = join(kept_gradient(run, streams), *where)
+        if where is None:
+            everywhere = torch.arange(height * width, device=x.device)
+            streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
+        else:
+            streams = split(x, patch_pixels(where.keep, width, size), patch_pixels(where.drop, width, size))
+        to_output = recompute.linear(
+            conv,
+            partial(_normed, norm),  # (B, n * s * s, C)
+            lambda pixels: pixels.reshape(len(x), -1, size * size * pixels.shape[-1]),
+            weight=conv.weight.permute(0, 2, 3, 1).flatten(1),  # (C', s * s * C)
+            reads=[*norm.parameters()],
+            cheap=again != "none",
+        )
+        streams = kept_gradient(to_output, streams)
+        y = streams.kept if where is None else join(streams, *where)
         out = y.transpose(1, 2).unflatten(2, (height, width))
         self.sbp_state.watch(out)
         return out
+
+
+def _normed(norm: nn.Module, positions: Tensor) -> Tensor:
+    """A norm over the channels of positions (B, n, C), whichever form it takes them in."""
+    if type(norm) in (LayerNorm, RmsNorm, SimpleNorm):
+        return norm(positions)
+    return norm(positions.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
 
 def patch_pixels(patches: Tensor, patches_per_row: int, size: int) -> Tensor:

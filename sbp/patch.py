@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sbp import convnext, masks, vit
 from sbp.backbone import Backbone
+from sbp.recompute import MODES
 from sbp.state import EVALUATIONS, State, states
 
 FAMILIES = (vit, convnext)
@@ -32,6 +33,7 @@ def apply(
     seed: int = 0,
     rank: int | None = None,
     evaluation: str = "exact",
+    recompute: str = "none",
 ) -> Model:
     """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
 
@@ -54,6 +56,12 @@ def apply(
     seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
         torch.distributed, so that each process draws its own masks.
     evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
+    recompute: what every block of the network, SBP or not, computes again in the backward pass rather than save:
+        "none".
+        "cheap": norms and activation functions, which costs no matrix product. Linear layers are then read rather
+        than called: hooks on them do not run. torch.compile makes this choice by itself.
+        "block": whole blocks (activation checkpointing), of an SBP block only the kept part.
+        keep_ratio=1 with "cheap" or "block" is exact training with less memory.
 
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """
@@ -61,6 +69,7 @@ def apply(
     _check_choice("mask", mask, masks.KINDS)
     _check_choice("mhsa_drop", mhsa_drop, vit.MHSA_DROPS)
     _check_choice("evaluation", evaluation, EVALUATIONS)
+    _check_choice("recompute", recompute, MODES)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
@@ -76,11 +85,13 @@ def apply(
         seed=seed,
         rank=rank,
         evaluation=evaluation,
+        recompute=recompute,
     )
     state.members = [backbone.layers[name] for name in names]
-    for index, layer in enumerate(state.members):
-        layer.__class__ = sbp_classes[type(layer)]
-        vars(layer).update(sbp_state=state, sbp_index=index)
+    for name, layer in backbone.layers.items():
+        if name in names or recompute != "none":
+            layer.__class__ = sbp_classes[type(layer)]
+            vars(layer).update(sbp_state=state, sbp_index=names.index(name) if name in names else None)
     for container in backbone.containers:
         container.__class__ = sbp_classes[type(container)]
     for module, hook in backbone.hooks:
@@ -104,7 +115,7 @@ def remove(model: Model) -> Model:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Exact backpropagation inside: every layer runs as in timm. Takes the model wrapped or not."""
+    """Exact backpropagation inside: every position has its gradient. Takes the model wrapped or not."""
     with _set(states(model), enabled=False):
         yield
 

@@ -32,12 +32,13 @@ class Shape(NamedTuple):
     """What a family's hook knows of a forward pass.
 
     grid: (H, W) of the mask. maps: the map of each SBP layer. prefix_only: the loss will read nothing but prefix
-    tokens.
+    tokens. skips_dropped: nor will anything that it reads have read a dropped token.
     """
 
     grid: Grid
     maps: tuple[LayerMap, ...]
     prefix_only: bool = False
+    skips_dropped: bool = False
 
 
 class Pass:
@@ -68,6 +69,7 @@ class State:
         seed: int,
         rank: int,
         evaluation: str,
+        recompute: str,
         prefix: int = 0,
     ) -> None:
         self.layers = list(layers)
@@ -77,6 +79,7 @@ class State:
         self.seed = seed
         self.rank = rank
         self.evaluation = evaluation
+        self.recompute = recompute
         self.prefix = prefix
         self.members: list[nn.Module] = []  # the SBP layers themselves
         self.enabled = True
@@ -109,9 +112,13 @@ class State:
         assert self.current is not None
         return self.current
 
-    def positions(self, module: nn.Module, index: int) -> Positions | None:
-        """The positions of SBP layer `index` in this pass; None where it runs like timm's own layer."""
-        if not self.is_active(module):
+    def recomputes(self, module: nn.Module) -> str:
+        """What `module` computes again in the backward pass of now, which only training has."""
+        return self.recompute if module.training and torch.is_grad_enabled() else "none"
+
+    def positions(self, module: nn.Module, index: int | None) -> Positions | None:
+        """The positions of SBP layer `index` in this pass; None where all have gradient."""
+        if index is None or not self.is_active(module):
             return None
         if self.current is None:
             raise RuntimeError(f"{self.layers[index]} ran before the model drew a mask: call the model itself")
@@ -131,9 +138,10 @@ class State:
         kept = len(where.keep) - self.prefix
         return kept / (kept + len(where.drop))
 
-    def describe(self, index: int) -> str:
-        """The settings of SBP layer `index`, as its `repr` shows them."""
-        return f"keep_ratio={self.keep_ratios[index]:g}, mask={self.mask}"
+    def describe(self, index: int | None) -> str:
+        """The settings of SBP layer `index` (None: of a layer that only recomputes), as its `repr` shows them."""
+        sbp = [] if index is None else [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={self.mask}"]
+        return ", ".join([*sbp, *([f"recompute={self.recompute}"] if self.recompute != "none" else [])])
 
     # -- one forward pass
 

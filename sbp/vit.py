@@ -8,6 +8,7 @@ on both, and they are joined once after the last SBP block. No block gathers or 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,14 +20,16 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from sbp import masks
+from sbp import masks, recompute
 from sbp.backbone import Backbone, only
-from sbp.functional import Streams, join, kept_gradient, split
+from sbp.functional import Streams, join, split
 from sbp.masks import Positions
+from sbp.recompute import Function
 from sbp.state import Grid, LayerMap, Shape, State
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 QKV = tuple[Tensor, Tensor, Tensor]
+Branch = tuple[Tensor, Callable[[], Tensor]]  # of the kept tokens; and of the dropped ones, computed when called
 MHSA_DROPS = ("qkv", "query", "head", "qkv_exact")
 
 
@@ -66,24 +69,25 @@ def _state(blocks: dict[str, nn.Module], names: list[str], *args: Any, **kwargs:
 class ViTState(State):
     """Draws when the patch embedding receives images, and knows which token the loss will read."""
 
-    plain_forward = False
+    prefix_only = False
+    skips_dropped = False
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the transformer: unlike forward_features, forward reads pooled tokens only."""
-        self.plain_forward = _reads_prefix_only(model) and self.never_regrows(model.blocks)
+        self.prefix_only = _reads_prefix_only(model)
+        self.skips_dropped = self.prefix_only and self.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
 
     def never_regrows(self, blocks: nn.Sequential) -> bool:
         """Whether no block sees a token again that one before it dropped."""
-        ratios = [
-            (self.keep_ratios[block.sbp_index] if self.fixed is None else 0.5) if isinstance(block, SBPBlock) else 1.0
-            for block in blocks
-        ]
+        indices = [getattr(block, "sbp_index", None) for block in blocks]
+        ratios = [1.0 if i is None else self.keep_ratios[i] if self.fixed is None else 0.5 for i in indices]
         return all(after <= before for before, after in pairwise(ratios))
 
     def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
         (images,) = args
-        plain_forward, self.plain_forward = self.plain_forward, False
+        reading = self.prefix_only, self.skips_dropped
+        self.prefix_only = self.skips_dropped = False  # the next pass may come from elsewhere
         height, width = patch_embed.dynamic_feat_size(images.shape[-2:])
         patch_height, patch_width = _patch_size(patch_embed)
         whole = (height * patch_height, width * patch_width) == tuple(images.shape[-2:])
@@ -93,33 +97,39 @@ class ViTState(State):
                 f"{patch_height} x {patch_width} patches"
             )
         maps = (LayerMap(height, width),) * len(self.layers)
-        self.begin(Shape((height, width), maps, plain_forward and self.mhsa_drop == "qkv"), images.device)
+        self.begin(Shape((height, width), maps, *reading), images.device)
 
 
 class SBPBlock(Block):
-    """timm's `Block`, which in training back-propagates its two branches through kept tokens only."""
+    """timm's `Block`, which in training back-propagates its two branches through kept tokens only.
+
+    sbp_index: which SBP layer it is; None for one that keeps all tokens and only recomputes.
+    """
 
     sbp_state: ViTState
-    sbp_index: int
+    sbp_index: int | None
     attn: Any  # with timm's own attributes, which torch's types do not know
-    mlp: nn.Module
-
-    def sbp_positions(self) -> Positions | None:
-        return self.sbp_state.positions(self, self.sbp_index)
+    mlp: Any
 
     def forward(  # type: ignore[override]
-        self, x: Tensor | Streams, attn_mask: Tensor | None = None, is_causal: bool = False
+        self, x: Tensor | Streams, attn_mask: Tensor | None = None, is_causal: bool = False, prefix_only: bool = False
     ) -> Tensor | Streams:
-        """x: tokens (B, N, C), or the two streams of them from `SBPBlocks`; returns the same kind."""
+        """x: tokens (B, N, C), or the two streams of them from `SBPBlocks`; returns the same kind.
+
+        prefix_only: return prefix tokens alone, as nothing reads the others (streams only).
+        """
         if isinstance(x, Streams):
-            return self.run(x)
+            return self.run(x, prefix_only)
+        masked = attn_mask is not None or is_causal
         where = self.sbp_positions()
         if where is None:
-            return super().forward(x, attn_mask, is_causal)
-        if attn_mask is not None or is_causal:
+            if masked or self.sbp_state.recomputes(self) == "none":
+                return super().forward(x, attn_mask, is_causal)
+            return self.run(Streams(x, None)).kept
+        if masked:
             raise ValueError("SBP blocks take no attn_mask or is_causal in training")
         streams = split_tokens(x, where)
-        if self.sbp_state.running.shape.prefix_only:  # nothing reads dropped tokens: they pass by
+        if self.sbp_state.running.shape.skips_dropped:  # nothing reads dropped tokens: they pass by
             streams = Streams(self.run(Streams(streams.kept, None)).kept, streams.dropped)
         else:
             streams = self.run(streams)
@@ -127,12 +137,56 @@ class SBPBlock(Block):
         self.sbp_state.watch(out)
         return out
 
+    def sbp_positions(self) -> Positions | None:
+        return self.sbp_state.positions(self, self.sbp_index)
+
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def run(self, x: Streams) -> Streams:
-        x = _add(x, _ATTENTION[self.sbp_state.mhsa_drop](self, x), self.drop_path1)
-        return _add(x, kept_gradient(lambda tokens: self.ls2(self.mlp(self.norm2(tokens))), x), self.drop_path2)
+    def run(self, x: Streams, prefix_only: bool = False) -> Streams:
+        read = self.sbp_state.prefix if prefix_only else None
+        if self.sbp_state.recomputes(self) != "block":
+            return self._branches(*x, read=read)
+        return recompute.block(partial(self._branches, read=read), *x)
+
+    def _branches(self, kept: Tensor, dropped: Tensor | None, read: int | None, again: bool = False) -> Streams:
+        """read: how many of the kept tokens are wanted, None for all. again: the values of dropped ones are not.
+
+        The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
+        same ones whether or not the dropped stream follows.
+        """
+        if self.sbp_state.mhsa_drop == "qkv" and (again or read is not None):
+            dropped = None
+        attend = _attend_with_some_heads if self._drops_heads else _attend
+        branch, dropped_branch = attend(self, Streams(kept, dropped), read)
+        scale1 = _drop_path_scale(self.drop_path1, kept)
+        kept = _add(kept[:, :read], branch, scale1)
+        mlp = self.sbp_mlp()
+        branch = mlp(kept)
+        scale2 = _drop_path_scale(self.drop_path2, kept)
+        kept = _add(kept, branch, scale2)
+        if dropped is None or read is not None or (again and not self._drops_heads):
+            return Streams(kept, None)
+        dropped = _add(dropped, dropped_branch(), scale1)
+        with torch.no_grad():
+            branch = mlp(dropped)
+        return Streams(kept, _add(dropped, branch, scale2))
+
+    @property
+    def _drops_heads(self) -> bool:
+        return self.sbp_state.mhsa_drop == "head" and self.sbp_index is not None
+
+    def sbp_linear(self, layer: nn.Module, *before: nn.Module, scale: Tensor | None = None) -> Function:
+        return recompute.linear(layer, *before, cheap=self.sbp_state.recomputes(self) == "cheap", scale=scale)
+
+    def sbp_mlp(self) -> Function:
+        """Norm, MLP and layer scale."""
+        mlp = self.mlp
+        if type(mlp) is not Mlp:
+            return lambda tokens: self.ls2(mlp(self.norm2(tokens)))
+        up = self.sbp_linear(mlp.fc1, self.norm2)
+        down = self.sbp_linear(mlp.fc2, mlp.act, mlp.drop1, mlp.norm, scale=getattr(self.ls2, "gamma", None))
+        return lambda tokens: mlp.drop2(down(up(tokens)))
 
 
 class SBPBlocks(nn.Sequential):
@@ -142,12 +196,15 @@ class SBPBlocks(nn.Sequential):
     """
 
     def forward(self, x: Any) -> Tensor:
-        """x: tokens (B, N, C), and between SBP blocks the streams of them."""
+        """x: tokens (B, N, C), and between SBP blocks the streams of them.
+
+        Returns (B, N, C); of a model whose loss reads prefix tokens only the kept ones, or those alone.
+        """
         where = [block.sbp_positions() if isinstance(block, SBPBlock) else None for block in self]
         state = next((block.sbp_state for block in self if isinstance(block, SBPBlock)), None)
         if state is None or not any(where):
             return super().forward(x)
-        skip_dropped = state.running.shape.prefix_only
+        shape = state.running.shape
         current: Positions | None = None
         for block, wanted in zip(self, where, strict=True):
             if wanted is not current:
@@ -155,11 +212,12 @@ class SBPBlocks(nn.Sequential):
                     x = join(x, *current)
                 if wanted is not None:
                     x = split_tokens(x, wanted)
-                    x = Streams(x.kept, None) if skip_dropped else x
+                    x = Streams(x.kept, None) if shape.skips_dropped else x
                 current = wanted
-            x = block(x)
+            last = shape.prefix_only and current is not None and block is self[-1]
+            x = block(x, prefix_only=True) if last else block(x)
         if current is not None:
-            x = x.kept if skip_dropped else join(x, *current)
+            x = x.kept if shape.prefix_only else join(x, *current)
         state.watch(x)
         return x
 
@@ -175,54 +233,39 @@ def split_tokens(x: Tensor, where: Positions) -> Streams:
 # -- attention branches: norm, attention, layer scale of both streams
 
 
-def _attend_kept(block: SBPBlock, x: Streams) -> Streams:
-    """qkv: kept queries see kept keys and values; dropped queries see all, without gradient."""
-    attn = block.attn
-    normed = block.norm1(x.kept)
-    q, k, v = _qkv(attn, normed)
-    kept = block.ls1(_project(attn, _attention(attn, q, k, v), normed))
-    if x.dropped is None:
-        return Streams(kept, None)
-    with torch.no_grad():
-        normed = block.norm1(x.dropped)
-        q, k_dropped, v_dropped = _qkv(attn, normed)
-        k, v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
-        return Streams(kept, block.ls1(_project(attn, _attention(attn, q, k, v), normed)))
+def _attend(block: SBPBlock, x: Streams, read: int | None) -> Branch:
+    """qkv: kept queries see kept keys and values; dropped queries see all, without gradient.
+
+    query: kept queries see all keys and values, with gradient; dropped queries give none.
+    qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient.
+    """
+    attn, method = block.attn, block.sbp_state.mhsa_drop
+    to_qkv = block.sbp_linear(attn.qkv, block.norm1)
+    project = _projection(block)
+    q, k, v = _heads(attn, to_qkv(x.kept))
+    dropped = x.dropped
+    if dropped is not None:
+        with nullcontext() if method == "query" else torch.no_grad():
+            q_dropped, k_dropped, v_dropped = _heads(attn, to_qkv(dropped))
+        with torch.no_grad() if method == "qkv" else nullcontext():
+            all_k, all_v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
+        if method != "qkv":
+            q, k, v = q.clone(), all_k, all_v  # what is saved must not be a view that keeps the other two alive
+
+    def dropped_branch() -> Tensor:
+        assert dropped is not None
+        with torch.no_grad():
+            return project(_attention(attn, q_dropped, all_k, all_v), dropped)
+
+    return project(_attention(attn, q[:, :, :read], k, v), x.kept[:, :read]), dropped_branch
 
 
-def _attend_from_kept(block: SBPBlock, x: Streams) -> Streams:
-    """query: kept queries see all keys and values, with gradient; dropped queries give none."""
-    kept, dropped = block.norm1(x.kept), block.norm1(x.dropped)
-    return _attend_to_all(block, kept, dropped, _qkv(block.attn, kept), _qkv(block.attn, dropped))
-
-
-def _attend_to_detached(block: SBPBlock, x: Streams) -> Streams:
-    """qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient."""
-    kept = block.norm1(x.kept)
-    kept_qkv = _qkv(block.attn, kept)
-    with torch.no_grad():
-        dropped = block.norm1(x.dropped)
-        dropped_qkv = _qkv(block.attn, dropped)
-    return _attend_to_all(block, kept, dropped, kept_qkv, dropped_qkv)
-
-
-def _attend_to_all(block: SBPBlock, kept: Tensor, dropped: Tensor, kept_qkv: QKV, dropped_qkv: QKV) -> Streams:
-    """From normed tokens of both streams and their queries, keys and values."""
-    attn = block.attn
-    (q, *_), (q_dropped, *_) = kept_qkv, dropped_qkv
-    k, v = (torch.cat(pair, 2) for pair in zip(kept_qkv[1:], dropped_qkv[1:], strict=True))
-    q = q.clone()  # what is saved for backward must not be a view that keeps the other two alive
-    out = block.ls1(_project(attn, _attention(attn, q, k, v), kept))
-    with torch.no_grad():
-        return Streams(out, block.ls1(_project(attn, _attention(attn, q_dropped, k, v), dropped)))
-
-
-def _attend_with_some_heads(block: SBPBlock, x: Streams) -> Streams:
+def _attend_with_some_heads(block: SBPBlock, x: Streams, read: int | None) -> Branch:
     """head: some heads run with gradient at all tokens, the others without; the projection's bias keeps its own."""
-    attn, state = block.attn, block.sbp_state
-    count = kept_heads(attn.num_heads, state.keep_ratios[block.sbp_index])
-    order = torch.argsort(masks.hashed_scores(state.running.key, attn.num_heads, stream=1 + block.sbp_index))
-    assert x.dropped is not None  # only "qkv" skips it
+    attn, state, index = block.attn, block.sbp_state, block.sbp_index
+    assert index is not None and x.dropped is not None  # only "qkv" skips it
+    count = kept_heads(attn.num_heads, state.keep_ratios[index])
+    order = torch.argsort(masks.hashed_scores(state.running.key, attn.num_heads, stream=1 + index))
     tokens = block.norm1(torch.cat([x.kept, x.dropped], 1))  # (B, P + K + D, C)
     weight = attn.qkv.weight.unflatten(0, (3, attn.num_heads, -1))  # (3, h, d, C)
     bias = None if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, (3, attn.num_heads, -1))
@@ -233,7 +276,7 @@ def _attend_with_some_heads(block: SBPBlock, x: Streams) -> Streams:
         b = None if bias is None else bias.index_select(1, heads).flatten()
         qkv = F.linear(tokens, w, b).unflatten(2, (3, len(heads), -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        out = _attention(attn, attn.q_norm(q), attn.k_norm(k), v).transpose(1, 2).flatten(2)
+        out = _attention(attn, attn.q_norm(q[:, :, :read]), attn.k_norm(k), v).transpose(1, 2).flatten(2)
         return F.linear(out, proj.index_select(1, heads).flatten(1))
 
     out = run(tokens, order[:count])
@@ -244,15 +287,8 @@ def _attend_with_some_heads(block: SBPBlock, x: Streams) -> Streams:
     if attn.proj.bias is not None:
         out = out + attn.proj.bias.to(out.dtype)
     out = block.ls1(attn.proj_drop(out))
-    return Streams(*out.split([x.kept.shape[1], x.dropped.shape[1]], 1))
-
-
-_ATTENTION: dict[str, Callable[[SBPBlock, Streams], Streams]] = {
-    "qkv": _attend_kept,
-    "qkv_exact": _attend_to_detached,
-    "query": _attend_from_kept,
-    "head": _attend_with_some_heads,
-}
+    kept = x.kept.shape[1]
+    return out[:, :kept], lambda: out[:, kept:]
 
 
 def kept_heads(num_heads: int, keep_ratio: float) -> int:
@@ -260,38 +296,42 @@ def kept_heads(num_heads: int, keep_ratio: float) -> int:
     return max(1, round(keep_ratio * num_heads))
 
 
-def _qkv(attn: Any, x: Tensor) -> QKV:
-    """Normed tokens (B, n, C) to q, k and v, each (B, h, n, d)."""
-    qkv = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
+def _heads(attn: Any, qkv: Tensor) -> QKV:
+    """(B, n, 3 h d) to q, k and v, each (B, h, n, d)."""
+    q, k, v = qkv.unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     dropout = attn.attn_drop.p if attn.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
-def _project(attn: Any, out: Tensor, normed: Tensor) -> Tensor:
-    """Attention output (B, h, n, d) and its normed tokens (B, n, C) to (B, n, C)."""
-    out = attn.norm(out.transpose(1, 2).flatten(2))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(normed).sigmoid()
-    return attn.proj_drop(attn.proj(out))
+def _projection(block: SBPBlock) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function from attention output (B, h, n, d) and its tokens (B, n, C) to the branch (B, n, C)."""
+    attn, scale = block.attn, getattr(block.ls1, "gamma", None)
+    if getattr(attn, "gate", None) is None:
+        project = block.sbp_linear(attn.proj, attn.norm, scale=scale)
+        return lambda out, tokens: attn.proj_drop(project(out.transpose(1, 2).flatten(2)))
+    gate = block.sbp_linear(attn.gate, block.norm1)
+    gated = block.sbp_linear(attn.proj, scale=scale)
+
+    def project_gated(out: Tensor, tokens: Tensor) -> Tensor:
+        return attn.proj_drop(gated(attn.norm(out.transpose(1, 2).flatten(2)) * gate(tokens).sigmoid()))
+
+    return project_gated
 
 
 # -- small parts
 
 
-def _add(x: Streams, branch: Streams, drop_path: nn.Module) -> Streams:
-    """The residual addition, with one drop-path decision for an image's kept and dropped tokens."""
-    kept, dropped = branch
-    if not isinstance(drop_path, nn.Identity):
-        scale = drop_path(kept.new_ones(len(kept), 1, 1))
-        kept, dropped = kept * scale, None if dropped is None else dropped * scale
-    if x.dropped is None or dropped is None:
-        return Streams(x.kept + kept, None)
-    return Streams(x.kept + kept, x.dropped + dropped)
+def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """One decision for all tokens of an image, kept or dropped: (B, 1, 1), zero or 1 / (1 - drop_path)."""
+    return None if isinstance(drop_path, nn.Identity) else drop_path(x.new_ones(len(x), 1, 1))
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return x + (branch if scale is None else branch * scale)
 
 
 def _reads_prefix_only(model: Any) -> bool:

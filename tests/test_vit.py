@@ -77,8 +77,8 @@ def test_class_token_qkv_equals_dropping_the_tokens():
 
 
 def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it():
-    def tokens_seen(call, keep_ratio=0.5, layers=None, **kwargs):
-        model = sbp.apply(small_vit(**kwargs), keep_ratio=keep_ratio, layers=layers)
+    def tokens_seen(call, keep_ratio=0.5, layers=None, mhsa_drop="qkv", **kwargs):
+        model = sbp.apply(small_vit(**kwargs), keep_ratio=keep_ratio, layers=layers, mhsa_drop=mhsa_drop)
         seen = []
         for block in model.blocks:
             block.mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
@@ -86,13 +86,15 @@ def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it():
         return sum(seen)
 
     forward = lambda model: model(images())  # noqa: E731
-    assert tokens_seen(forward) == 2 * 17 + 4 * 9
+    assert tokens_seen(forward) == 2 * 17 + 3 * 9 + 1  # the last MLP's output is read at the class token only
+    assert tokens_seen(forward, reg_tokens=2) == 2 * 19 + 3 * 11 + 3
     assert tokens_seen(lambda model: (model.set_grad_checkpointing(), model(images()))) == 2 * 17 + 4 * 9
     assert tokens_seen(lambda model: model.forward_features(images())) == 6 * 17
     assert tokens_seen(lambda model: model.forward_intermediates(images())) == 6 * 17
     assert tokens_seen(forward, global_pool="avg") == 6 * 17
-    assert tokens_seen(forward, keep_ratio=[0.75, 0.5, 0.5, 0.25]) == 2 * 17 + 13 + 9 + 9 + 5
-    assert tokens_seen(forward, keep_ratio=[0.25, 0.5, 0.5, 0.75]) == 6 * 17
+    assert tokens_seen(forward, keep_ratio=[0.75, 0.5, 0.5, 0.25]) == 2 * 17 + 13 + 9 + 9 + 1
+    assert tokens_seen(forward, keep_ratio=[0.25, 0.5, 0.5, 0.75]) == 5 * 17 + 1
+    assert tokens_seen(forward, mhsa_drop="qkv_exact") == 5 * 17 + 1
     assert tokens_seen(forward, layers=["blocks.1", "blocks.2"]) == 6 * 17
 
     def after_a_failed_forward(model):

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
 from sbp import masks
+from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
 from sbp.vit import MHSA_DROPS
 
@@ -43,6 +44,7 @@ class SbpConfig:
     seed: int = 0
     hold_mask: bool = False
     eval: str = "exact"
+    recompute: str = "none"
 
 
 @dataclass
@@ -252,6 +254,7 @@ def validate(config: Config) -> Config:
     _one_of("sbp.mask", sbp.mask, masks.KINDS)
     _one_of("sbp.mhsa_drop", sbp.mhsa_drop, MHSA_DROPS)
     _one_of("sbp.eval", sbp.eval, EVALUATIONS)
+    _one_of("sbp.recompute", sbp.recompute, MODES)
     _one_of("data.source", data.source, SOURCES)
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
@@ -331,7 +334,16 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 # what is recorded, and how the same global batch is computed.
 _FREE = (
     *("data.root", "data.download", "data.workers", "logger", "probe", "checkpoint", "log_every_steps"),
-    *("micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile", "device", "threads"),
+    *(
+        "sbp.recompute",
+        "micro_batch_size",
+        "eval_batch_size",
+        "eval_every_epochs",
+        "channels_last",
+        "compile",
+        "device",
+        "threads",
+    ),
     *("resume", "run_dir"),
 )
 

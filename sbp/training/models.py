@@ -34,6 +34,7 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
             layers=settings.layers,
             seed=settings.seed,
             evaluation=settings.eval,
+            recompute=settings.recompute,
         )
     return model
 

@@ -1,0 +1,138 @@
+"""What is computed again in the backward pass instead of being saved for it.
+
+    "none"   nothing
+    "cheap"  norms and activation functions: a linear layer behind one saves what that one read. No matrix product
+    "block"  whole blocks, through torch.utils.checkpoint; of an SBP block the kept part alone
+
+Gradients stay the same: exact methods all of them, which go with SBP or without.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+
+MODES = ("none", "cheap", "block")
+
+Function = Callable[[Tensor], Tensor]
+
+
+def linear(
+    layer: Any,
+    *before: Function,
+    cheap: bool,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    reads: Sequence[Tensor] = (),
+) -> Function:
+    """The function x -> layer(before(x)) * scale on positions (B, n, C).
+
+    layer: an nn.Linear, or a convolution that is one on positions (1 x 1). weight: (C', C) in place of its own.
+    before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
+    theirs. scale: (C',).
+    cheap: x is saved for the backward pass and before(x) computed again from it; the scale goes into the weight,
+    so that nothing is saved for its gradient. Under torch.compile, which chooses by itself what to compute again,
+    and for layers of other types the function is the plain one.
+    """
+    known = type(layer) in (nn.Linear, nn.Conv2d)
+    if weight is None and known and (cheap or type(layer) is nn.Conv2d):
+        weight = layer.weight.flatten(1)
+    run: Function = layer if weight is None else partial(F.linear, weight=weight, bias=layer.bias)
+    if not cheap or not known or torch.compiler.is_compiling():
+        return lambda x: _scaled(run(_chain(before, x)), scale)
+
+    assert weight is not None
+    bias = layer.bias
+    if scale is not None and lowered(scale).dtype != torch.float16:  # which has no room for a layer scale of 1e-6
+        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+        scale = None
+    weight, bias = lowered(weight), None if bias is None else lowered(bias)  # once for all calls, with gradient
+    modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
+    reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
+    random = any(isinstance(one, nn.Dropout) and one.p > 0 and one.training for one in modules)
+    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
+
+
+def block(run: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """run(*inputs, again=False), of which only the inputs are saved; for the backward pass it runs with again=True.
+
+    What it returns does not matter then, so whatever needs no gradient can be left out.
+    """
+    if torch.compiler.is_compiling():  # what nothing reads is left out by the compiler
+        return checkpoint(partial(run, again=False), *inputs, use_reentrant=False)
+    calls = count()
+    return checkpoint(lambda *x: run(*x, again=next(calls) > 0), *inputs, use_reentrant=False)
+
+
+def lowered(x: Tensor) -> Tensor:
+    """x in the dtype that autocast gives to matrix products, if it is on: what a layer behind would save of it."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _chain(steps: Sequence[Function], x: Tensor) -> Tensor:
+    for step in steps:
+        x = step(x)
+    return x
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear(before(x), weight, bias), which saves x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, before: Function, random: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *reads: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.before, ctx.reads = before, reads
+        ctx.replay = _replay(x) if random else nullcontext
+        ctx.autocast = _autocast_of(x.device.type)
+        return F.linear(before(x).to(weight.dtype), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, needs_x, needs_weight, needs_bias, *needs_reads = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad(), ctx.autocast(), ctx.replay():
+            x = x.detach().requires_grad_(needs_x)
+            result = ctx.before(x.view_as(x))  # a leaf would break hooks that torch's FlopCounterMode puts on modules
+        flat = grad.flatten(0, -2)
+        grad_weight = flat.t() @ result.detach().to(weight.dtype).flatten(0, -2) if needs_weight else None
+        grad_bias = flat.sum(0) if needs_bias else None
+        sources = [x, *ctx.reads]
+        wanted = [tensor for tensor, needed in zip(sources, [needs_x, *needs_reads], strict=True) if needed]
+        found = iter(torch.autograd.grad(result, wanted, (grad @ weight).to(result.dtype)) if wanted else ())
+        grads = [next(found) if needed else None for needed in (needs_x, *needs_reads)]
+        return None, None, grads[0], grad_weight, grad_bias, *grads[1:]
+
+
+def _autocast_of(device: str) -> Callable[[], Any]:
+    """A context with the autocast of now."""
+    settings = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+    return partial(torch.autocast, device, **settings, cache_enabled=False)  # type: ignore[arg-type]
+
+
+def _replay(x: Tensor) -> Callable[[], Any]:
+    """A context in which the random numbers of now are drawn again."""
+    cpu, (devices, states) = torch.get_rng_state(), get_device_states(x)
+
+    @contextmanager
+    def replayed() -> Iterator[None]:
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(cpu)
+            set_device_states(devices, states)
+            yield
+
+    return replayed

@@ -1,0 +1,207 @@
+"""Recomputation: the same gradients, from less memory, and with no matrix product more than it says."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import GluMlp, SwiGLU
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import sbp
+from sbp import recompute
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+
+BITWISE = {  # nothing but norms, activations or whole blocks runs again: the very same numbers
+    "vit": lambda: small_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
+    "vit, mean pooling": lambda: small_vit(global_pool="avg", class_token=False),
+    "vit, registers and qk norm": lambda: small_vit(reg_tokens=2, qk_norm=True),
+    "vit, norms within attention and mlp": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "vit, gated mlp": lambda: small_vit(mlp_layer=GluMlp),
+    "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),
+}
+TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convolution of patches is a linear layer
+    "convnext without layer scale": lambda: small_convnext(drop_path_rate=0.3, ls_init_value=None),
+    "vit with layer scale": lambda: small_vit(init_values=0.5, drop_path_rate=0.3, proj_drop_rate=0.1),
+    "convnext": lambda: small_convnext(drop_path_rate=0.3),
+    "convnext, conv mlp": lambda: small_convnext(conv_mlp=True),
+    "convnext v2": lambda: small_convnext(use_grn=True),
+    "convnext v2, conv mlp": lambda: small_convnext(use_grn=True, conv_mlp=True),
+    "dilated convnext": lambda: small_convnext(output_stride=16),
+}
+MODELS = BITWISE | TO_ROUNDING
+LIMITS = {  # of what the plain model saves: none, cheap, exact cheap, block
+    "vit_tiny_patch16_224": (0.68, 0.46, 0.69, 0.12),
+    "vit_base_patch16_224": (0.68, 0.46, 0.69, 0.12),
+    "convnext_tiny": (0.64, 0.35, 0.52, 0.19),
+    "convnext_base": (0.64, 0.35, 0.52, 0.19),
+}
+
+
+def size_of(model):
+    return 32 if hasattr(model, "blocks") else 64
+
+
+def without_and_with(name, mode, **settings):
+    """The gradients of a model without and with recomputation."""
+    plain = MODELS[name]()
+    models = [sbp.apply(copy.deepcopy(plain), recompute=how, **settings) for how in ("none", mode)]
+    return [gradients(model, images(size_of(model))) for model in models]
+
+
+@pytest.mark.parametrize("keep_ratio", [0.5, 1])
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_without(name, mode, keep_ratio):
+    expected, found = without_and_with(name, mode, keep_ratio=keep_ratio)
+    if name in BITWISE and keep_ratio != 1:  # at 1 the other model is timm's own
+        assert torch.equal(expected[0], found[0])
+        assert all(torch.equal(found[1][key], value) for key, value in expected[1].items())
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("mhsa_drop", ["query", "head", "qkv_exact"])
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("name", ["vit", "vit, mean pooling", "vit with layer scale"])
+def test_gradients_of_every_attention_method(name, mode, mhsa_drop):
+    expected, found = without_and_with(name, mode, mhsa_drop=mhsa_drop, mask="random")
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("name", ["vit with layer scale", "convnext", "convnext v2"])
+@pytest.mark.parametrize("how", ["timm's checkpointing", "forward_intermediates", "disabled", "fixed mask", "held"])
+def test_gradients_on_other_ways_through_the_model(name, mode, how):
+    def run(recompute):
+        model = sbp.apply(MODELS[name](), recompute=recompute)
+        x = images(size_of(model))
+        if how == "timm's checkpointing":
+            model.set_grad_checkpointing()
+        if how == "forward_intermediates":
+            model.forward = lambda x: model.forward_intermediates(x)[1]
+        if how == "disabled":
+            with sbp.disabled(model):
+                return gradients(model, x)
+        if how == "fixed mask":
+            with sbp.fixed_mask(model, torch.eye(x.shape[-1] // (8 if size_of(model) == 32 else 16)) > 0):
+                return gradients(model, x)
+        if how == "held":
+            with sbp.hold_mask(model):
+                gradients(model, x)
+                return gradients(model, x)
+        return gradients(model, x)
+
+    assert_same_gradients(run(mode), run("none"))
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+def test_frozen_parts_get_no_gradient_and_the_others_theirs(mode):
+    def run(how):
+        model = sbp.apply(small_vit(), recompute=how)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = "norm1" not in name and "fc1.weight" not in name and "blocks.0" not in name
+        return gradients(model, images())
+
+    expected, found = run("none"), run(mode)
+    assert found[1].keys() == expected[1].keys()
+    assert_same_gradients(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_evaluation_is_exact_and_remove_restores(make, mode):
+    plain = make()
+    patched = sbp.apply(copy.deepcopy(plain), recompute=mode)
+    x = images(64 if make is small_convnext else 32)
+    assert torch.equal(patched.eval()(x), plain.eval()(x))
+    assert f"recompute={mode}" in repr(patched)
+    sbp.remove(patched)
+    assert {type(m) for m in patched.modules()} == {type(m) for m in plain.modules()}
+    assert_same_gradients(gradients(patched.train(), x), gradients(plain.train(), x), tolerance=0)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("make", [lambda: small_vit(init_values=1e-6), small_convnext])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(make, dtype, mode):
+    """Gradients in low precision are as near to those of float32 as without recomputation."""
+
+    def run(how, dtype):
+        model = sbp.apply(make().float(), recompute=how)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma"):
+                nn.init.constant_(parameter, 1e-6)  # the published initial value, which float16 cannot multiply into
+        model.register_forward_hook(lambda module, args, out: out.float() * 2**7)  # as a loss scaler does
+        x = images(size_of(model)).float()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return gradients(model, x)[1]
+
+    exact, without, found = run("none", torch.float32), run("none", dtype), run(mode, dtype)
+    for name, gradient in exact.items():
+        assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+    def error(gradients):
+        return sum((gradients[name] - gradient).norm() / gradient.norm() for name, gradient in exact.items())
+
+    assert error(found) < 1.5 * error(without)
+
+
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_cheap_runs_no_matrix_product_again_and_block_only_the_kept_part(make):
+    def flops(**settings):
+        model = sbp.apply(make(), **settings)
+        loss = model(images(64 if make is small_convnext else 32)).sum()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    for keep_ratio in (0.5, 1):
+        assert flops(keep_ratio=keep_ratio, recompute="cheap") == flops(keep_ratio=keep_ratio)
+    extra = {ratio: flops(keep_ratio=ratio, recompute="block") - flops(keep_ratio=ratio) for ratio in (0.25, 0.5, 1)}
+    assert 0 < extra[0.25] < extra[0.5] < extra[1]
+
+
+def test_cheap_saves_what_is_read_and_nothing_else():
+    layer, norm = nn.Linear(8, 32), nn.LayerNorm(8)
+    x = torch.ones(2, 16, 8, requires_grad=True)
+    fused = recompute.linear(layer, norm, cheap=True)
+    assert sbp.saved_bytes(lambda: fused(x)) == x.nbytes
+    assert sbp.saved_bytes(lambda: layer(norm(x))) > 2 * x.nbytes
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.ones(2, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+        fused = recompute.linear(layer, lambda x: F.layer_norm(x.float(), (8,)), cheap=True)
+        assert sbp.saved_bytes(lambda: fused(y)) == y.nbytes + layer.weight.nbytes // 2  # no float32 copy
+
+
+def bytes_per_image(model, mode):
+    """Under bfloat16 autocast, as the slope between two batch sizes, at 224 px."""
+
+    def saved(batch):
+        with mode, torch.autocast("cpu", torch.bfloat16):
+            return sbp.saved_bytes(lambda: model(torch.empty(batch, 3, 224, 224)).sum())
+
+    return (saved(3) - saved(1)) / 2
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_saved_memory_of_the_published_networks(name):
+    with torch.device("meta"):
+        model = timm.create_model(name).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # computes nothing, and fails where a mask waits for one
+        model._apply(lambda p: torch.empty(p.shape))
+    plain = bytes_per_image(model, mode)
+    arms = [(0.5, "none"), (0.5, "cheap"), (1, "cheap"), (0.5, "block")]
+    for (keep_ratio, how), limit in zip(arms, LIMITS[name], strict=True):
+        sbp.apply(model, keep_ratio=keep_ratio, recompute=how)
+        assert bytes_per_image(model, mode) <= limit * plain, f"keep_ratio={keep_ratio}, recompute={how}"
+        sbp.remove(model)
+    sbp.apply(model, keep_ratio=1)
+    assert bytes_per_image(model, mode) == plain
+
+
+def test_an_unknown_mode():
+    with pytest.raises(ValueError, match="recompute must be one of none, cheap, block, got 'all'"):
+        sbp.apply(small_vit(), recompute="all")
