@@ -6,6 +6,7 @@ the dropped ones is saved (Fang et al., "An In-depth Study of Stochastic Backpro
 
 from sbp import masks
 from sbp.diagnostics import GradientCosine, gradient_cosine
+from sbp.flops import Flops, count_flops
 from sbp.functional import keep_gradient
 from sbp.memory import saved_bytes
 from sbp.patch import (
@@ -21,8 +22,10 @@ from sbp.patch import (
 )
 
 __all__ = [
+    "Flops",
     "GradientCosine",
     "apply",
+    "count_flops",
     "disabled",
     "effective_keep_ratio",
     "fixed_mask",

@@ -98,7 +98,7 @@ class _Linear(torch.autograd.Function):
         ctx.before, ctx.reads = before, reads
         ctx.replay = _replay(x) if random else nullcontext
         ctx.autocast = _autocast_of(x.device.type)
-        return F.linear(before(x).to(weight.dtype), weight, bias)
+        return F.linear(before(x.detach()).to(weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with torch.enable_grad(), ctx.autocast(), ctx.replay():
             x = x.detach().requires_grad_(needs_x)
-            result = ctx.before(x.view_as(x))  # a leaf would break hooks that torch's FlopCounterMode puts on modules
+            result = ctx.before(x.view_as(x))  # FlopCounterMode puts hooks on modules, which cannot take a leaf here
         flat = grad.flatten(0, -2)
         grad_weight = flat.t() @ result.detach().to(weight.dtype).flatten(0, -2) if needs_weight else None
         grad_bias = flat.sum(0) if needs_bias else None

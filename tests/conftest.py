@@ -4,9 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
+
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 torch.set_num_threads(1)
 
@@ -19,12 +22,20 @@ def small_vit(**kwargs) -> nn.Module:
     return randomise(model)
 
 
-def small_convnext(**kwargs) -> nn.Module:
+def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:
     """Depths 2, 1, 3, 1 with 8 to 32 channels."""
     torch.manual_seed(0)
     kwargs = {"depths": (2, 1, 3, 1), "dims": (8, 12, 16, 32), "num_classes": 5} | kwargs
     model = timm.create_model(kwargs.pop("name", "convnext_tiny"), **kwargs).double().train()
-    return randomise(model)
+    return randomise(model) if randomised else model
+
+
+def fake_model(make: Callable[[], nn.Module]) -> tuple[nn.Module, FakeTensorMode]:
+    """A model of fake tensors, and the mode in which they compute nothing and fail where a value is asked for."""
+    with torch.device("meta"):
+        model = make()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        return model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype)), mode
 
 
 def randomise(model: nn.Module) -> nn.Module:

@@ -17,6 +17,9 @@ MODELS = {
     "vit, ratios": lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3]),
     "convnext": lambda: sbp.apply(small_convnext()),
     "convnext v2, random": lambda: sbp.apply(small_convnext(use_grn=True), mask="random", keep_ratio=0.3),
+    "vit qkv_exact, cheap": lambda: sbp.apply(small_vit(init_values=0.5), mhsa_drop="qkv_exact", recompute="cheap"),
+    "vit query, block": lambda: sbp.apply(small_vit(), mhsa_drop="query", recompute="block"),
+    "convnext, block": lambda: sbp.apply(small_convnext(), recompute="block"),
 }
 LOW_BUDGET = ("vit qkv", "convnext")  # the others are among the slow tests
 

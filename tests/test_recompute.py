@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import sbp
 from sbp import recompute
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, fake_model, gradients, images, small_convnext, small_vit
 
 BITWISE = {  # nothing but norms, activations or whole blocks runs again: the very same numbers
     "vit": lambda: small_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
@@ -188,10 +187,7 @@ def bytes_per_image(model, mode):
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_saved_memory_of_the_published_networks(name):
-    with torch.device("meta"):
-        model = timm.create_model(name).train()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # computes nothing, and fails where a mask waits for one
-        model._apply(lambda p: torch.empty(p.shape))
+    model, mode = fake_model(lambda: timm.create_model(name).train())
     plain = bytes_per_image(model, mode)
     arms = [(0.5, "none"), (0.5, "cheap"), (1, "cheap"), (0.5, "block")]
     for (keep_ratio, how), limit in zip(arms, LIMITS[name], strict=True):
