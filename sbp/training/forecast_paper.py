@@ -101,15 +101,31 @@ def _through_kept(f: Callable[[Tensor], Tensor], x: Tensor, share: float) -> Ten
         return f(x)
     keep, drop = _split_positions(x.shape[1], share)
     kept = f(x.index_select(1, keep))
-    out = kept.new_zeros(*x.shape[:2], kept.shape[2]).index_copy_(1, keep, kept)
+    out = kept.new_zeros(*x.shape[:2], kept.shape[2])
+    out[:, keep] = kept  # unlike index_copy_, saves nothing but the index
     with torch.no_grad():
-        out.index_copy_(1, drop, f(x.index_select(1, drop)))
+        out[:, drop] = f(x.index_select(1, drop))
     return out
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     weights = torch.matmul(q, k.mT).mul(scale)
-    return torch.matmul(weights.softmax(-1), v)
+    return torch.matmul(_Softmax.apply(weights), v)
+
+
+class _Softmax(torch.autograd.Function):
+    """float16 to float32; torch 1.8 saved the input beside the result, to know its dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch._softmax(x, -1, x.dtype == torch.float16)
+        ctx.save_for_backward(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        x, out = ctx.saved_tensors
+        return torch._softmax_backward_data(grad, out, -1, x.dtype)
 
 
 class PaperAttention(Attention):
@@ -124,9 +140,10 @@ class PaperAttention(Attention):
             keep, drop = _split_positions(tokens - 1, share)
             keep, drop = torch.cat([torch.zeros(1, dtype=keep.dtype), keep + 1]), drop + 1
             kept = _attend(*(one.index_select(2, keep) for one in (q, k, v)), self.scale)
-            out = torch.zeros(q.shape, dtype=kept.dtype).index_copy_(2, keep, kept)
+            out = kept.new_zeros(q.shape)
+            out[:, :, keep] = kept
             with torch.no_grad():
-                out.index_copy_(2, drop, _attend(q.index_select(2, drop), k, v, self.scale))
+                out[:, :, drop] = _attend(q.index_select(2, drop), k, v, self.scale)
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, channels))
 
 
@@ -156,7 +173,12 @@ class PaperDownsample(nn.Sequential):
         conv: Any = self[1]
         height, width = x.shape[2] // 2, x.shape[3] // 2
         pixels = F.layer_norm(x.permute(0, 2, 3, 1), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        patches = pixels.unflatten(1, (height, 2)).unflatten(3, (width, 2)).transpose(2, 3).reshape(len(x), -1, 4 * x.shape[1])
+        patches = (
+            pixels.unflatten(1, (height, 2))
+            .unflatten(3, (width, 2))
+            .transpose(2, 3)
+            .reshape(len(x), -1, 4 * x.shape[1])
+        )
         weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
         y = _through_kept(lambda some: F.linear(some, weight, conv.bias), patches, self.share)
         return y.transpose(1, 2).unflatten(2, (height, width)).contiguous()
