@@ -24,7 +24,7 @@ from sbp.training.config import Config, EvalConfig
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", Config, EvalConfig)
+C = TypeVar("C", bound=Config | EvalConfig)
 
 FAILURE = "failure.txt"
 LONGEST_NAME = 120

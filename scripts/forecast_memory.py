@@ -1,0 +1,105 @@
+"""Forecasts the peak CUDA memory of a training step, without a GPU: `python scripts/forecast_memory.py backbone=vit_base`.
+
+Takes the groups and keys of train.py, and memory_gib, world_size and rules (configs/forecast.yaml). The micro batch is
+that of the run: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:  # run as a file, Python looks beside the file only
+    sys.path.insert(0, str(ROOT))
+
+from sbp.training import forecast as forecasts  # noqa: E402
+from sbp.training.config import Config, plan_batches  # noqa: E402
+from sbp.training.forecast import PARTS, TODAY, Forecast  # noqa: E402
+from sbp.training.forecast_paper import PAPER  # noqa: E402
+from scripts.launch import join_processes, run_job  # noqa: E402
+from scripts.sweep_table import markdown  # noqa: E402
+
+log = logging.getLogger("forecast")
+
+RULES = {"today": TODAY, "paper": PAPER}
+
+
+@dataclass
+class ForecastConfig(Config):
+    """A training run, and the GPU it is to run on.
+
+    memory_gib: what the largest micro batch is to fit into. world_size: processes. rules: "today" or "paper".
+    """
+
+    memory_gib: float = 24
+    world_size: int = 1
+    rules: str = "today"
+
+
+_schema = OmegaConf.structured(ForecastConfig)
+for _field in fields(Config):
+    _schema[_field.name] = MISSING  # configs/train.yaml, which comes first, has given it a value
+ConfigStore.instance().store(name="forecast_schema", node=_schema)
+
+
+def report(config: ForecastConfig, folder: Path) -> None:
+    """Prints the forecast and writes forecast.json. Raises ValueError for what the user got wrong."""
+    if config.rules not in RULES:
+        raise ValueError(f"rules must be one of {', '.join(RULES)}, got {config.rules!r}")
+    if config.world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {config.world_size}")
+    run = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
+    plan = plan_batches(run.global_batch_size, run.micro_batch_size, config.world_size)
+    batch, how = plan.micro_batch_size, {"world_size": config.world_size, "rules": RULES[config.rules]}
+
+    one = forecasts.forecast(run, batch, **how)
+    sbp = f"SBP, keep_ratio {run.sbp.keep_ratio}" if run.sbp.enabled else "no SBP"
+    log.info("forecast   %s, %s, amp %s, rules of %s", run.backbone.name, sbp, run.amp, config.rules)
+    log.info("batch      %d images at once, %d accumulated", batch, plan.accumulation)
+    log.info("peak       %8.1f MiB, of which", mib(one.peak))
+    for part in PARTS:
+        log.info("           %8.1f MiB %s", mib(getattr(one, part)), part)
+    log.info("           cuDNN's and cuBLAS's workspaces, fragmentation and the CUDA context come on top")
+    largest = forecasts.largest_micro_batch(run, config.memory_gib, **how)
+    log.info("largest    micro_batch_size=%d fits into memory_gib=%g", largest, config.memory_gib)
+    table = forecasts.keep_ratio_table(run, batch, **how)
+    log.info("peak MiB at this batch, by keep_ratio and recompute:\n%s", show(table))
+    result = {
+        "peak": one.peak,
+        **asdict(one),
+        "micro_batch_size": batch,
+        "memory_gib": config.memory_gib,
+        "largest_micro_batch_size": largest,
+        "peak_by_recompute_and_keep_ratio": {
+            mode: {str(ratio): cell.peak for ratio, cell in row.items()} for mode, row in table.items()
+        },
+        "config": asdict(config),
+    }
+    (folder / "forecast.json").write_text(json.dumps(result, indent=2) + "\n")
+    log.info("%s", folder / "forecast.json")
+
+
+def show(table: dict[str, dict[float, Forecast]]) -> str:
+    ratios = list(next(iter(table.values())))
+    rows = [[mode, *(f"{mib(cell.peak):.1f}" for cell in row.values())] for mode, row in table.items()]
+    return markdown([["recompute", *(f"keep_ratio {ratio}" for ratio in ratios)], *rows])
+
+
+def mib(size: int) -> float:
+    return size / 2**20
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="forecast")
+def main(composed: DictConfig) -> None:
+    run_job(composed, ForecastConfig, report)
+
+
+if __name__ == "__main__":
+    join_processes()
+    main()
