@@ -1,4 +1,6 @@
-"""Forecasts the peak CUDA memory of a training step, without a GPU: `python scripts/forecast_memory.py backbone=vit_base`.
+"""Forecasts the peak CUDA memory of a training step on a machine without a GPU.
+
+    python scripts/forecast_memory.py backbone=vit_base sbp.keep_ratio=0.5 global_batch_size=64 amp=bfloat16
 
 Takes the groups and keys of train.py, and memory_gib, world_size and rules (configs/forecast.yaml). The micro batch is
 that of the run: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
@@ -9,6 +11,7 @@ import logging
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -56,7 +59,8 @@ def report(config: ForecastConfig, folder: Path) -> None:
         raise ValueError(f"world_size must be at least 1, got {config.world_size}")
     run = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
     plan = plan_batches(run.global_batch_size, run.micro_batch_size, config.world_size)
-    batch, how = plan.micro_batch_size, {"world_size": config.world_size, "rules": RULES[config.rules]}
+    batch = plan.micro_batch_size
+    how: Any = {"world_size": config.world_size, "rules": RULES[config.rules]}
 
     one = forecasts.forecast(run, batch, **how)
     sbp = f"SBP, keep_ratio {run.sbp.keep_ratio}" if run.sbp.enabled else "no SBP"

@@ -210,7 +210,7 @@ TODAY = Rules()
 
 
 def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rules: Rules = TODAY) -> Forecast:
-    """Simulates the optimizer step of a run that has taken one before, on one of `world_size` processes.
+    """Simulates one of `world_size` processes from an optimizer update, that of the step before, up to the next.
 
     Raises ValueError for what a run with this config would raise it for, data sets aside.
     """
@@ -237,9 +237,13 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
             p.grad = torch.empty_like(p)
             p.register_post_accumulate_grad_hook(lambda p: allocations.note(p.grad, "gradients"))
         allocations.note([p.grad for p in parameters], "gradients")
-        optimizer.step()  # the step before: makes the state
+        if recipe.clip_grad is not None:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
+        optimizer.step()  # makes its state, too
         _note_state(allocations, optimizer)
         optimizer.zero_grad(set_to_none=not keeps_gradients)
+        if ema is not None:
+            ema.update(model, step=1)
         held = torch.empty(rules.bytes_per_parameter * sum(p.numel() for p in parameters), dtype=torch.uint8)
         allocations.note(held, "gradients")
 
@@ -254,13 +258,6 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
             del images
         saved = allocations.rename_temporaries("activations")
         loss.backward()
-        del loss
-        if recipe.clip_grad is not None:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.update(model, step=1)
     return Forecast(**allocations.peak(), saved=saved)
 
 

@@ -139,7 +139,7 @@ class PaperAttention(Attention):
         else:
             keep, drop = _split_positions(tokens - 1, share)
             keep, drop = torch.cat([torch.zeros(1, dtype=keep.dtype), keep + 1]), drop + 1
-            kept = _attend(*(one.index_select(2, keep) for one in (q, k, v)), self.scale)
+            kept = _attend(q.index_select(2, keep), k.index_select(2, keep), v.index_select(2, keep), self.scale)
             out = kept.new_zeros(q.shape)
             out[:, :, keep] = kept
             with torch.no_grad():
