@@ -310,7 +310,7 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
     def needed(config: Config, micro_batch_size: int = micro_batch_size) -> int:
         return forecast(config, micro_batch_size, world_size=world_size).peak
 
-    lines = [f"forecast: {needed(config) / 2**30:.2f} GiB at the peak; available: {available / 2**30:.2f} GiB"]
+    lines = [f"forecast: {needed(config) / 2**20:.1f} MiB at the peak; available: {available / 2**20:.1f} MiB"]
     options: list[tuple[str, int]] = []
     enable, sbp = "" if config.sbp.enabled else "sbp.enabled=true ", config.sbp
     exact = {} if sbp.enabled else {"keep_ratio": 1.0}
@@ -329,7 +329,7 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
         options.append((f"micro_batch_size={smaller} (same global_batch_size)", needed(config, smaller)))
         if options[-1][1] <= available:
             break
-    fitting = [f"  {keys:<50} {size / 2**30:.2f} GiB" for keys, size in options if size <= available]
+    fitting = [f"  {keys:<50} {size / 2**20:.1f} MiB" for keys, size in options if size <= available]
     return "\n".join(
         [*lines, "these would have fitted:" if fitting else "no single change would have fitted", *fitting]
     )

@@ -1,0 +1,166 @@
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import sbp
+from configs import BACKBONES, composed, small
+from sbp.training.config import Config
+from sbp.training.forecast import (
+    PARTS,
+    RECOMPUTE,
+    advice,
+    forecast,
+    keep_ratio_table,
+    largest_micro_batch,
+)
+from sbp.training.forecast_paper import PAPER
+from sbp.training.models import build_model
+from scripts.forecast_memory import ForecastConfig, report
+
+MIB = 2**20
+
+
+def parameters(config) -> int:
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size)
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.mask=random"])
+def test_it_saves_what_a_real_step_saves(backbone, override):
+    config = small(override, backbone=backbone)
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).train()
+    images, labels = torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
+    real = sbp.saved_bytes(lambda: F.cross_entropy(model(images), labels, label_smoothing=0.1))
+    assert forecast(config, 64).saved == pytest.approx(real, rel=0.005)
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+def test_the_parts_are_those_of_adamw_and_add_up(amp):
+    config = small(f"amp={amp}", "global_batch_size=64", "recipe.ema_decay=0.99")
+    size, one = parameters(config), forecast(config, 32)
+    assert one.peak == sum(getattr(one, part) for part in PARTS)
+    assert one.weights == pytest.approx(4 * size, rel=0.2)  # CUDA rounds every tensor up to 512 bytes
+    assert one.gradients == pytest.approx(one.weights, rel=0.02)
+    assert one.optimizer == pytest.approx(3 * one.weights, rel=0.02)  # two moments and the moving average
+    assert 0 < one.activations <= one.saved
+
+
+def test_gradients_are_alive_in_the_forward_pass_only_when_steps_accumulate_or_ddp_holds_them():
+    config = small("global_batch_size=64")
+    whole, accumulated = forecast(config, 64), forecast(replace(config, global_batch_size=128), 64)
+    assert whole.gradients < accumulated.gradients == forecast(config, 64, world_size=2).gradients
+    assert accumulated.activations == pytest.approx(whole.activations, rel=0.01)
+
+
+def test_cuda_casts_norms_to_float32_and_not_gelu():
+    config = small("sbp=none", "amp=bfloat16")
+    depth, channels, tokens, images = 2, 48, 16, 64
+    per_token = depth * (36 * channels + 4 * 3 + 4 * 4)  # logsumexp of 3 heads, mean and rstd of two norms
+    saved = forecast(config, images).saved - forecast(config, images // 2).saved
+    patches = 2 * 3 * 8 * 8
+    assert saved == pytest.approx(images // 2 * tokens * (per_token + patches), rel=0.01)  # the head is left out
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+def test_less_is_kept_with_a_lower_ratio(backbone):
+    row = keep_ratio_table(small(backbone=backbone), 64)["none"]
+    peaks = [one.peak for one in row.values()]
+    assert list(row) == [1.0, 0.75, 0.5, 0.25] and peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config = small("global_batch_size=4096")
+    gib = 0.05
+    n = largest_micro_batch(config, gib)
+    assert forecast(config, n).peak <= gib * 2**30 < forecast(config, n + 1).peak
+    assert largest_micro_batch(config, 1e-6) == 0
+    assert largest_micro_batch(small("recipe.mixup=0.8"), gib) % 2 == 0
+
+
+@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+def test_the_peak_is_that_of_an_independent_count(backbone):
+    config = small("sbp=none", "recipe.label_smoothing=0", "global_batch_size=256", backbone=backbone)
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).train()
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        loss = F.cross_entropy(model(torch.randn(256, 3, 32, 32)), torch.zeros(256, dtype=torch.int64))
+        loss.backward()
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    ours = forecast(config, 256)
+    assert ours.peak - ours.optimizer == pytest.approx(counted, abs=0.1 * MIB)
+
+
+def test_advice_names_settings_that_fit():
+    config = small("sbp.keep_ratio=1.0", "global_batch_size=64")
+    needed = forecast(config, 64).peak
+    text = advice(config, 64, int(0.8 * needed))
+    assert "sbp.keep_ratio=0.25" in text and "micro_batch_size=32" in text and "sbp.keep_ratio=1.0" not in text
+    assert "no single change" in advice(config, 64, 1000)
+    plain = advice(small("sbp=none", "global_batch_size=64"), 64, int(0.8 * needed))
+    assert "sbp.enabled=true sbp.keep_ratio=0.25" in plain
+
+
+@pytest.mark.parametrize(
+    ("experiment", "published"),
+    [
+        ("vit_tiny_sbp", 5587),
+        pytest.param("vit_tiny_baseline", 8248, marks=pytest.mark.slow),
+        pytest.param("vit_base_baseline", 10083, marks=pytest.mark.slow),
+        pytest.param("vit_base_sbp", 7436, marks=pytest.mark.slow),
+        pytest.param("convnext_tiny_sbp", 7059, marks=pytest.mark.slow),
+        pytest.param("convnext_base_sbp", 8758, marks=pytest.mark.slow),
+    ],
+)
+def test_the_rules_of_the_paper_give_its_figures(experiment, published):
+    """MiB; the two ConvNeXt baselines come out 7 to 8 % low, for reasons that are not known."""
+    config = composed(f"experiment=table1/{experiment}")
+    assert forecast(config, config.micro_batch_size, rules=PAPER).peak / MIB == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize("key", ["mhsa_drop=head", "layers=all", "keep_ratio=[0.5,0.5]"])
+def test_the_rules_of_the_paper_know_its_layers_only(key):
+    with pytest.raises(ValueError, match=key.split("=")[0]):
+        forecast(composed("experiment=table1/vit_tiny_sbp", f"sbp.{key}"), 2, rules=PAPER)
+
+
+def test_the_command_reports_what_the_functions_return(tmp_path):
+    config = composed(*BACKBONES["vit"], "data=digits", "memory_gib=0.05", name="forecast", kind=ForecastConfig)
+    assert config.data.image_size == 32  # the schema's defaults have not come back
+    report(config, tmp_path)
+    result = json.loads((tmp_path / "forecast.json").read_text())
+    run = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
+    assert result["peak"] == forecast(run, 256).peak
+    assert forecast(run, result["largest_micro_batch_size"]).peak <= 0.05 * 2**30
+    assert list(result["peak_by_recompute_and_keep_ratio"]) == list(RECOMPUTE)
+
+
+@pytest.mark.parametrize("wrong", ["rules=1998", "world_size=0", "memory_gib=0"])
+def test_the_command_names_a_wrong_key(wrong, tmp_path):
+    with pytest.raises(ValueError, match=wrong.split("=")[0]):
+        report(composed(*BACKBONES["vit"], "data=digits", wrong, name="forecast", kind=ForecastConfig), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "micro", "message"),
+    [
+        ([], 0, "micro_batch_size"),
+        (["recipe.mixup=0.8"], 3, "micro_batch_size must be even"),
+        (["recipe.optimizer=nothing"], 4, "recipe.optimizer=nothing"),
+        (["sbp.keep_ratio=2"], 4, "sbp.keep_ratio"),
+        (["backbone.name=nothing"], 4, "backbone.name=nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_key(overrides, micro, message):
+    with pytest.raises(ValueError, match=message):
+        forecast(small(*overrides), micro)
+
+
+def test_no_memory_is_no_size():
+    with pytest.raises(ValueError, match="memory_gib must be above 0"):
+        largest_micro_batch(small(), 0)
