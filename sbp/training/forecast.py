@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -257,7 +258,10 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         if not rules.images_stay:
             del images
         saved = allocations.rename_temporaries("activations")
-        loss.backward()
+        # `loss.backward()`, within the modes above: called by that name it would leave the casts, which whatever is
+        # recomputed in the backward pass needs as well.
+        one = torch.ones_like(loss)
+        _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     return Forecast(**allocations.peak(), saved=saved)
 
 
