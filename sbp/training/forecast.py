@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sbp.recompute import MODES as RECOMPUTE
 from sbp.training.config import Config, scaled_lr, validate
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
@@ -34,7 +35,6 @@ from sbp.training.optim import build_criterion, build_ema, build_mixup, build_op
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25)
-RECOMPUTE = ("none", "cheap", "block")
 
 _CPU = torch.device("cpu")
 _HOST = "host"  # what lies in the CPU's memory during a step on CUDA
