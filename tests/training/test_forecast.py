@@ -99,10 +99,10 @@ def test_the_peak_is_that_of_an_independent_count(backbone):
 def test_advice_names_settings_that_fit():
     config = small("sbp.keep_ratio=1.0", "global_batch_size=64")
     needed = forecast(config, 64).peak
-    text = advice(config, 64, int(0.8 * needed))
+    text = advice(config, 64, int(0.9 * needed))
     assert "sbp.keep_ratio=0.25" in text and "micro_batch_size=32" in text and "sbp.keep_ratio=1.0" not in text
     assert "no single change" in advice(config, 64, 1000)
-    plain = advice(small("sbp=none", "global_batch_size=64"), 64, int(0.8 * needed))
+    plain = advice(small("sbp=none", "global_batch_size=64"), 64, int(0.9 * needed))
     assert "sbp.enabled=true sbp.keep_ratio=0.25" in plain
 
 
