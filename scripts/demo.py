@@ -22,7 +22,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from scripts.sweep_table import COLUMNS, markdown
+from sbp.training.table import markdown
+from scripts.sweep_table import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from sbp.training import distributed
 from sbp.training.summary import SUMMARY
+from sbp.training.table import markdown
 from scripts.launch import FAILURE
 
 COLUMNS = {  # heading -> how a value of summary.json is shown
@@ -58,11 +59,3 @@ class SweepTable(Callback):
         if self.failed:
             print(f"{self.failed} of {len(self.rows)} jobs failed; see {FAILURE} in their folders", file=sys.stderr)
             raise SystemExit(1)
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A Markdown table whose columns line up as plain text too; the first line holds the headings."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
