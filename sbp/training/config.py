@@ -218,6 +218,60 @@ class EvalConfig:
     run_dir: str = "outputs/eval"
 
 
+@dataclass
+class BenchmarkSbpConfig:
+    """Keys of SbpConfig, for every arm with SBP. The arms themselves decide on mhsa_drop and recompute."""
+
+    keep_ratio: Any = 0.5
+    mask: str = "grid"
+    layers: Any = None
+    seed: int = 0
+
+
+@dataclass
+class BenchmarkDataConfig:
+    """Random images, made on the device."""
+
+    image_size: int = 224
+    num_classes: int = 1000
+
+
+@dataclass
+class BenchmarkConfig:
+    """One comparison of ways to train a network; the ways are the arms in sbp/training/benchmark.py.
+
+    arms: null for all that the network knows.
+    batch_size: images in a step of one process.
+    rounds, steps: every arm takes `steps` steps in a row, then the next arm; so many rounds of that.
+    warmup: steps of each arm before anything is measured.
+    seconds: once they have passed since the start, no new round and no new search for a largest batch begins; null
+        for no limit.
+    memory_gib: the memory that the largest batch has to fit into; null for all of the device's.
+    largest_batch: whether to search for it (on CUDA, in one process).
+    release: the folder of the authors' release, which makes it an arm.
+    """
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    sbp: BenchmarkSbpConfig = field(default_factory=BenchmarkSbpConfig)
+    data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
+    arms: list[str] | None = None
+    batch_size: int = 64
+    amp: str = "bfloat16"
+    rounds: int = 10
+    steps: int = 2
+    warmup: int = 3
+    seconds: float | None = None
+    memory_gib: float | None = None
+    largest_batch: bool = True
+    release: str | None = None
+    compile_backend: str = "inductor"
+    channels_last: bool = False
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    run_dir: str = "outputs/benchmark"
+
+
 def from_dict(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """The dataclass that `asdict` turned into `values`. Raises ValueError for a key it does not have."""
     types = get_type_hints(kind)
@@ -288,6 +342,16 @@ def validate(config: Config) -> Config:
     for key in ("label_smoothing", "flip", "random_erasing", "mixup_switch"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")
+    return config
+
+
+def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
+    """Returns the config; raises ValueError as `validate` does. The arms are checked where they are defined."""
+    _one_of("amp", config.amp, AMP)
+    _one_of("device", config.device, DEVICES)
+    _at_least(config, 1, "batch_size", "rounds", "steps", "warmup", "threads", "data.image_size")
+    _at_least(config, 2, "data.num_classes")
+    _above_zero(config, "seconds", "memory_gib")
     return config
 
 
@@ -372,21 +436,21 @@ def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
 
 
-def _select(config: Config, key: str) -> Any:
+def _select(config: Any, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
     return value
 
 
-def _at_least(config: Config, least: int, *keys: str) -> None:
+def _at_least(config: Config | BenchmarkConfig, least: int, *keys: str) -> None:
     for key in keys:
         value = _select(config, key)
         if value is not None and value < least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
 
 
-def _above_zero(config: Config, *keys: str) -> None:
+def _above_zero(config: Config | BenchmarkConfig, *keys: str) -> None:
     for key in keys:
         value = _select(config, key)
         if value is not None and not value > 0:

@@ -1,0 +1,396 @@
+"""Compares ways to train one network, the arms, by the time and the memory of a training step.
+
+All arms live in one process and take turns, so that a machine that slows down slows all of them; medians are taken
+over the rounds. Memory is each arm's own. Nothing here needs more than torch and timm.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+
+import sbp
+from sbp.training import distributed, environment
+from sbp.training.config import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
+from sbp.training.loop import autocast
+from sbp.training.models import build_model
+from sbp.training.optim import build_criterion
+from sbp.training.release import release_model
+
+log = logging.getLogger(__name__)
+
+EXACT, DROPPING, SBP, RELEASE = "exact gradient", "token dropping", "SBP", "SBP, authors' release"
+KINDS = (EXACT, DROPPING, SBP, RELEASE)
+PARTS = ("forward", "backward", "optimizer")  # of a step, in this order
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the network.
+
+    kind: one of KINDS. sbp: arguments of `sbp.apply` besides those in the config; None for timm's model as it is.
+    budget: torch.compile with this activation_memory_budget, the share of the activations that it would save by
+    itself; None for eager mode.
+    """
+
+    label: str
+    kind: str = EXACT
+    sbp: dict[str, Any] | None = None
+    budget: float | None = None
+    checkpointing: bool = False
+    patch_drop: float = 0.0
+    vit_only: bool = False
+    release: bool = False
+
+
+ARMS = {
+    "plain": Arm("plain"),
+    "checkpoint": Arm("checkpointing", checkpointing=True),
+    "cheap": Arm("cheap recompute", sbp={"keep_ratio": 1.0, "recompute": "cheap"}),
+    "compile": Arm("compile", budget=1.0),
+    "compile_0.9": Arm("compile, budget 0.9", budget=0.9),
+    "compile_0.5": Arm("compile, budget 0.5", budget=0.5),
+    "compile_0.25": Arm("compile, budget 0.25", budget=0.25),
+    "patch_dropout": Arm("PatchDropout 0.5", DROPPING, patch_drop=0.5, vit_only=True),
+    "sbp": Arm("SBP", SBP, sbp={}),
+    "sbp_cheap": Arm("SBP, cheap recompute", SBP, sbp={"recompute": "cheap"}),
+    "sbp_block": Arm("SBP, block recompute", SBP, sbp={"recompute": "block"}),
+    "sbp_query": Arm("SBP, query", SBP, sbp={"mhsa_drop": "query"}, vit_only=True),
+    "sbp_head": Arm("SBP, head", SBP, sbp={"mhsa_drop": "head"}, vit_only=True),
+    "sbp_qkv_exact": Arm("SBP, qkv_exact", SBP, sbp={"mhsa_drop": "qkv_exact"}, vit_only=True),
+    "sbp_compile": Arm("SBP + compile", SBP, sbp={}, budget=1.0),
+    "sbp_compile_0.5": Arm("SBP + compile, budget 0.5", SBP, sbp={}, budget=0.5),
+    "release": Arm("authors' release", RELEASE, sbp={}, release=True),
+}
+
+
+def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
+    """Runs the arms and returns the record: where and how, and for each arm its figures or its error.
+
+    Times are in milliseconds, memory in bytes. Under torchrun every process runs every arm under DDP; the times are
+    those of this process, the memory is the largest over the processes.
+
+    Raises ValueError for settings that are wrong for every arm.
+    """
+    begin = perf_counter()
+    validate_benchmark(config)
+    names = _choose_arms(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = distributed.pick_device(config.device)
+    batch = _batch(config, config.batch_size, device)
+    records: dict[str, dict[str, Any]] = {
+        name: {"label": ARMS[name].label, "kind": ARMS[name].kind, "error": None} for name in names
+    }
+
+    def time_is_up() -> bool:
+        return distributed.from_main(config.seconds is not None and perf_counter() - begin > config.seconds)
+
+    with torch._dynamo.config.patch(recompile_limit=8 * len(ARMS)):  # the arms share timm's code objects
+        runners: dict[str, Runner] = {}
+        for name in names:
+            with _recorded(records[name]):
+                runners[name] = _start(config, ARMS[name], batch, device, records[name])
+        rounds = 0
+        while rounds == 0 or (rounds < config.rounds and not time_is_up()):
+            for name in list(runners):
+                with _recorded(records[name]):
+                    _add_times(records[name], runners[name].turn(batch, config.steps))
+                if records[name]["error"]:
+                    del runners[name]
+            rounds += 1
+            log.info("round %d/%d", rounds, config.rounds)
+    parameters = sum(p.numel() for p in build_on(torch.device("meta"), config, ARMS["plain"]).parameters())
+    runners.clear()
+    torch._dynamo.reset()  # compiled code holds on to its model
+    if device.type == "cuda" and distributed.world_size() == 1 and config.largest_batch:
+        for name, record in records.items():
+            if record["error"] is None and not time_is_up():
+                with _recorded(record, "largest_batch_error"):
+                    record["largest_batch"] = _largest_batch(config, ARMS[name], device, record)
+                    record["largest_batch_estimated"] = ARMS[name].budget is not None
+
+    running = [record for record in records.values() if record["error"] is None]
+    for record in running:
+        _summarise(record, config.batch_size * distributed.world_size())
+    for record in running:
+        _compare(record, records.get("plain", {}))
+    return {
+        "network": config.backbone.name,
+        "parameters": parameters,
+        "device": environment.device_name(device),
+        "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "world_size": distributed.world_size(),
+        "versions": environment.versions(),
+        "amp": config.amp,
+        "batch_size": config.batch_size,
+        "rounds": rounds,
+        "seconds": perf_counter() - begin,
+        "settings": asdict(config),
+        "arms": records,
+    }
+
+
+def _choose_arms(config: BenchmarkConfig) -> list[str]:
+    """The names of the arms to run. Raises ValueError for what is wrong whichever arm runs."""
+    plain = build_on(torch.device("meta"), config, ARMS["plain"])
+    build_on(torch.device("meta"), config, ARMS["sbp"])
+    is_vit = isinstance(plain, VisionTransformer)
+    possible = [
+        name
+        for name, arm in ARMS.items()
+        if (is_vit or not arm.vit_only) and (config.release is not None or not arm.release)
+    ]
+    names = possible if config.arms is None else config.arms
+    unknown = [name for name in names if name not in possible]
+    if unknown or not names:
+        raise ValueError(f"arms={unknown} must be among {', '.join(possible)} for {config.backbone.name}")
+    if config.release is not None and "release" in names:
+        build_on(torch.device("cpu"), config, ARMS["release"])
+    return list(dict.fromkeys(names))
+
+
+def build_on(device: torch.device, config: BenchmarkConfig, arm: Arm) -> nn.Module:
+    """The arm's model in training mode, before torch.compile and DDP."""
+    backbone, settings = config.backbone, SbpConfig(enabled=False)
+    if arm.patch_drop:
+        backbone = replace(backbone, kwargs=backbone.kwargs | {"patch_drop_rate": arm.patch_drop})
+    if arm.sbp is not None:
+        settings = SbpConfig(**asdict(config.sbp) | arm.sbp)
+    with device:  # weights of a large model take seconds to draw on a CPU
+        model = build_model(backbone, settings, config.data.num_classes, config.data.image_size)
+        if arm.release:
+            model = release_model(Path(config.release or ""), model, backbone.drop_path)
+    if arm.checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    return model.train()
+
+
+class Runner:
+    """An arm with its model and optimizer."""
+
+    def __init__(self, config: BenchmarkConfig, arm: Arm, device: torch.device) -> None:
+        self.amp, self.device = config.amp, device
+        torch.manual_seed(config.seed)
+        model = build_on(device, config, arm)
+        if config.channels_last:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if arm.budget is not None:
+            model.compile(backend=_backend(config.compile_backend, arm.budget), dynamic=False)
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
+        self.criterion = build_criterion(RecipeConfig())
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.model = distributed.wrap(model)
+
+    def loss(self, batch: Batch) -> Tensor:
+        with autocast(self.amp, self.device):
+            return self.criterion(self.model(batch[0]), batch[1])
+
+    def turn(self, batch: Batch, steps: int) -> list[dict[str, float]]:
+        """Runs steps in a row; for each the milliseconds of its PARTS and of the whole "step".
+
+        The device is waited for at the end only, so that the CPU may run ahead as it does in training.
+        """
+        marks = [self._step(batch) for _ in range(steps)]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return [
+            {part: _milliseconds(*pair) for part, pair in zip(PARTS, zip(one, one[1:], strict=False), strict=True)}
+            | {"step": _milliseconds(one[0], one[-1])}
+            for one in marks
+        ]
+
+    def _step(self, batch: Batch) -> list[Any]:
+        marks = [self._mark()]
+        loss = self.loss(batch)
+        marks.append(self._mark())
+        self.scaler.scale(loss).backward()
+        marks.append(self._mark())
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        marks.append(self._mark())
+        return marks
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _milliseconds(start: Any, end: Any) -> float:
+    return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
+
+
+def _backend(name: str, budget: float) -> Callable[..., Any]:
+    """A torch.compile backend with an activation_memory_budget.
+
+    A new function for each arm: under one and the same backend an arm would take over the code that was compiled for
+    another one, as both run the same Python code.
+    """
+    compile_graph = lookup_backend(name)
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return compile_graph(graph, inputs)
+
+    return backend
+
+
+def _batch(config: BenchmarkConfig, size: int, device: torch.device) -> Batch:
+    images = torch.randn(size, 3, config.data.image_size, config.data.image_size, device=device)
+    if config.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+    return images, torch.randint(config.data.num_classes, (size,), device=device)
+
+
+# -- one arm
+
+
+@contextmanager
+def _recorded(record: dict[str, Any], key: str = "error") -> Iterator[None]:
+    """What fails inside is written to the record, and the other arms go on."""
+    try:
+        yield
+    except Exception as error:
+        record[key] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        log.warning("%s failed: %s", record["label"], record[key])
+    if key in record and record[key]:
+        _free()  # outside of `except`, where the error's frames hold what they had
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
+
+
+def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device, record: dict[str, Any]) -> Runner:
+    """The arm after its warm-up; writes its memory to the record: its own, with its batch, without other arms'.
+
+    CUDA: what stays between steps, and the peaks of a step. CPU: what autograd saves for the backward pass.
+    """
+    log.info("starting %s", arm.label)
+    _free()
+    cuda = device.type == "cuda"
+    images = batch[0].nbytes
+    others = (torch.cuda.memory_allocated(device) - images, torch.cuda.memory_reserved(device) - images) if cuda else ()
+    runner = Runner(config, arm, device)
+    runner.turn(batch, config.warmup)
+    if not cuda:
+        record["saved_bytes"] = sbp.saved_bytes(lambda: runner.loss(batch))
+        return runner
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    resident = torch.cuda.memory_allocated(device)
+    runner.turn(batch, 2)
+    figures = {
+        "resident": resident - others[0],
+        "peak_allocated": torch.cuda.max_memory_allocated(device) - others[0],
+        "peak_reserved": torch.cuda.max_memory_reserved(device) - others[1],
+    }
+    record |= dict(zip(figures, map(int, distributed.maxima(list(figures.values()))), strict=True))
+    return runner
+
+
+def _add_times(record: dict[str, Any], turn: list[dict[str, float]]) -> None:
+    raw = record.setdefault("times_ms", {part: [] for part in (*PARTS, "step")})
+    for step in turn:
+        for part, milliseconds in step.items():
+            raw[part].append(milliseconds)
+
+
+def _summarise(record: dict[str, Any], images: int) -> None:
+    """Adds medians and quartiles, and images per second for so many images in a step."""
+    marks = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    quartiles = {part: torch.tensor(times).double().quantile(marks).tolist() for part, times in record["times_ms"].items()}
+    record["median_ms"] = {part: values[1] for part, values in quartiles.items()}
+    record["quartiles_ms"] = {part: [values[0], values[2]] for part, values in quartiles.items()}
+    record["images_per_second"] = 1000 * images / record["median_ms"]["step"]
+
+
+def _compare(record: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Adds the ratios to the plain arm; None without one."""
+    record["time_ratio"] = record["memory_ratio"] = None
+    if "median_ms" in plain:
+        record["time_ratio"] = record["median_ms"]["step"] / plain["median_ms"]["step"]
+        record["memory_ratio"] = memory(record) / memory(plain)
+
+
+def memory(record: dict[str, Any]) -> int:
+    """Bytes: the peak of a step on CUDA, what is saved for the backward pass on a CPU."""
+    return record["peak_allocated"] if "peak_allocated" in record else record["saved_bytes"]
+
+
+# -- the largest batch
+
+
+def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
+    """How many images fit into the config's memory: by trial in eager mode, by extrapolation for a compiled arm.
+
+    The arm is alone on the device. What PyTorch's allocator does not hand out, such as the CUDA context, is not
+    counted.
+    """
+    total = torch.cuda.get_device_properties(device).total_memory
+    limit = total if config.memory_gib is None else min(total, int(config.memory_gib * 2**30))
+    if arm.budget is not None:
+        copies = 0 if config.amp == "off" else record["resident"] // 6  # of the weights: 2 bytes beside 12
+        fixed = record["resident"] - config.batch_size * 3 * config.data.image_size**2 * 4 + copies
+        return int((limit - fixed) / (record["peak_allocated"] - fixed) * config.batch_size)
+    log.info("largest batch of %s", arm.label)
+    _free()
+    runner = Runner(config, arm, device)
+
+    def peak(size: int) -> int:
+        runner.turn(_batch(config, size, device), 1)
+        torch.cuda.reset_peak_memory_stats(device)
+        runner.turn(_batch(config, size, device), 1)
+        return torch.cuda.max_memory_allocated(device)
+
+    def fits(size: int) -> bool:
+        runner.optimizer.zero_grad(set_to_none=True)
+        _free()
+        try:
+            runner.turn(_batch(config, size, device), 2)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    small, large = max(1, config.batch_size // 2), max(2, config.batch_size)
+    low, high = peak(small), peak(large)
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    try:
+        return search_largest(fits, large + int((limit - high) * (large - small) / (high - low)))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def search_largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest size that fits, to 2 %; 0 when none does. Widens from the guess, then bisects."""
+    fitting, failing, size = 0, None, max(1, guess)
+    while failing is None or failing - fitting > max(1, fitting // 50):
+        if fits(size):
+            fitting = size
+        else:
+            failing = size
+        if failing is None:
+            size = max(fitting + 1, fitting * 21 // 20)
+        elif fitting == 0:
+            size = failing * 19 // 20
+        else:
+            size = (fitting + failing) // 2
+    return fitting
