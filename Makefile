@@ -2,12 +2,13 @@
 #   make demo      train, evaluate and compare four small models        make test       the default tests
 #   make lint      ruff and mypy                                        make test-slow  the slow tests
 #   make format    let ruff rewrite the code                            make clean      remove what make made
+#   make gpu-results   on a GPU machine: the figures that need one, in slices; again until nothing is left (ARGS=--help)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean setup
+.PHONY: help demo test test-slow lint format clean setup gpu-results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +35,12 @@ lint: setup
 
 format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+# Installs nothing: without .venv, the first python that has torch, as GPU machines often have no network.
+gpu-results:
+	@if test -f $(READY); then python=$(BIN)/python; else \
+		for python in $(PYTHON) python3 python; do $$python -c 'import torch' 2>/dev/null && break; done; fi; \
+	$$python -m scripts.gpu_results $(ARGS)
 
 setup: $(READY)
 

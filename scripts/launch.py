@@ -20,11 +20,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed
-from sbp.training.config import Config, EvalConfig
+from sbp.training.config import BenchmarkConfig, Config, EvalConfig
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", bound=Config | EvalConfig)
+C = TypeVar("C", bound=Config | EvalConfig | BenchmarkConfig)
 
 FAILURE = "failure.txt"
 LONGEST_NAME = 120
@@ -32,6 +32,7 @@ _SWEEP = re.compile(r"=.*,|\b(range|choice|glob|interval)\(")
 
 ConfigStore.instance().store(name="train_schema", node=Config)
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
 
 
 def job_folder(overrides: ListConfig) -> str:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -208,7 +209,7 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return [
-            {part: _milliseconds(*pair) for part, pair in zip(PARTS, zip(one, one[1:], strict=False), strict=True)}
+            {part: _milliseconds(*pair) for part, pair in zip(PARTS, pairwise(one), strict=True)}
             | {"step": _milliseconds(one[0], one[-1])}
             for one in marks
         ]
@@ -270,7 +271,7 @@ def _recorded(record: dict[str, Any], key: str = "error") -> Iterator[None]:
     except Exception as error:
         record[key] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         log.warning("%s failed: %s", record["label"], record[key])
-    if key in record and record[key]:
+    if record.get(key):
         _free()  # outside of `except`, where the error's frames hold what they had
 
 
@@ -286,22 +287,23 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     """
     log.info("starting %s", arm.label)
     _free()
-    cuda = device.type == "cuda"
-    images = batch[0].nbytes
-    others = (torch.cuda.memory_allocated(device) - images, torch.cuda.memory_reserved(device) - images) if cuda else ()
-    runner = Runner(config, arm, device)
-    runner.turn(batch, config.warmup)
-    if not cuda:
+    if device.type != "cuda":
+        runner = Runner(config, arm, device)
+        runner.turn(batch, config.warmup)
         record["saved_bytes"] = sbp.saved_bytes(lambda: runner.loss(batch))
         return runner
+    allocated = torch.cuda.memory_allocated(device) - batch[0].nbytes
+    reserved = torch.cuda.memory_reserved(device) - batch[0].nbytes
+    runner = Runner(config, arm, device)
+    runner.turn(batch, config.warmup)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    resident = torch.cuda.memory_allocated(device)
+    resident = torch.cuda.memory_allocated(device) - allocated
     runner.turn(batch, 2)
     figures = {
-        "resident": resident - others[0],
-        "peak_allocated": torch.cuda.max_memory_allocated(device) - others[0],
-        "peak_reserved": torch.cuda.max_memory_reserved(device) - others[1],
+        "resident": resident,
+        "peak_allocated": torch.cuda.max_memory_allocated(device) - allocated,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) - reserved,
     }
     record |= dict(zip(figures, map(int, distributed.maxima(list(figures.values()))), strict=True))
     return runner
@@ -317,7 +319,8 @@ def _add_times(record: dict[str, Any], turn: list[dict[str, float]]) -> None:
 def _summarise(record: dict[str, Any], images: int) -> None:
     """Adds medians and quartiles, and images per second for so many images in a step."""
     marks = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    quartiles = {part: torch.tensor(times).double().quantile(marks).tolist() for part, times in record["times_ms"].items()}
+    times = {part: torch.tensor(raw, dtype=torch.float64) for part, raw in record["times_ms"].items()}
+    quartiles = {part: values.quantile(marks).tolist() for part, values in times.items()}
     record["median_ms"] = {part: values[1] for part, values in quartiles.items()}
     record["quartiles_ms"] = {part: [values[0], values[2]] for part, values in quartiles.items()}
     record["images_per_second"] = 1000 * images / record["median_ms"]["step"]
@@ -340,7 +343,8 @@ def memory(record: dict[str, Any]) -> int:
 
 
 def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
-    """How many images fit into the config's memory: by trial in eager mode, by extrapolation for a compiled arm.
+    """How many images fit into the config's memory: by trial in eager mode; for a compiled arm, which would be
+    compiled anew for each size, by extrapolation from its peak.
 
     The arm is alone on the device. What PyTorch's allocator does not hand out, such as the CUDA context, is not
     counted.
@@ -348,8 +352,9 @@ def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, reco
     total = torch.cuda.get_device_properties(device).total_memory
     limit = total if config.memory_gib is None else min(total, int(config.memory_gib * 2**30))
     if arm.budget is not None:
-        copies = 0 if config.amp == "off" else record["resident"] // 6  # of the weights: 2 bytes beside 12
-        fixed = record["resident"] - config.batch_size * 3 * config.data.image_size**2 * 4 + copies
+        # Weights and AdamW's averages, 12 bytes a parameter, and under autocast copies of the weights, 2 bytes.
+        fixed = record["resident"] - config.batch_size * 3 * config.data.image_size**2 * 4
+        fixed *= 1 if config.amp == "off" else 14 / 12
         return int((limit - fixed) / (record["peak_allocated"] - fixed) * config.batch_size)
     log.info("largest batch of %s", arm.label)
     _free()

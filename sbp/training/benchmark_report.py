@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sbp.training.benchmark import DROPPING, EXACT, PARTS, RELEASE, SBP
+from sbp.training.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
 from sbp.training.table import markdown
 
 STYLES = {EXACT: ("#3b6fb6", "o"), DROPPING: ("#8a8a8a", "s"), SBP: ("#d1495b", "D"), RELEASE: ("#e0a030", "^")}
@@ -35,10 +36,15 @@ def write_report(result: dict[str, Any], folder: Path, name: str) -> None:
 def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The arms of several benchmarks of one network; the ratios of each stay those to its own plain arm."""
     arms: dict[str, Any] = {}
+    versions: dict[str, str] = {}
     for result in results:
-        arms = result["arms"] | arms
+        arms |= {name: record for name, record in result["arms"].items() if name not in arms}
+        for name, version in result["versions"].items():
+            known = versions.get(name, version)
+            versions[name] = known if version in known.split(" / ") else f"{known} / {version}"
+    ordered = {name: arms[name] for name in ARMS if name in arms}
     rounds = min(result["rounds"] for result in results)
-    return results[0] | {"arms": arms, "rounds": rounds}
+    return results[0] | {"arms": ordered, "versions": versions, "rounds": rounds}
 
 
 def caption(result: dict[str, Any]) -> str:
@@ -48,7 +54,7 @@ def caption(result: dict[str, Any]) -> str:
     memory = "the peak of a step" if result["device_memory"] else "what autograd saves for the backward pass"
     parts = [
         f"{result['network']} ({result['parameters'] / 1e6:.1f} M parameters) on {result['device']}",
-        f"{result['threads']} CPU threads, {result['world_size']} process(es)",
+        f"{result['threads']} CPU thread(s), {result['world_size']} process(es)",
         f"batch {result['batch_size']} a process, {settings['data']['image_size']} px, amp {result['amp']}",
         f"AdamW; medians of {result['rounds']} rounds x {settings['steps']} steps (first to third quartile)",
         f"time and memory relative to plain; memory is {memory}",
@@ -118,34 +124,42 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axis.axhline(1, color="0.85", zorder=0)
     axis.axvline(1, color="0.85", zorder=0)
     front = [points[i] for i in pareto(points)]
-    axis.plot(*zip(*front, strict=True), drawstyle="steps-post", color="0.5", linewidth=1, linestyle="--", zorder=1,
+    axis.step(*_columns(front), where="post", color="0.5", linewidth=1, linestyle="--", zorder=1,
               label="Pareto frontier")  # fmt: skip
     for kind, (color, marker) in STYLES.items():
         chosen = [point for point, record in zip(points, records, strict=True) if record["kind"] == kind]
         if chosen:
-            axis.scatter(*zip(*chosen, strict=True), c=color, marker=marker, s=45, edgecolors="white", linewidths=0.6,
-                         label=kind, zorder=3)  # fmt: skip
+            axis.plot(*_columns(chosen), marker, color=color, markersize=7, markeredgecolor="white", label=kind)
     memory = "peak memory" if result["device_memory"] else "memory saved for the backward pass"
     axis.set_xlabel(f"{memory}, relative to plain")
     axis.set_ylabel("step time, relative to plain")
-    axis.set_title(f"{result['network']}, {result['device']}, batch {result['batch_size']}, amp {result['amp']}",
-                   fontsize=10)  # fmt: skip
+    title = f"{result['network']}, {result['device']}, batch {result['batch_size']}, amp {result['amp']}"
+    axis.set_title(title, fontsize=10)
     axis.margins(0.12)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     figure.draw_without_rendering()  # fixes the layout that the labels are placed in
     colors = [STYLES[record["kind"]][0] for record in records]
-    _label(axis, points, [record["label"] for record in records], colors)
+    _label(axis, points, [record["label"] for record in records], colors, front)
     figure.savefig(path)
 
 
-def _label(axis: Any, points: list[tuple[float, float]], texts: list[str], colors: list[str]) -> None:
-    """Writes each text beside its point, where it overlaps least with points and with the texts before it."""
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _label(
+    axis: Any, points: list[tuple[float, float]], texts: list[str], colors: list[str], front: list[tuple[float, float]]
+) -> None:
+    """Writes each text beside its point, where it overlaps least with points, frontier and the texts before it."""
+    from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
     renderer = axis.figure.canvas.get_renderer()
     pixels = axis.transData.transform(points)
     taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in pixels]
+    for (x0, y0), (x1, y1) in pairwise(axis.transData.transform(front)):
+        taken += [Bbox.from_extents(x0, y0 - 2, x1, y0 + 2), Bbox.from_extents(x1 - 2, y1, x1 + 2, y0)]
     frame = axis.get_window_extent(renderer)
     places = [
         (right * distance, up * distance)
@@ -164,6 +178,7 @@ def _label(axis: Any, points: list[tuple[float, float]], texts: list[str], color
                 color=colors[i],
                 ha="left" if right > 0 else "right" if right < 0 else "center",
                 va="center",
+                path_effects=[withStroke(linewidth=2, foreground="white")],
                 arrowprops={"arrowstyle": "-", "color": colors[i], "linewidth": 0.5, "shrinkB": 4}
                 if abs(right) + abs(up) > 17
                 else None,

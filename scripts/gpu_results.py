@@ -1,0 +1,177 @@
+"""Produces the figures that need a GPU, slice by slice: python -m scripts.gpu_results [--minutes 8.5] [NAME ...]
+
+Needs torch and timm alone. What is in the folder of this device already is skipped, so that the command can be given
+again until it has nothing left to do: then its exit code is 0, else 3. An interrupted slice leaves nothing behind.
+"""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from sbp.training import benchmark_report, distributed, environment
+from sbp.training.benchmark import benchmark
+from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig
+
+LEFT = 3  # exit code
+MEMORY_GIB = 24  # of the largest batch: that of a common card
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One piece of work in a process of its own.
+
+    seconds: estimated, with starting up. write: is given the JSON's path, and makes it whole or not at all.
+    """
+
+    name: str
+    seconds: float
+    write: Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Network:
+    """As published. compile_seconds: estimated, for one compiled arm."""
+
+    backbone: BackboneConfig
+    batch_size: int
+    eager_seconds: float
+    compile_seconds: float
+
+
+NETWORKS = {
+    "vit_base": Network(BackboneConfig("vit_base_patch16_224", 0.3, {"img_size": 224}), 64, 180, 80),
+    "convnext_base": Network(BackboneConfig("convnext_base", 0.3, {"ls_init_value": 1e-6}), 64, 180, 140),
+    "vit_tiny": Network(BackboneConfig("vit_tiny_patch16_224", 0.0, {"img_size": 224}), 256, 180, 80),
+    "convnext_tiny": Network(BackboneConfig("convnext_tiny", 0.1, {"ls_init_value": 1e-6}), 128, 150, 90),
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
+    "convnext": {"depths": (1, 1, 3, 1), "dims": (8, 8, 16, 16), "patch_size": 4},
+}
+EAGER = ["plain", "checkpoint", "cheap", "sbp", "sbp_cheap", "sbp_block"]
+VIT_ONLY = ["patch_dropout", "sbp_query", "sbp_head", "sbp_qkv_exact"]
+COMPILED = {  # plain is in each: it is what the slices have in common
+    "compiled": ["plain", "compile", "sbp_compile"],
+    "compiled_half": ["plain", "compile_0.5", "sbp_compile_0.5"],
+    "compiled_other": ["plain", "compile_0.9", "compile_0.25"],
+}
+
+
+def slices(device: str, small: bool, release: str | None) -> list[Slice]:
+    """All of them, the most important first. The names start with that of the network."""
+
+    def comparison(name: str, part: str, arms: list[str], seconds: float) -> Slice:
+        config = benchmark_config(name, arms, device, small, release)
+        return Slice(f"{name}-{part}", 20 if small else seconds, partial(compare, config))
+
+    def eager(name: str) -> Iterator[Slice]:
+        arms = EAGER + (VIT_ONLY if name.startswith("vit") else []) + (["release"] if release else [])
+        yield comparison(name, "eager", arms, NETWORKS[name].eager_seconds)
+
+    def compiled(name: str) -> Iterator[Slice]:
+        for part, arms in COMPILED.items():
+            yield comparison(name, part, arms, 40 + 2 * NETWORKS[name].compile_seconds)
+
+    listed: list[Slice] = []
+    for names in (("vit_base", "convnext_base"), ("vit_tiny", "convnext_tiny")):
+        for kind in (eager, compiled):
+            for name in names:
+                listed += kind(name)
+    return listed
+
+
+def benchmark_config(name: str, arms: list[str], device: str, small: bool, release: str | None) -> BenchmarkConfig:
+    network = NETWORKS[name]
+    config = BenchmarkConfig(
+        network.backbone, arms=arms, batch_size=network.batch_size, device=device, release=release,
+        rounds=20, memory_gib=MEMORY_GIB, seconds=480,
+    )  # fmt: skip
+    if small:
+        family = name.split("_")[0]
+        config.backbone = BackboneConfig(network.backbone.name, network.backbone.drop_path, SMALL[family])
+        config.data = BenchmarkDataConfig(image_size=32 if family == "vit" else 64, num_classes=10)
+        config.batch_size, config.rounds, config.warmup, config.memory_gib = 4, 2, 1, 1
+        config.compile_backend, config.threads = "aot_eager_decomp_partition", 1
+    return config
+
+
+def compare(config: BenchmarkConfig, path: Path) -> None:
+    result = benchmark(config)
+    plain = result["arms"]["plain"]
+    if plain["error"]:
+        raise RuntimeError(f"the plain arm failed, so there is nothing to compare with: {plain['error']}")
+    benchmark_report.write(result, path.parent, path.stem)
+
+
+def run(piece: Slice, path: Path) -> None:
+    """In the slice's own process."""
+    logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
+    piece.write(path)
+
+
+def report(folder: Path, listed: list[Slice]) -> None:
+    """One table and figure for each network, over all of its slices that are done; prints the tables."""
+    done = [path for piece in listed if (path := folder / f"{piece.name}.json").is_file()]
+    for name in NETWORKS:
+        results = [json.loads(path.read_text()) for path in done if path.name.startswith(f"{name}-")]
+        if results:
+            merged = benchmark_report.merged(results)
+            benchmark_report.write_report(merged, folder, name)
+            print(f"\n{folder / name}.md\n{benchmark_report.table(merged)}")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="slices to run; all of them by default")
+    parser.add_argument("--minutes", type=float, default=8.5, help="stop before they are over (default: 8.5)")
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="default: results/gpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="tiny networks, to try the command itself")
+    parser.add_argument("--release", help="the folder of the authors' release, for an arm with their model")
+    options = parser.parse_args(arguments)
+    deadline = perf_counter() + 60 * options.minutes
+
+    try:
+        device = environment.device_name(distributed.pick_device(options.device))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    folder = options.out / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("-small" if options.small else ""))
+    listed = slices(options.device, options.small, options.release)
+    unknown = set(options.names) - {piece.name for piece in listed}
+    if unknown:
+        parser.error(f"no slice {', '.join(sorted(unknown))}; there are {', '.join(piece.name for piece in listed)}")
+
+    left = [piece for piece in listed if not options.names or piece.name in options.names]
+    left = [piece for piece in left if not (folder / f"{piece.name}.json").is_file()]
+    for piece in list(left):
+        remaining = deadline - perf_counter()
+        if piece.seconds > remaining:
+            break
+        print(f"{piece.name}: about {piece.seconds:.0f} of {remaining:.0f} s left", flush=True)
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(piece, folder / f"{piece.name}.json"))
+        process.start()
+        process.join(remaining)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            left.remove(piece)
+        else:
+            print(f"{piece.name}: {'failed' if perf_counter() < deadline else 'stopped, the time is up'}", flush=True)
+    report(folder, listed)
+    if left:
+        print(f"\nleft: {', '.join(f'{piece.name} ({piece.seconds:.0f} s)' for piece in left)}")
+    return LEFT if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
