@@ -48,3 +48,10 @@ def test_the_method_imports_without_the_framework():
     code = "import sys, sbp; sys.exit(str({'hydra', 'omegaconf', 'sbp.training'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.stderr.strip() == "set()"
+
+
+def test_the_benchmark_needs_torch_and_timm_only():
+    """A GPU machine often has nothing else, and no network."""
+    absent = ("hydra", "omegaconf", "wandb", "matplotlib", "sklearn")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import scripts.gpu_results"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -313,11 +313,7 @@ def validate(config: Config) -> Config:
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _one_of("logger.name", config.logger.name, LOGGERS)
-    for ratio in sbp.keep_ratio if isinstance(sbp.keep_ratio, list) else [sbp.keep_ratio]:
-        try:
-            masks.check_keep_ratio(ratio)
-        except ValueError as error:
-            raise ValueError(f"sbp.{error}") from None
+    _check_keep_ratio(sbp.keep_ratio)
     for key in ("mean", "std"):
         if len(getattr(data, key)) != 3:
             raise ValueError(f"data.{key} must have 3 values, got {len(getattr(data, key))}")
@@ -347,6 +343,8 @@ def validate(config: Config) -> Config:
 
 def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
     """Returns the config; raises ValueError as `validate` does. The arms are checked where they are defined."""
+    _check_keep_ratio(config.sbp.keep_ratio)
+    _one_of("sbp.mask", config.sbp.mask, masks.KINDS)
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _at_least(config, 1, "batch_size", "rounds", "steps", "warmup", "threads", "data.image_size")
@@ -429,6 +427,14 @@ def _flat(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {path + key: value}
     return flat
+
+
+def _check_keep_ratio(keep_ratio: Any) -> None:
+    for ratio in keep_ratio if isinstance(keep_ratio, list) else [keep_ratio]:
+        try:
+            masks.check_keep_ratio(ratio)
+        except ValueError as error:
+            raise ValueError(f"sbp.{error}") from None
 
 
 def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:

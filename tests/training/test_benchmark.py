@@ -1,0 +1,211 @@
+"""The benchmark on tiny networks: what is recorded, and that nothing ends it early. No timings are asserted."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.layers import PatchDropout
+
+import sbp
+from sbp.training import benchmark_report
+from sbp.training.benchmark import ARMS, KINDS, PARTS, Arm, Runner, benchmark, search_largest
+from sbp.training.benchmark_report import merged, pareto, table
+from sbp.training.config import BenchmarkConfig
+from sbp.training.release import release_model
+from scripts import gpu_results
+from scripts.gpu_results import NETWORKS, SMALL, Slice, benchmark_config
+
+EAGER = [name for name, arm in ARMS.items() if arm.budget is None and not arm.release]
+RELEASE = os.environ.get("SBP_RELEASE")  # the folder of the authors' release
+
+
+def small(name: str = "vit_base", arms: list[str] | None = None, **changes) -> BenchmarkConfig:
+    config = benchmark_config(name, arms or ["plain", "sbp"], "cpu", small=True, release=None)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return config
+
+
+@pytest.mark.parametrize("name", ["vit_base", "convnext_base"])
+def test_all_eager_arms_run_and_the_record_holds_what_is_promised(name, tmp_path):
+    arms = [arm for arm in EAGER if name.startswith("vit") or not ARMS[arm].vit_only]
+    benchmark_report.write(benchmark(small(name, arms)), tmp_path, "net")
+    result = json.loads((tmp_path / "net.json").read_text())
+    assert set(result["versions"]) >= {"torch", "timm", "commit"} and result["device"].startswith("CPU")
+    assert (result["threads"], result["amp"], result["batch_size"], result["rounds"]) == (1, "bfloat16", 4, 2)
+    assert list(result["arms"]) == arms
+    for record in result["arms"].values():
+        assert record["error"] is None and record["kind"] in KINDS
+        assert {part: len(times) for part, times in record["times_ms"].items()} == dict.fromkeys((*PARTS, "step"), 4)
+        for step, *parts in zip(*(record["times_ms"][key] for key in ("step", *PARTS)), strict=True):
+            assert step == pytest.approx(sum(parts))
+        assert record["images_per_second"] == pytest.approx(4000 / record["median_ms"]["step"])
+    plain = result["arms"].pop("plain")
+    assert plain["time_ratio"] == plain["memory_ratio"] == 1
+    for name in ("checkpoint", "sbp"):
+        assert result["arms"][name]["saved_bytes"] < plain["saved_bytes"], name
+    assert (tmp_path / "net.png").stat().st_size > 10_000
+    assert "| SBP, block recompute | " in (tmp_path / "net.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["vit_base", pytest.param("convnext_base", marks=pytest.mark.slow)])
+def test_each_budget_compiles_code_of_its_own(name):
+    result = benchmark(small(name, ["compile", "compile_0.25", "sbp_compile"]))
+    saved = {name: record["saved_bytes"] for name, record in result["arms"].items()}
+    assert saved["compile_0.25"] < saved["sbp_compile"] < saved["compile"]
+    assert result["arms"]["compile"]["time_ratio"] is None  # there was no plain arm
+
+
+def test_an_arm_that_fails_leaves_its_error_and_the_others_go_on(monkeypatch):
+    turn = Runner.turn
+
+    def fail_after_warmup(self, batch, steps):
+        if steps == 2 and isinstance(self.model.patch_drop, PatchDropout):
+            raise torch.OutOfMemoryError("no memory\nand a long trace")
+        return turn(self, batch, steps)
+
+    monkeypatch.setattr(Runner, "turn", fail_after_warmup)
+    monkeypatch.setitem(ARMS, "sbp_head", Arm("SBP, head", sbp={"mhsa_drop": "nonsense"}))
+    result = benchmark(small(arms=["sbp_head", "patch_dropout", "plain", "sbp"]))
+    errors = {name: record["error"] for name, record in result["arms"].items()}
+    assert errors.pop("sbp_head").startswith("ValueError: mhsa_drop must be one of")
+    assert errors == {"patch_dropout": "OutOfMemoryError: no memory", "plain": None, "sbp": None}
+    assert result["arms"]["sbp"]["memory_ratio"] < 1
+    assert "OutOfMemoryError: no memory " in table(result)
+
+
+def test_no_round_begins_once_the_time_is_up():
+    assert benchmark(small(seconds=1e-9, rounds=50))["rounds"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["plain", "sbpp"]}, r"arms=\['sbpp'\] must be among plain, "),
+        ({"name": "convnext_base", "arms": ["sbp_head"]}, r"arms=\['sbp_head'\] must be among"),
+        ({"arms": ["release"]}, r"arms=\['release'\] must be among"),
+        ({"release": "nowhere", "arms": ["release"]}, "release=nowhere does not hold"),
+        ({"amp": "half"}, "amp must be one of"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_mistakes_name_the_key(changes, message):
+    with pytest.raises(ValueError, match=message):
+        benchmark(small(**changes))
+
+
+def test_pareto_frontier():
+    assert pareto([(1, 1), (0.5, 2), (0.7, 1), (0.7, 0.9), (2, 0.9), (0.5, 3)]) == [1, 3]
+    assert pareto([(1, 1), (1, 1)]) == [0]
+
+
+def test_table():
+    plain = {
+        "label": "plain",
+        "kind": "exact gradient",
+        "error": None,
+        "median_ms": {"forward": 1.04, "backward": 2.0, "optimizer": 0.5, "step": 3.5},
+        "quartiles_ms": {"step": [3.0, 4.25]},
+        "images_per_second": 1142.9,
+        "time_ratio": 1.0,
+        "memory_ratio": 1.0,
+        "peak_allocated": 3 * 2**29,
+        "largest_batch": 100,
+        "largest_batch_estimated": True,
+    }
+    failed = {"label": "SBP", "kind": "SBP", "error": "ValueError: no"}
+    # fmt: off
+    assert table({"arms": {"plain": plain, "sbp": failed}}).splitlines() == [
+        "| arm   | kind           | step ms       | forward ms | backward ms | optimizer ms | images/s | time | memory | peak MiB | largest batch | error          |",  # noqa: E501
+        "| ----- | -------------- | ------------- | ---------- | ----------- | ------------ | -------- | ---- | ------ | -------- | ------------- | -------------- |",  # noqa: E501
+        "| plain | exact gradient | 3.5 (3.0-4.2) | 1.0        | 2.0         | 0.5          | 1143     | 1.00 | 1.00   | 1536     | ~100          |                |",  # noqa: E501
+        "| SBP   | SBP            |               |            |             |              |          |      |        |          |               | ValueError: no |",  # noqa: E501
+    ]
+    # fmt: on
+
+
+def test_merged_results_keep_the_first_plain_arm_and_name_all_versions():
+    one = {"rounds": 3, "versions": {"commit": "a"}, "arms": {"sbp": 1, "plain": 2}}
+    other = {"rounds": 2, "versions": {"commit": "b"}, "arms": {"plain": 3, "compile": 4}}
+    both = merged([one, other, one])
+    assert list(both["arms"].items()) == [("plain", 2), ("compile", 4), ("sbp", 1)]
+    assert both["rounds"] == 2 and both["versions"] == {"commit": "a / b"}
+
+
+@pytest.mark.parametrize("guess", [-5, 1, 90, 1000, 4000])
+@pytest.mark.parametrize("largest", [0, 1, 7, 1000])
+def test_search_for_the_largest_batch(largest, guess):
+    tried: list[int] = []
+    found = search_largest(lambda size: tried.append(size) or size <= largest, guess)
+    assert largest - max(0, largest // 50) <= found <= largest
+    assert found in [0, *tried] and len(set(tried)) == len(tried)
+
+
+# -- scripts/gpu_results.py
+
+
+def note(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("{}")
+
+
+def fail(path: Path) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_gpu_results_resumes_and_tells_what_is_left(monkeypatch, tmp_path, capsys):
+    listed = [Slice("broken", 1, fail), Slice("done", 1, note), Slice("long", 1000, note)]
+    monkeypatch.setattr(gpu_results, "slices", lambda *_: listed)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--minutes", "2"]
+    assert gpu_results.main(arguments) == 3
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("cpu-") and os.listdir(folder) == ["done.json"]
+    assert capsys.readouterr().out.endswith("\n\nleft: broken (1 s), long (1000 s)\n")
+    assert gpu_results.main([*arguments, "done"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys):
+    listed = gpu_results.slices("cpu", small=True, release=None)
+    assert [piece.name for piece in listed[:3]] == ["vit_base-eager", "convnext_base-eager", "vit_base-compiled"]
+    listed[1].write(tmp_path / "convnext_base-eager.json")
+    gpu_results.report(tmp_path, listed)
+    assert {"convnext_base-eager.json", "convnext_base.md", "convnext_base.png"} <= set(os.listdir(tmp_path))
+    assert "| SBP, cheap recompute | " in capsys.readouterr().out
+
+
+def test_networks_are_those_of_the_configs():
+    pytest.importorskip("hydra")
+    from tests.training.configs import composed
+
+    for name, network in NETWORKS.items():
+        assert composed(f"backbone={name}", name="benchmark", kind=BenchmarkConfig).backbone == network.backbone
+
+
+# -- what not every machine has
+
+
+@pytest.mark.skipif(RELEASE is None, reason="SBP_RELEASE names no folder with the authors' release")
+@pytest.mark.parametrize("family", ["vit", "convnext"])
+def test_the_release_has_the_sizes_of_the_timm_model(family):
+    before = timm.__version__
+    name = {"vit": "vit_tiny_patch16_224", "convnext": "convnext_tiny"}[family]
+    model = sbp.apply(timm.create_model(name, num_classes=5, **SMALL[family]))
+    theirs = release_model(Path(RELEASE), model, drop_path=0.1)
+    assert timm.__version__ == before
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
+    theirs(torch.randn(2, 3, *(2 * [32 if family == "vit" else 64]))).sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["vit_base", "convnext_base"])
+def test_memory_and_largest_batch_on_a_gpu(name):
+    config = small(name, ["plain", "sbp", "compile"], device="cuda", memory_gib=0.25, batch_size=16)
+    plain, sbp_arm, compiled = benchmark(config)["arms"].values()
+    for record in (plain, sbp_arm, compiled):
+        assert record["error"] is None and "largest_batch_error" not in record
+        assert 0 < record["resident"] < record["peak_allocated"] <= record["peak_reserved"]
+    assert 16 < plain["largest_batch"] < sbp_arm["largest_batch"] and compiled["largest_batch_estimated"]
