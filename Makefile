@@ -36,7 +36,7 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-# Installs nothing: without .venv, the first python that has torch, as GPU machines often have no network.
+  # Installs nothing: without .venv, the first python that has torch, as GPU machines often have no network.
 gpu-results:
 	@if test -f $(READY); then python=$(BIN)/python; else \
 		for python in $(PYTHON) python3 python; do $$python -c 'import torch' 2>/dev/null && break; done; fi; \

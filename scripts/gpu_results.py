@@ -168,9 +168,11 @@ def main(arguments: list[str]) -> int:
         else:
             print(f"{piece.name}: {'failed' if perf_counter() < deadline else 'stopped, the time is up'}", flush=True)
     report(folder, listed)
-    if left:
-        print(f"\nleft: {', '.join(f'{piece.name} ({piece.seconds:.0f} s)' for piece in left)}")
-    return LEFT if left else 0
+    if not left:
+        print(f"\nnothing is left to do: {folder}")
+        return 0
+    print(f"\nleft: {', '.join(f'{piece.name} ({piece.seconds:.0f} s)' for piece in left)}")
+    return LEFT
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_gpu_results_resumes_and_tells_what_is_left(monkeypatch, tmp_path, capsy
     assert folder.name.startswith("cpu-") and os.listdir(folder) == ["done.json"]
     assert capsys.readouterr().out.endswith("\n\nleft: broken (1 s), long (1000 s)\n")
     assert gpu_results.main([*arguments, "done"]) == 0
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == f"\nnothing is left to do: {folder}\n"
 
 
 def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys):
