@@ -1,5 +1,6 @@
 """Where a run takes place, for its record."""
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,7 +10,10 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers, and the commit of this code when it is a git checkout."""
+    """Versions of what decides a run's numbers, and the commit of this code.
+
+    That of the git checkout; in a copy without one, what SBP_COMMIT says in the environment, if anything.
+    """
     found = {"python": platform.python_version()}
     for package in ("sbp", "torch", "torchvision", "timm", "numpy"):
         try:
@@ -18,10 +22,10 @@ def versions() -> dict[str, str]:
             continue  # sbp itself, when it runs from a checkout that is not installed
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        result = subprocess.run(git, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return found
-    return found | {"commit": result.stdout.strip()} if result.returncode == 0 else found
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        commit = os.environ.get("SBP_COMMIT", "")
+    return found | {"commit": commit} if commit else found
 
 
 def device_name(device: torch.device) -> str:

@@ -74,14 +74,26 @@ def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
     assert len((tmp_path / "sweep" / "table.csv").read_text().splitlines()) == 3
 
 
+def test_two_processes_benchmark_and_the_first_one_writes(tmp_path):
+    model = ("+backbone.kwargs.depth=2", "+backbone.kwargs.embed_dim=48", "data.image_size=32")
+    tiny = (*model, "batch_size=2", "rounds=1")
+    command = (ROOT / "scripts" / "benchmark.py", *tiny, "device=cpu", "arms=[plain,sbp]", "run_dir=here")
+    result = run(*TORCHRUN, *command, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "here" / "vit_tiny_patch16_224.json").read_text())
+    assert record["world_size"] == 2 and set(record["arms"]) == {"plain", "sbp"}
+    assert (tmp_path / "here" / "vit_tiny_patch16_224.md").read_text().count("\n| SBP ") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("train.py", "data=imagenet", "data.root=nowhere"), "no folder nowhere/train"),
         (("train.py", *TINY, "+sbp.typo=1"), "Key 'typo' not in 'SbpConfig' (key: sbp.typo)"),
         (("eval.py", "checkpoint=nothing.pt"), "no checkpoint nothing.pt"),
+        (("scripts/benchmark.py", "arms=[plane]"), "arms=['plane'] must be among plain, "),
     ],
-    ids=["data", "key", "checkpoint"],
+    ids=["data", "key", "checkpoint", "arm"],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_1(tmp_path, arguments, message):
     result = run(ROOT / arguments[0], *arguments[1:], folder=tmp_path)
