@@ -36,28 +36,28 @@ def linear(
 
     layer: an nn.Linear, or a convolution that is one on positions (1 x 1). weight: (C', C) in place of its own.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
-    theirs. scale: (C',).
-    cheap: x is saved for the backward pass and before(x) computed again from it; the scale goes into the weight,
-    so that nothing is saved for its gradient. Under torch.compile, which chooses by itself what to compute again,
-    and for layers of other types the function is the plain one.
+    theirs. scale: (C',); it goes into the weight, so that it costs no pass over the positions and saves nothing.
+    cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
+    to compute again, so there, and for layers of other types, this makes no difference.
     """
-    known = type(layer) in (nn.Linear, nn.Conv2d)
-    if weight is None and known and (cheap or type(layer) is nn.Conv2d):
-        weight = layer.weight.flatten(1)
-    run: Function = layer if weight is None else partial(F.linear, weight=weight, bias=layer.bias)
-    if not cheap or not known or torch.compiler.is_compiling():
-        return lambda x: _scaled(run(_chain(before, x)), scale)
-
-    assert weight is not None
-    bias = layer.bias
-    if scale is not None and lowered(scale).dtype != torch.float16:  # which has no room for a layer scale of 1e-6
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return lambda x: _scaled(layer(_chain(before, x)), scale)
+    called = weight is None and type(layer) is nn.Linear  # rather than read
+    weight, bias = layer.weight.flatten(1) if weight is None else weight, layer.bias
+    folded = scale is not None and lowered(scale).dtype != torch.float16  # which has no room for 1e-6 of a weight
+    if folded:
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-        scale = None
+    left = None if folded else scale
+    cheap = cheap and not torch.compiler.is_compiling()
+    if called and not cheap and not folded:
+        return lambda x: _scaled(layer(_chain(before, x)), left)
     weight, bias = lowered(weight), None if bias is None else lowered(bias)  # once for all calls, with gradient
+    if not cheap:
+        return lambda x: _scaled(F.linear(_chain(before, x), weight, bias), left)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(isinstance(one, nn.Dropout) and one.p > 0 and one.training for one in modules)
-    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
+    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), left)
 
 
 def block(run: Callable[..., Any], *inputs: Tensor | None) -> Any:

@@ -21,7 +21,12 @@ MODELS = {
     "vit query, block": lambda: sbp.apply(small_vit(), mhsa_drop="query", recompute="block"),
     "convnext, block": lambda: sbp.apply(small_convnext(), recompute="block"),
 }
-LOW_BUDGET = ("vit qkv", "convnext")  # the others are among the slow tests
+DEFAULT = [("vit qkv", 1.0), ("vit qkv", 0.25), ("vit query", 1.0), ("convnext", 0.25), ("convnext, block", 1.0)]
+CASES = [
+    pytest.param(name, budget, marks=() if (name, budget) in DEFAULT else pytest.mark.slow)
+    for name in MODELS
+    for budget in (1.0, 0.25)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +46,7 @@ def plain_names(result):
     return result[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
 
 
-@pytest.mark.parametrize(
-    ("name", "memory_budget"),
-    [*((name, 1.0) for name in MODELS), *((name, 0.25) for name in LOW_BUDGET)],
-    indirect=["memory_budget"],
-)
+@pytest.mark.parametrize(("name", "memory_budget"), CASES, indirect=["memory_budget"])
 def test_one_graph_with_the_gradients_of_eager_mode(name, memory_budget):
     model = MODELS[name]()
     eager = copy.deepcopy(model)
