@@ -16,6 +16,7 @@ from sbp.training import distributed, setup
 from sbp.training.checkpoint import Checkpoints, load_weights, resume_point
 from sbp.training.config import Config, check_same_run, validate
 from sbp.training.evaluation import evaluate
+from sbp.training.forecast import advised
 from sbp.training.loop import train_epoch
 from sbp.training.probes import PeakMemory, gradient_cosines
 from sbp.training.progress import Progress
@@ -26,8 +27,12 @@ from scripts.launch import join_processes, run_job
 log = logging.getLogger("train")
 
 
+@advised
 def train(config: Config, folder: Path) -> dict[str, Any]:
-    """One run, recorded in `folder`; returns its summary. Raises ValueError for what the user got wrong."""
+    """One run, recorded in `folder`; returns its summary. Raises ValueError for what the user got wrong.
+
+    Out of memory is such an error too, and says which settings would have fitted.
+    """
     validate(config)
     device, is_main = setup.pick_device(config), distributed.is_main()
     peak = PeakMemory(device)

@@ -44,20 +44,19 @@ def linear(
         return lambda x: _scaled(layer(_chain(before, x)), scale)
     called = weight is None and type(layer) is nn.Linear  # rather than read
     weight, bias = layer.weight.flatten(1) if weight is None else weight, layer.bias
-    folded = scale is not None and lowered(scale).dtype != torch.float16  # which has no room for 1e-6 of a weight
-    if folded:
+    if scale is not None and lowered(scale).dtype != torch.float16:  # which has no room for 1e-6 of a weight
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-    left = None if folded else scale
+        scale, called = None, False
     cheap = cheap and not torch.compiler.is_compiling()
-    if called and not cheap and not folded:
-        return lambda x: _scaled(layer(_chain(before, x)), left)
+    if called and not cheap:
+        return lambda x: _scaled(layer(_chain(before, x)), scale)
     weight, bias = lowered(weight), None if bias is None else lowered(bias)  # once for all calls, with gradient
     if not cheap:
-        return lambda x: _scaled(F.linear(_chain(before, x), weight, bias), left)
+        return lambda x: _scaled(F.linear(_chain(before, x), weight, bias), scale)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(isinstance(one, nn.Dropout) and one.p > 0 and one.training for one in modules)
-    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), left)
+    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
 
 
 def block(run: Callable[..., Any], *inputs: Tensor | None) -> Any:

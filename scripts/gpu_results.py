@@ -81,12 +81,7 @@ def slices(device: str, small: bool, release: str | None) -> list[Slice]:
         for part, arms in COMPILED.items():
             yield comparison(name, part, arms, 40 + 2 * NETWORKS[name].compile_seconds)
 
-    listed: list[Slice] = []
-    for names in (("vit_base", "convnext_base"), ("vit_tiny", "convnext_tiny")):
-        for kind in (eager, compiled):
-            for name in names:
-                listed += kind(name)
-    return listed
+    return [piece for kind in (eager, compiled) for name in NETWORKS for piece in kind(name)]
 
 
 def benchmark_config(name: str, arms: list[str], device: str, small: bool, release: str | None) -> BenchmarkConfig:

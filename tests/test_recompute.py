@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
@@ -12,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sbp
 from sbp import recompute
-from tests.conftest import assert_same_gradients, fake_model, gradients, images, small_convnext, small_vit
+from scripts.saved_memory import saved_by
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
 
 BITWISE = {  # nothing but norms, activations or whole blocks runs again: the very same numbers
     "vit": lambda: small_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
@@ -32,11 +32,13 @@ TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convoluti
     "dilated convnext": lambda: small_convnext(output_stride=16),
 }
 MODELS = BITWISE | TO_ROUNDING
-LIMITS = {  # of what the plain model saves: none, cheap, exact cheap, block
-    "vit_tiny_patch16_224": (0.68, 0.46, 0.69, 0.12),
-    "vit_base_patch16_224": (0.68, 0.46, 0.69, 0.12),
-    "convnext_tiny": (0.64, 0.35, 0.52, 0.19),
-    "convnext_base": (0.64, 0.35, 0.52, 0.19),
+VIT = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.69, "SBP, block": 0.12}
+CONVNEXT = {"SBP": 0.64, "SBP, cheap": 0.35, "keep_ratio 1, cheap": 0.52, "SBP, block": 0.19}
+LIMITS = {  # shares of what the plain model saves
+    "vit_tiny_patch16_224": VIT,
+    "vit_base_patch16_224": VIT,
+    "convnext_tiny": CONVNEXT,
+    "convnext_base": CONVNEXT,
 }
 
 
@@ -175,27 +177,14 @@ def test_cheap_saves_what_is_read_and_nothing_else():
         assert sbp.saved_bytes(lambda: fused(y)) == y.nbytes + layer.weight.nbytes // 2  # no float32 copy
 
 
-def bytes_per_image(model, mode):
-    """Under bfloat16 autocast, as the slope between two batch sizes, at 224 px."""
-
-    def saved(batch):
-        with mode, torch.autocast("cpu", torch.bfloat16):
-            return sbp.saved_bytes(lambda: model(torch.empty(batch, 3, 224, 224)).sum())
-
-    return (saved(3) - saved(1)) / 2
-
-
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("name", LIMITS)
-def test_saved_memory_of_the_published_networks(name):
-    model, mode = fake_model(lambda: timm.create_model(name).train())
-    plain = bytes_per_image(model, mode)
-    arms = [(0.5, "none"), (0.5, "cheap"), (1, "cheap"), (0.5, "block")]
-    for (keep_ratio, how), limit in zip(arms, LIMITS[name], strict=True):
-        sbp.apply(model, keep_ratio=keep_ratio, recompute=how)
-        assert bytes_per_image(model, mode) <= limit * plain, f"keep_ratio={keep_ratio}, recompute={how}"
-        sbp.remove(model)
-    sbp.apply(model, keep_ratio=1)
-    assert bytes_per_image(model, mode) == plain
+def test_saved_memory_of_the_published_networks(name, cuda):
+    """As `python -m scripts.saved_memory` prints it."""
+    saved = saved_by(name, cuda)
+    for arm, limit in LIMITS[name].items():
+        assert saved[arm] <= limit * saved["plain"], arm
+    assert saved["keep_ratio 1"] == saved["plain"]
 
 
 def test_an_unknown_mode():

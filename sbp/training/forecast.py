@@ -14,8 +14,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sbp.recompute import MODES as RECOMPUTE
-from sbp.training.config import Config, scaled_lr, validate
+from sbp.training import distributed
+from sbp.training.config import Config, plan_batches, scaled_lr, validate
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25)
@@ -337,6 +341,30 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
     return "\n".join(
         [*lines, "these would have fitted:" if fitting else "no single change would have fitted", *fitting]
     )
+
+
+def advised(run: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Config, P], T]:
+    """A training run that ends with advice, as a ValueError, where it would end with an out-of-memory error of CUDA."""
+
+    @wraps(run)
+    def advising(config: Config, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(config, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            world_size = distributed.world_size()
+            plan = plan_batches(config.global_batch_size, config.micro_batch_size, world_size)
+            try:
+                lines = advice(config, plan.micro_batch_size, available_memory(), world_size=world_size)
+            except ValueError as reason:
+                lines = f"no forecast of what would have fitted: {reason}"
+            raise ValueError(f"out of memory with micro_batch_size={plan.micro_batch_size}\n{lines}") from error
+
+    return advising
+
+
+def available_memory() -> int:
+    """Bytes of CUDA memory that this process has or could have now."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
 
 
 def with_sbp(config: Config, **changes: Any) -> Config:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import sbp
-from configs import BACKBONES, composed, small
+from sbp.training import forecast as forecasts
 from sbp.training.config import Config
 from sbp.training.forecast import (
     PARTS,
@@ -18,8 +18,11 @@ from sbp.training.forecast import (
     with_sbp,
 )
 from sbp.training.forecast_paper import PAPER
+from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from scripts.forecast_memory import ForecastConfig, report
+from tests.training.configs import BACKBONES, composed, small
+from train import train
 
 MIB = 2**20
 
@@ -164,3 +167,17 @@ def test_what_is_wrong_is_said_with_its_key(overrides, micro, message):
 def test_no_memory_is_no_size():
     with pytest.raises(ValueError, match="memory_gib must be above 0"):
         largest_micro_batch(small(), 0)
+
+
+def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
+    config = small("global_batch_size=16")
+    needed = forecast(config, 16).peak
+
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(forecasts, "available_memory", lambda: needed - 1)
+    with pytest.raises(ValueError, match=r"out of memory with micro_batch_size=16(.|\n)*sbp.recompute=cheap ") as error:
+        train(config, tmp_path)
+    assert "micro_batch_size=8" in str(error.value) and "sbp.keep_ratio=0.25" in str(error.value)
