@@ -25,7 +25,7 @@ demo: setup
 	@$(BIN)/python -m scripts.demo $(DEMO_FOLDER)
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow

@@ -21,7 +21,7 @@ MODELS = {
     "vit query, block": lambda: sbp.apply(small_vit(), mhsa_drop="query", recompute="block"),
     "convnext, block": lambda: sbp.apply(small_convnext(), recompute="block"),
 }
-DEFAULT = [("vit qkv", 1.0), ("vit qkv", 0.25), ("vit query", 1.0), ("convnext", 0.25), ("convnext, block", 1.0)]
+DEFAULT = [("vit qkv", 1.0), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext", 0.25), ("convnext, block", 1.0)]
 CASES = [
     pytest.param(name, budget, marks=() if (name, budget) in DEFAULT else pytest.mark.slow)
     for name in MODELS

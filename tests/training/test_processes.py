@@ -74,6 +74,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
     assert len((tmp_path / "sweep" / "table.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_benchmark_and_the_first_one_writes(tmp_path):
     model = ("+backbone.kwargs.depth=2", "+backbone.kwargs.embed_dim=48", "data.image_size=32")
     tiny = (*model, "batch_size=2", "rounds=1")
