@@ -18,8 +18,11 @@ from time import perf_counter
 from typing import Any
 
 from sbp.training import benchmark_report, distributed, environment
-from sbp.training.benchmark import benchmark
-from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.benchmark import ARMS, benchmark
+from sbp.training.benchmark_report import write_json
+from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig, Config, DataConfig, SbpConfig
+from sbp.training.forecast import Rules, forecast
+from sbp.training.table import markdown
 
 LEFT = 3  # exit code
 MEMORY_GIB = 24  # of the largest batch: that of a common card
@@ -81,7 +84,10 @@ def slices(device: str, small: bool, release: str | None) -> list[Slice]:
         for part, arms in COMPILED.items():
             yield comparison(name, part, arms, 40 + 2 * NETWORKS[name].compile_seconds)
 
-    return [piece for kind in (eager, compiled) for name in NETWORKS for piece in kind(name)]
+    def forecasts(name: str) -> Iterator[Slice]:
+        yield Slice(f"forecast-{name}", 20 if small else 90, partial(check_forecast, f"{name}-eager"))
+
+    return [piece for kind in (eager, forecasts, compiled) for name in NETWORKS for piece in kind(name)]
 
 
 def benchmark_config(name: str, arms: list[str], device: str, small: bool, release: str | None) -> BenchmarkConfig:
@@ -105,6 +111,40 @@ def compare(config: BenchmarkConfig, path: Path) -> None:
     if plain["error"]:
         raise RuntimeError(f"the plain arm failed, so there is nothing to compare with: {plain['error']}")
     benchmark_report.write(result, path.parent, path.stem)
+
+
+class BenchmarkRules(Rules):
+    """The benchmark's step: a fused optimizer, and images that belong to the arm."""
+
+    foreach = False
+    images_stay = True
+
+
+def check_forecast(eager: str, path: Path) -> None:
+    """Beside the peaks of the eager arms what sbp/training/forecast.py says of them, which needs no GPU."""
+    result = json.loads((path.parent / f"{eager}.json").read_text())
+    settings, found = result["settings"], {}
+    for name, record in result["arms"].items():
+        arm = ARMS[name]
+        if record["error"] or arm.checkpointing or arm.patch_drop or arm.release:
+            continue  # not a training run of ours
+        config = Config(
+            backbone=BackboneConfig(**settings["backbone"]),
+            sbp=SbpConfig(enabled=arm.sbp is not None, **settings["sbp"] | (arm.sbp or {})),
+            data=DataConfig("synthetic", **settings["data"]),
+            global_batch_size=result["batch_size"],
+            amp=result["amp"],
+        )
+        peak = forecast(config, result["batch_size"], rules=BenchmarkRules()).peak
+        found[name] = {"label": arm.label, "forecast": peak, "measured": record.get("peak_allocated")}
+    keep = ("network", "device", "versions", "amp", "batch_size")
+    write_json({key: result[key] for key in keep} | {"arms": found}, path)
+    rows = [["arm", "forecast MiB", "measured MiB", "deviation"]]
+    for arm in found.values():
+        if arm["measured"]:
+            said, was = arm["forecast"] / 2**20, arm["measured"] / 2**20
+            rows.append([arm["label"], f"{said:.0f}", f"{was:.0f}", f"{100 * (said / was - 1):+.1f} %"])
+    path.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 
 def run(piece: Slice, path: Path) -> None:

@@ -21,9 +21,14 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_report(result, folder, name)
-    temporary = folder / f"{name}.json.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, folder / f"{name}.json")
+    write_json(result, folder / f"{name}.json")
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def write_report(result: dict[str, Any], folder: Path, name: str) -> None:

@@ -182,6 +182,10 @@ def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys):
     gpu_results.report(tmp_path, listed)
     assert {"convnext_base-eager.json", "convnext_base.md", "convnext_base.png"} <= set(os.listdir(tmp_path))
     assert "| SBP, cheap recompute | " in capsys.readouterr().out
+    (forecasts,) = [piece for piece in listed if piece.name == "forecast-convnext_base"]
+    forecasts.write(tmp_path / "forecast-convnext_base.json")
+    found = json.loads((tmp_path / "forecast-convnext_base.json").read_text())["arms"]
+    assert found["sbp_cheap"]["forecast"] < found["sbp"]["forecast"] < found["plain"]["forecast"]
 
 
 def test_networks_are_those_of_the_configs():
