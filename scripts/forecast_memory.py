@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:  # run as a file, Python looks beside the file only
     sys.path.insert(0, str(ROOT))
 
+from sbp.training import environment  # noqa: E402
 from sbp.training import forecast as forecasts  # noqa: E402
 from sbp.training.config import Config, plan_batches  # noqa: E402
 from sbp.training.forecast import PARTS, TODAY, Forecast  # noqa: E402
@@ -83,6 +84,7 @@ def report(config: ForecastConfig, folder: Path) -> None:
         "peak_by_recompute_and_keep_ratio": {
             mode: {str(ratio): cell.peak for ratio, cell in row.items()} for mode, row in table.items()
         },
+        "versions": environment.versions(),
         "config": asdict(config),
     }
     (folder / "forecast.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -140,11 +140,12 @@ def check_forecast(eager: str, path: Path) -> None:
     keep = ("network", "device", "versions", "amp", "batch_size")
     write_json({key: result[key] for key in keep} | {"arms": found}, path)
     rows = [["arm", "forecast MiB", "measured MiB", "deviation"]]
-    for arm in found.values():
-        if arm["measured"]:
-            said, was = arm["forecast"] / 2**20, arm["measured"] / 2**20
-            rows.append([arm["label"], f"{said:.0f}", f"{was:.0f}", f"{100 * (said / was - 1):+.1f} %"])
-    path.with_suffix(".md").write_text(markdown(rows) + "\n")
+    for figures in found.values():
+        if figures["measured"]:
+            said, was = figures["forecast"] / 2**20, figures["measured"] / 2**20
+            rows.append([figures["label"], f"{said:.0f}", f"{was:.0f}", f"{100 * (said / was - 1):+.1f} %"])
+    if len(rows) > 1:
+        path.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 
 def run(piece: Slice, path: Path) -> None:
