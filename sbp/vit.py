@@ -250,7 +250,8 @@ def _attend(block: SBPBlock, x: Streams, read: int | None) -> Branch:
         with torch.no_grad() if method == "qkv" else nullcontext():
             all_k, all_v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
         if method != "qkv":
-            q, k, v = q.clone(), all_k, all_v  # what is saved must not be a view that keeps the other two alive
+            q = q[:, :, :read].clone()  # what is saved must not be a view that keeps the other two alive
+            k, v = all_k, all_v
 
     def dropped_branch() -> Tensor:
         assert dropped is not None
