@@ -13,21 +13,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
+
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:  # run as a file, Python looks beside the file only
-    sys.path.insert(0, str(ROOT))
-
-from sbp.training import environment  # noqa: E402
-from sbp.training import forecast as forecasts  # noqa: E402
-from sbp.training.config import Config, plan_batches  # noqa: E402
-from sbp.training.forecast import PARTS, TODAY, Forecast  # noqa: E402
-from sbp.training.forecast_paper import PAPER  # noqa: E402
-from scripts.launch import join_processes, run_job  # noqa: E402
-from scripts.sweep_table import markdown  # noqa: E402
+from sbp.training import environment
+from sbp.training import forecast as forecasts
+from sbp.training.config import Config, plan_batches
+from sbp.training.forecast import PARTS, TODAY, Forecast
+from sbp.training.forecast_paper import PAPER
+from sbp.training.table import markdown
+from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("forecast")
 

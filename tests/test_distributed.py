@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from timm.models.convnext import ConvNeXtBlock
+from timm.models.vision_transformer import Block
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sbp
@@ -31,7 +34,8 @@ def main() -> None:
     rank = dist.get_rank()
     for make, size in ((small_vit, 32), (small_convnext, 64)):
         each_rank_draws_its_own_masks(make, size, rank)
-        ddp_gives_the_gradients_of_one_process(make, size, rank)
+        for recompute in ("none", "cheap", "block"):
+            wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute)
         contexts_and_diagnostics_take_the_wrapped_model(make, size)
         wrapped_models_are_refused(make)
     print("all is well")
@@ -52,18 +56,29 @@ def each_rank_draws_its_own_masks(make, size, rank):
     assert not torch.equal(*gathered) and not torch.equal(*kept)
 
 
-def ddp_gives_the_gradients_of_one_process(make, size, rank):
+def wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute):
     x = images(size, batch=4)
     mask = sbp.masks.random_mask(4, 4, 0.5, torch.Generator().manual_seed(0))
-    one, two = sbp.apply(make()), DistributedDataParallel(sbp.apply(make()))
+    one = sbp.apply(make())
 
     def gradient(model, x):
-        model.zero_grad()
         with sbp.fixed_mask(model, mask):
             model(x).square().mean().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in grads])
 
-    torch.testing.assert_close(gradient(two, x[2 * rank : 2 * rank + 2]), gradient(one, x), rtol=1e-11, atol=1e-11)
+    expected = gradient(one, x)
+    for wrap in (DistributedDataParallel, sharded):
+        model = wrap(sbp.apply(make(), recompute=recompute))
+        torch.testing.assert_close(gradient(model, x[2 * rank : 2 * rank + 2]), expected, rtol=1e-10, atol=1e-10)
+
+
+def sharded(model):
+    """FSDP, block by block."""
+    for layer in model.modules():
+        if isinstance(layer, (Block, ConvNeXtBlock)):
+            fully_shard(layer)
+    return fully_shard(model)
 
 
 def contexts_and_diagnostics_take_the_wrapped_model(make, size):
