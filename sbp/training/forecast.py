@@ -38,7 +38,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
-KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25)
+KEEP_RATIOS = (1.0, 0.5, 0.25)
 
 _CPU = torch.device("cpu")
 _HOST = "host"  # what lies in the CPU's memory during a step on CUDA
