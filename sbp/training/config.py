@@ -396,17 +396,8 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 # what is recorded, and how the same global batch is computed.
 _FREE = (
     *("data.root", "data.download", "data.workers", "logger", "probe", "checkpoint", "log_every_steps"),
-    *(
-        "sbp.recompute",
-        "micro_batch_size",
-        "eval_batch_size",
-        "eval_every_epochs",
-        "channels_last",
-        "compile",
-        "device",
-        "threads",
-    ),
-    *("resume", "run_dir"),
+    *("sbp.recompute", "micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile"),
+    *("device", "threads", "resume", "run_dir"),
 )
 
 
