@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed
 from sbp.training.config import BenchmarkConfig, Config, EvalConfig
+from sbp.training.status import EXIT_PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
     """Runs `job(config, output folder)`.
 
     What the user got wrong ends with one line and exit code 1 (the traceback is in failure.txt). In a sweep any
-    failure is written down and the next job runs; the sweep's table names it, and the exit code is 1.
+    failure is written down and the next job runs; the sweep's table names it, and the exit code is 1. A job that was
+    asked to stop ends all with exit code 75.
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -94,6 +96,9 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
         if sweeping and isinstance(config, Config) and config.logger.group is None:
             config.logger.group = Path(hydra_config.sweep.dir).name
         job(config, folder)
+    except Preempted as stop:  # also ends a sweep
+        log.warning("%s; the same command goes on from here", stop)
+        sys.exit(EXIT_PREEMPTED)
     except (ValueError, OmegaConfBaseException) as error:
         message = _one_line(error)
         _write_failure(folder, message)

@@ -13,6 +13,8 @@ SOURCES = ("digits", "synthetic", "folder", "timm")
 AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
+PARALLEL = ("ddp", "fsdp")
+DECODERS = ("pillow", "torchvision")
 SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ class SbpConfig:
 
     enabled: False trains the plain timm model.
     hold_mask: one mask for a whole optimizer step instead of one for each micro batch.
+    shared_mask: one mask for all processes instead of one for each.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
     """
 
@@ -43,6 +46,7 @@ class SbpConfig:
     layers: Any = None  # null (published), "all", or a list of names
     seed: int = 0
     hold_mask: bool = False
+    shared_mask: bool = False
     eval: str = "exact"
     recompute: str = "none"
 
@@ -54,7 +58,10 @@ class DataConfig:
     source: "digits" (scikit-learn's, no download), "synthetic" (generated), "folder" (root/split/class/image),
         or "timm" (any name that `timm.data.create_dataset` takes).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
-    workers: loader processes for each training process.
+    workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
+    decoder: "pillow", or "torchvision", which is faster and differs by a grey level here and there.
+    max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
+        more ends the run. In evaluation each is an error.
     train_images, val_images: how many a synthetic data set has.
     """
 
@@ -71,6 +78,9 @@ class DataConfig:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     workers: int = 4
+    prefetch: int = 4
+    decoder: str = "pillow"
+    max_corrupt_images: int = 100
     train_images: int = 1024
     val_images: int = 256
 
@@ -112,14 +122,18 @@ class RecipeConfig:
 
 @dataclass
 class LoggerConfig:
-    """name: "wandb", which falls back to offline without a key or network, or "none". init_timeout: seconds."""
+    """name: "wandb", which falls back to offline without a key or network, or "none".
+
+    init_timeout, finish_timeout: seconds that the start, or the end, waits for wandb's server.
+    """
 
     name: str = "none"
     project: str = "sbp"
     entity: str | None = None
     group: str | None = None  # null: the sweep's folder
     offline: bool = False
-    init_timeout: int = 10
+    init_timeout: int = 5
+    finish_timeout: int = 60
 
 
 @dataclass
@@ -132,7 +146,7 @@ class ProbeConfig:
 
 @dataclass
 class CheckpointConfig:
-    """keep: how many of the latest stay. every_steps: also within an epoch; null for at its end only."""
+    """keep: how many of the latest stay, beside the best. every_steps: also within an epoch; null for its end only."""
 
     every_epochs: int = 1
     every_steps: int | None = None
@@ -145,7 +159,10 @@ class Config:
 
     global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
         pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
-    resume: "never", "auto" (the latest good checkpoint in run_dir, else from the start), or a checkpoint's path.
+    resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or a checkpoint's path.
+    parallel: several processes each hold the whole model ("ddp"), or a share of each layer ("fsdp").
+    deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
+    max_skipped_steps: so many steps in a row may be left out because their loss is not finite.
     threads: of torch on the CPU; null for its own choice.
     """
 
@@ -167,7 +184,10 @@ class Config:
     threads: int | None = None
     log_every_steps: int = 50
     eval_every_epochs: int = 1
-    resume: str = "never"
+    resume: str = "auto"
+    parallel: str = "ddp"
+    deterministic: bool = False
+    max_skipped_steps: int = 3
     run_dir: str = "outputs/run"
 
 
@@ -310,6 +330,8 @@ def validate(config: Config) -> Config:
     _one_of("sbp.eval", sbp.eval, EVALUATIONS)
     _one_of("sbp.recompute", sbp.recompute, MODES)
     _one_of("data.source", data.source, SOURCES)
+    _one_of("data.decoder", data.decoder, DECODERS)
+    _one_of("parallel", config.parallel, PARALLEL)
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _one_of("logger.name", config.logger.name, LOGGERS)
@@ -322,6 +344,8 @@ def validate(config: Config) -> Config:
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
     _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")
+    _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps")
+    _at_least(config, 1, "data.prefetch", "logger.init_timeout", "logger.finish_timeout")
     _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
     _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
@@ -395,7 +419,8 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on with it: where things lie,
 # what is recorded, and how the same global batch is computed.
 _FREE = (
-    *("data.root", "data.download", "data.workers", "logger", "probe", "checkpoint", "log_every_steps"),
+    *("data.root", "data.download", "data.workers", "data.prefetch", "data.max_corrupt_images", "logger", "probe"),
+    *("checkpoint", "log_every_steps", "parallel", "deterministic", "max_skipped_steps"),
     *("sbp.recompute", "micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile"),
     *("device", "threads", "resume", "run_dir"),
 )

@@ -33,6 +33,7 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
             mhsa_drop=settings.mhsa_drop,
             layers=settings.layers,
             seed=settings.seed,
+            rank=0 if settings.shared_mask else None,
             evaluation=settings.eval,
             recompute=settings.recompute,
         )

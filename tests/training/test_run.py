@@ -157,7 +157,7 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
 def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
     train(small("probe.every_steps=null"), tmp_path)
     with pytest.raises(ValueError, match="add resume=auto"):
-        train(small(), tmp_path)
+        train(small("resume=never"), tmp_path)
     with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
         train(small("sbp.keep_ratio=0.25", "resume=auto"), tmp_path)
     before = find(tmp_path)[1]["state_dict"]

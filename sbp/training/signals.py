@@ -1,0 +1,45 @@
+"""Being asked to stop: by a cluster's scheduler, by torchrun, or by Ctrl-C."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+from sbp.training import distributed
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SECOND_PRESS = 2.0  # seconds; torchrun passes one Ctrl-C on a moment after the terminal has sent it
+
+received: signal.Signals | None = None
+_since = 0.0
+_owner = 0
+
+
+def listen() -> None:
+    """From now on a signal is only noted, until the run asks; a second Ctrl-C, some time later, stops at once."""
+    global received, _owner
+    received, _owner = None, os.getpid()
+    for one in SIGNALS:
+        signal.signal(one, _note)
+
+
+def ignore() -> None:
+    """For the processes that load images: the run itself ends them when it has written its checkpoint."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    global received, _since
+    if os.getpid() != _owner:
+        return  # a child that has not yet called `ignore`
+    now = time.monotonic()
+    if number == signal.SIGINT and received == signal.SIGINT and now - _since > _SECOND_PRESS:
+        raise KeyboardInterrupt
+    if received is None:
+        received, _since = signal.Signals(number), now
+
+
+def agreed() -> bool:
+    """Whether any process was asked to stop. All processes have to ask together."""
+    return distributed.maxima([float(received is not None)])[0] > 0
