@@ -13,7 +13,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from sbp.training import distributed, setup
+from sbp.training import distributed, setup, signals
 from sbp.training.checkpoint import find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
 from sbp.training.data import Preprocessing, ValidationSampler, build_validation_set, make_loader
@@ -45,7 +45,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
     loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
 
-    accuracy = evaluate(model, loader, amp=config.amp, patched=config.sbp.enabled)
+    with signals.noted():
+        accuracy = evaluate(model, loader, amp=config.amp, patched=config.sbp.enabled)
     preprocessing = Preprocessing.of(config.data)
     log.info("checkpoint     %s, step %d, %s weights", path, checkpoint["step"], "averaged (EMA)" if ema else "raw")
     log.info("preprocessing  %s", preprocessing)

@@ -3,12 +3,15 @@
 import logging
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from sbp.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -17,28 +20,67 @@ _BROKEN = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.Unpickl
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints, step-00000042.pt and so on; the latest `keep` stay."""
+    """The folder of a run's checkpoints: step-00000042.pt and so on, of which the latest `keep` stay, and best.pt."""
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self.best = folder / "best.pt"
 
     def paths(self) -> list[Path]:
-        """Oldest first."""
+        """Oldest first, without the best."""
         return sorted(self.folder.glob("step-*.pt"))
 
-    def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes those beyond the latest `keep`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{step:08d}.pt"
-        save(path, content)
+    def newest(self) -> Path | None:
+        return self.paths()[-1] if self.paths() else None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}.pt"
+
+    def save(self, step: int, content: dict[str, Any]) -> Path | None:
+        """Writes a checkpoint, then removes those beyond the latest `keep`.
+
+        Where it cannot be written (a full disk), that is a warning, the others stay, and None is returned.
+        Raises ValueError when a weight is not finite: then nothing is written.
+        """
+        for name, value in content["state_dict"].items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise ValueError(
+                    f"after step {step} {name} is not finite, so nothing was saved. "
+                    f"Last good checkpoint: {self.newest() or 'none yet'}"
+                )
+        path = self.path(step)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("*.tmp*"):  # of a process that was killed while it wrote
+                left_over.unlink()
+            save(path, content)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
+            log.warning("cannot write %s (%s); the newest checkpoint is %s", path, _first_line(error), self.newest())
+            return None
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path
 
+    def keep_best(self, step: int) -> None:
+        """Makes the checkpoint of `step` best.pt, without a second copy where the file system can link."""
+        temporary = self.best.with_suffix(".tmp")
+        try:
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(self.path(step), temporary)
+            except OSError:
+                shutil.copyfile(self.path(step), temporary)
+            os.replace(temporary, self.best)
+        except OSError as error:
+            log.warning("cannot write %s (%s)", self.best, error)
+
     def latest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The latest good one and its content; None when there is none. Bad ones are named in a warning."""
-        for path in reversed(self.paths()):
+        """The latest good one and its content, or, when no other is good, the best; None when there is none.
+
+        Bad ones are named in a warning.
+        """
+        for path in [*reversed(self.paths()), *([self.best] if self.best.is_file() else [])]:
             try:
                 return path, load(path)
             except ValueError as error:
@@ -55,6 +97,9 @@ def save(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)  # else a power failure can undo the renaming
+        os.fsync(folder)
+        os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,20 +124,30 @@ def load(path: Path) -> dict[str, Any]:
 def resume_point(resume: str, checkpoints: Checkpoints) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None to start afresh.
 
-    resume: "never", "auto" (the latest good one of this run, if any), or a path. Raises ValueError for a path
-    without a good checkpoint, and when "never" would overwrite those of an earlier run.
+    resume: "never", "auto" (the latest good one of this run, if any), or a path. The main process chooses, the
+    others read the same file. Raises ValueError for a path without a good checkpoint, when "never" would overwrite
+    those of an earlier run, and when "auto" finds damaged ones only.
     """
-    if resume == "never":
-        if checkpoints.paths():
-            raise ValueError(
-                f"{checkpoints.folder} holds checkpoints of a run: add resume=auto to go on with it, "
-                "or take another run_dir"
-            )
+    path = distributed.only_main(lambda: _choose(resume, checkpoints))
+    if path is None:
         return None
-    path, content = checkpoints.latest() or (None, None) if resume == "auto" else find(Path(resume))
-    if content is not None:
-        log.info("resuming from %s at step %d", path, content["step"])
+    content = load(path)
+    log.info("resuming from %s at step %d", path, content["step"])
     return content
+
+
+def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
+    there = [path for path in (*checkpoints.paths(), checkpoints.best) if path.is_file()]
+    if resume == "never" and there:
+        raise ValueError(
+            f"{checkpoints.folder} holds checkpoints of a run: resume=auto goes on with it; or take another run_dir"
+        )
+    if resume not in ("never", "auto"):
+        return find(Path(resume))[0]
+    found = checkpoints.latest() if resume == "auto" else None
+    if there and found is None:
+        raise ValueError(f"every checkpoint in {checkpoints.folder} is damaged: remove them to start afresh")
+    return found[0] if found else None
 
 
 def find(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -141,3 +196,7 @@ def _some(*labels_and_names: Any) -> str:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{label} {', '.join(names[:3])}{more}".strip())
     return "; ".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -297,6 +297,9 @@ class Images:
     validation: DataLoader
     probe: tuple[Tensor, Tensor]
 
+    def names(self, step: int) -> list[str]:
+        raise NotImplementedError
+
 
 def make_loader(dataset: Dataset, sampler: Sampler, *, seed: int, workers: int, device: torch.device) -> DataLoader:
     """Batches in the sampler's order, read by `workers` processes (0: by this one)."""

@@ -2,13 +2,15 @@
 
 import os
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -57,6 +59,29 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def only_main(job: Callable[[], T]) -> T:
+    """What `job()` returns on the main process, which alone runs it; the ValueError that it raises, on all."""
+    outcome: Any = None
+    if is_main():
+        try:
+            outcome = job()
+        except ValueError as error:
+            outcome = error
+    outcome = from_main(outcome)
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in the order of their ranks; anything that can be pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sums(values: Sequence[float]) -> list[float]:

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import sbp
-from sbp.training import distributed
-from sbp.training.data import readable
+from sbp.training import distributed, signals
 from sbp.training.loop import autocast
+from sbp.training.status import Preempted
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
 
     Counts are summed as whole numbers, so top-1 does not depend on how images are spread over processes.
     patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
-    Raises ValueError that names an unreadable image.
+    Raises ValueError that names the unreadable images, and Preempted when a signal asks to stop.
     """
     was_training = model.training
     model.eval()
@@ -44,8 +44,15 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
     if patched:
         sbp.set_draw(model, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
-    for batch in loader:
-        images, labels = readable(batch)
+    common = -distributed.maxima([-len(loader)])[0]  # batches that every process has
+    unreadable: list[str] = []
+    for number, batch in enumerate(loader):
+        if number < common and signals.agreed():
+            raise Preempted(f"stopped by {signals.name()} during evaluation")
+        unreadable += batch.unreadable
+        if not len(batch.images):
+            continue
+        images, labels = batch.images, batch.labels
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(amp, device):
             logits = model(images)
@@ -54,5 +61,9 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([best.new_tensor(len(labels), dtype=torch.float64), best[:, 0].sum(), best.sum(), loss])
     model.train(was_training)
+    unreadable = [name for names in distributed.gathered(unreadable) for name in names]
+    if unreadable:
+        some = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
+        raise ValueError(f"cannot evaluate: {len(unreadable)} of the images cannot be read: {some}")
     images_seen, top1, top5, total = distributed.sums(sums.tolist())
     return Accuracy(100 * top1 / images_seen, 100 * top5 / images_seen, total / images_seen, int(images_seen))

@@ -1,8 +1,9 @@
 """The training step, and the steps of an epoch."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.data import Mixup
@@ -13,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sbp
-from sbp.training import distributed, seeding
-from sbp.training.data import Images, readable
+from sbp.training import distributed, seeding, signals
+from sbp.training.data import Images
+from sbp.training.incidents import Incidents
 from sbp.training.progress import Progress
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -59,22 +61,32 @@ class Trainer:
         self.wrapped = distributed.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
 
-    def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss, detached.
+    def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss."""
+        loss = self.backward(step, micro_batches)
+        self.update(step)
+        return loss.read()
 
-        Gradients are averaged over micro batches and processes; they are unscaled and clipped once.
-        """
+    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> "OnItsWay":
+        """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.model.train()
         self.scheduler.step_update(step)
         total = torch.zeros((), device=self.device)
         for micro, (images, labels) in enumerate(micro_batches):
+            last = micro == self.accumulation - 1
             seeding.seed_everything(self.seed, seeding.STEP, step, micro, distributed.rank())
             with ExitStack() as stack:
-                if isinstance(self.wrapped, DistributedDataParallel) and micro < self.accumulation - 1:
+                if isinstance(self.wrapped, DistributedDataParallel) and not last:
                     stack.enter_context(self.wrapped.no_sync())
                 loss = self._loss(step if self.hold_mask else step * self.accumulation + micro, images, labels)
+                total += loss.detach() / self.accumulation
+                if last:
+                    mean = OnItsWay(total)
                 self.scaler.scale(loss / self.accumulation).backward()
-            total += loss.detach() / self.accumulation
+        return mean
+
+    def update(self, step: int) -> None:
+        """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones."""
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -85,7 +97,10 @@ class Trainer:
         skipped = self.scaler.get_scale() < scale  # the gradient was not finite, so the weights are as before
         if self.ema is not None and not skipped:
             self.ema.update(self.model, step=step + 1)
-        return total
+
+    def skip(self) -> None:
+        """Forgets the gradients: the weights stay, only the schedule goes on."""
+        self.optimizer.zero_grad()
 
     def _loss(self, draw: int, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self.to_device(images, labels)
@@ -100,6 +115,11 @@ class Trainer:
         """Images (B, 3, H, W) and labels (B,) where the model is, in its memory format."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return images, labels.to(self.device, non_blocking=True)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @property
     def lr(self) -> float:
@@ -124,27 +144,63 @@ class Trainer:
             self.ema.module.load_state_dict(state["state_dict_ema"])
 
 
+class OnItsWay:
+    """A number that the device has yet to compute. Reading it waits for that, not for what was asked for later."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
+        self._ready = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+    def read(self) -> float:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._value.item()
+
+
+class Step(NamedTuple):
+    """done: steps done so far. figures: of those since the last report, or empty. asked_to_stop: by a signal."""
+
+    done: int
+    figures: dict[str, float]
+    asked_to_stop: bool
+
+
 def train_epoch(
     trainer: Trainer,
     images: Images,
     progress: Progress,
+    incidents: Incidents,
     *,
     first_step: int,
     report_at: Callable[[int], bool],
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Runs what is left of the epoch; yields after each optimizer step the number of steps done, and figures.
+) -> Iterator[Step]:
+    """Runs what is left of the epoch; yields after each optimizer step.
 
-    first_step: steps done before. report_at: for which numbers of steps done the figures are wanted (loss over
-    the global batch, lr, images per second, share of time spent waiting for data); they are empty for others.
-    Raises ValueError for an unreadable image.
+    first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
+    global batch, lr, images per second, share of time spent waiting for data, steps left out and images replaced.
+    Raises ValueError when more images are unreadable, or more steps in a row have no finite loss, than `incidents`
+    allows.
     """
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
-        waited = (progress.wait_for(batches) for _ in range(trainer.accumulation))
-        loss = trainer.step(step, (readable(batch) for batch in waited))
+        micro_batches = [progress.wait_for(batches) for _ in range(trainer.accumulation)]
+        loss = trainer.backward(step, ((batch.images, batch.labels) for batch in micro_batches)).read()
+        unreadable = [name for batch in micro_batches for name in batch.unreadable]
+        stop, endless, corrupt = distributed.maxima(
+            [float(signals.received is not None), float(not math.isfinite(loss)), float(len(unreadable))]
+        )  # one exchange a step, while the device computes the gradients
+        if corrupt:
+            incidents.replaced(step, unreadable)
+        if endless:
+            trainer.skip()
+            incidents.left_out(step, loss, images.names(step))
+        else:
+            trainer.update(step)
+            incidents.went_well()
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):
-            mean = distributed.sums([loss.item()])[0] / distributed.world_size()  # .item() waits for the device
-            figures = {"train/loss": mean, "lr": trainer.lr} | progress.read()
-        yield step + 1, figures
+            trainer.wait()
+            mean = distributed.sums([loss])[0] / distributed.world_size()
+            figures = {"train/loss": mean, "lr": trainer.lr} | progress.read() | incidents.figures()
+        yield Step(step + 1, figures, bool(stop))

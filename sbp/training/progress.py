@@ -1,5 +1,6 @@
 """How fast a run goes: images per second, time spent waiting for data, and the bar that shows them."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from sbp.training import distributed
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -71,6 +74,10 @@ class Progress:
             self._bar.set_postfix_str(f"{self.images_per_second:.0f} images/s, {self.wait}, run ETA {self.eta}")
         return {"images_per_second": self.images_per_second, "data_wait_share": self.data_wait_share}
 
+    def say(self, epoch: int, epochs: int, figures: Mapping[str, float]) -> None:
+        """Logs an epoch in one line."""
+        log.info("%s", self.line(epoch, epochs, figures))
+
     def line(self, epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
         """One epoch in one line, for the log."""
         parts = [f"epoch {epoch}/{epochs}"]
@@ -78,12 +85,9 @@ class Progress:
             if name in figures:
                 parts.append(f"{label} {figures[name]:.{3 if name == 'train/loss' else 2}f}")
         peak = figures.get("memory/peak_allocated", figures.get("memory/peak_rss", 0.0))
-        parts += [
-            f"{self.images_per_second:.0f} images/s",
-            self.wait,
-            f"peak {peak / 2**20:.0f} MiB",
-            f"ETA {self.eta}",
-        ]
+        if self._steps_seen:
+            parts += [f"{self.images_per_second:.0f} images/s", self.wait]
+        parts += [f"peak {peak / 2**20:.0f} MiB", *([f"ETA {self.eta}"] if self._steps_seen else [])]
         return ", ".join(parts)
 
     @property

@@ -2,7 +2,10 @@
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from sbp.training import distributed
@@ -15,12 +18,20 @@ _since = 0.0
 _owner = 0
 
 
-def listen() -> None:
-    """From now on a signal is only noted, until the run asks; a second Ctrl-C, some time later, stops at once."""
+@contextmanager
+def noted() -> Iterator[None]:
+    """Inside, a signal is only noted, until the run asks; a second Ctrl-C, some time later, stops at once."""
     global received, _owner
     received, _owner = None, os.getpid()
-    for one in SIGNALS:
-        signal.signal(one, _note)
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+        before = {one: signal.signal(one, _note) for one in SIGNALS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+        received = None
 
 
 def ignore() -> None:
@@ -43,3 +54,8 @@ def _note(number: int, frame: FrameType | None) -> None:
 def agreed() -> bool:
     """Whether any process was asked to stop. All processes have to ask together."""
     return distributed.maxima([float(received is not None)])[0] > 0
+
+
+def name() -> str:
+    """Of the signal that this process has received; "another process" when it was another one."""
+    return "another process" if received is None else received.name

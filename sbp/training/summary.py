@@ -1,15 +1,52 @@
 """The final figures of a run, from its record."""
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from sbp.training import distributed
+from sbp.training.config import Config, check_same_run
+from sbp.training.status import write_text
 from sbp.training.tracking import METRICS, read_metrics
 
+log = logging.getLogger(__name__)
+
 SUMMARY = "summary.json"
+RUN = "run.json"
+
+
+def record_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes folder/run.json: all that is needed to repeat the run, from its start on."""
+    write_text(folder / RUN, json.dumps(facts, indent=2) + "\n")
+
+
+def finished(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The summary of a run that is done in this folder, else None; with config.resume "never" always None.
+
+    Raises ValueError when it was a run with other settings.
+    """
+    path = folder / SUMMARY
+    summary = distributed.only_main(lambda: json.loads(path.read_text()) if path.is_file() else None)
+    if summary is None or config.resume == "never":
+        return None
+    check_same_run(summary["config"], config)
+    log.info("%s is done: top-1 %.2f %%", folder, summary["top1"])
+    return summary
+
+
+def is_evaluated(folder: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the accuracy after this step."""
+    return any(record["step"] == step and "val/top1" in record for record in read_metrics(folder / METRICS))
+
+
+def best_step(folder: Path) -> int | None:
+    """The step with the best top-1 on record, the first of equals; that of the averaged weights where there are any."""
+    records = [record for record in read_metrics(folder / METRICS) if "val/top1" in record]
+    best = max(records, key=lambda record: record.get("val/top1_ema", record["val/top1"]), default=None)
+    return None if best is None else best["step"]
 
 
 def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,11 +64,10 @@ def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "top5": last.get("val/top5"),
         "val_loss": last.get("val/loss"),
         "top1_ema": last.get("val/top1_ema"),
+        "best_step": best_step(folder),
         "gradient_cosine": fmean(cosines) if (cosines := values("gradient_cosine/total")) else None,
         "images_per_second": median(speeds) if (speeds := values("images_per_second")) else None,
     }
     summary |= {name.replace("memory/", ""): value for name, value in last.items() if name.startswith("memory/")}
-    temporary = folder / f"{SUMMARY}.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, folder / SUMMARY)
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -100,7 +100,7 @@ def test_where_a_run_starts(tmp_path):
     path = checkpoints.save(3, CONTENT)
     for resume in ("auto", str(path), str(tmp_path), str(tmp_path / "checkpoints")):
         assert resume_point(resume, checkpoints)["step"] == 3
-    with pytest.raises(ValueError, match="add resume=auto"):
+    with pytest.raises(ValueError, match="resume=auto goes on"):
         resume_point("never", checkpoints)
     with pytest.raises(ValueError, match="no checkpoint"):
         resume_point(str(tmp_path / "nothing.pt"), checkpoints)

@@ -18,33 +18,11 @@ from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_optimizer, build_scheduler
 from sbp.training.tracking import read_metrics
+from tests.training.comparing import assert_equal, record
 from tests.training.configs import BACKBONES, small
 from train import train
 
 CPU = pick_device("cpu")
-MEASURED = ("images_per_second", "data_wait_share", "memory/peak_rss")  # what differs between equal runs
-
-
-def record(folder):
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
-
-
-def assert_equal(a, b, path=""):
-    """Bitwise equality of nested containers of tensors and numbers."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, (one, other) in enumerate(zip(a, b, strict=True)):
-            assert_equal(one, other, f"{path}.{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b, path
 
 
 def test_a_short_training_learns_and_records_it(tmp_path):
@@ -156,7 +134,7 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
 
 def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
     train(small("probe.every_steps=null"), tmp_path)
-    with pytest.raises(ValueError, match="add resume=auto"):
+    with pytest.raises(ValueError, match="resume=auto goes on"):
         train(small("resume=never"), tmp_path)
     with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
         train(small("sbp.keep_ratio=0.25", "resume=auto"), tmp_path)

@@ -1,0 +1,93 @@
+"""What goes wrong in a run without ending it: unreadable images, and steps whose loss is not finite."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from sbp.training import distributed
+from sbp.training.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+CORRUPT_IMAGES = "corrupt_images.txt"
+SKIPPED_STEPS = "skipped_steps.jsonl"
+
+
+class Incidents:
+    """Counts them, lists them in the run's folder, and says when there are too many. The same on all processes.
+
+    max_corrupt_images: of different ones, in the whole run. max_skipped_steps: in a row.
+    """
+
+    def __init__(self, folder: Path, checkpoints: Checkpoints, max_corrupt_images: int, max_skipped_steps: int) -> None:
+        self.folder, self.checkpoints = folder, checkpoints
+        self.max_corrupt_images, self.max_skipped_steps = max_corrupt_images, max_skipped_steps
+        self.corrupt_images: list[str] = []
+        self.skipped_steps = self.skipped_in_a_row = 0
+
+    def replaced(self, step: int, names: list[str]) -> None:
+        """These images of this process could not be read, and others took their places. To be called by all together.
+
+        Raises ValueError when they are too many.
+        """
+        everywhere = sorted({name for names in distributed.gathered(names) for name in names})
+        new = [name for name in everywhere if name not in self.corrupt_images]
+        if not new:
+            return
+        self.corrupt_images += new
+        listed = self.folder / CORRUPT_IMAGES
+        if distributed.is_main():
+            _write(listed, "".join(f"{name}\n" for name in self.corrupt_images))
+            for name in new:
+                log.warning("cannot read %s; another image takes its place", name)
+        if len(self.corrupt_images) > self.max_corrupt_images:
+            raise ValueError(
+                f"{len(self.corrupt_images)} training images cannot be read by step {step + 1}, "
+                f"data.max_corrupt_images={self.max_corrupt_images} are allowed; they are listed in {listed}"
+            )
+
+    def left_out(self, step: int, loss: float, images: list[str]) -> None:
+        """The loss of step number `step` was not finite in some process (here it was `loss`), so it changed nothing.
+
+        images: those of its global batch. Raises ValueError after too many such steps in a row.
+        """
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        loss = next(value for value in distributed.gathered(loss) if not math.isfinite(value))
+        listed = self.folder / SKIPPED_STEPS
+        if distributed.is_main():
+            _write(listed, json.dumps({"step": step + 1, "loss": str(loss), "images": images}) + "\n", "a")
+            log.warning("step %d left out: its loss is %s; its images are listed in %s", step + 1, loss, listed)
+        if self.skipped_in_a_row > self.max_skipped_steps:
+            raise ValueError(
+                f"the loss is {loss} in step {step + 1}; {self.skipped_in_a_row} steps in a row had to be left out "
+                f"(max_skipped_steps={self.max_skipped_steps}). Their images ({images[0]}, ...) are in {listed}. "
+                f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. "
+                "What helps: a lower recipe.lr, recipe.clip_grad, amp=bfloat16"
+            )
+
+    def went_well(self) -> None:
+        """A step had a finite loss."""
+        self.skipped_in_a_row = 0
+
+    def figures(self) -> dict[str, float]:
+        """Those to log; none while nothing has gone wrong."""
+        counts = {"corrupt_images": len(self.corrupt_images), "skipped_steps": self.skipped_steps}
+        return {name: float(count) for name, count in counts.items() if count}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("corrupt_images", "skipped_steps", "skipped_in_a_row")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with path.open(mode) as file:
+            file.write(text)
+    except OSError as error:
+        log.warning("cannot write %s (%s)", path, error)

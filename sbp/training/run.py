@@ -1,0 +1,157 @@
+"""One training run: its parts, where it stands, and what happens between its steps."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sbp.training import distributed, setup, summary
+from sbp.training.checkpoint import Checkpoints, load_weights, resume_point
+from sbp.training.config import Config, check_same_run
+from sbp.training.evaluation import evaluate
+from sbp.training.incidents import Incidents
+from sbp.training.loop import Step, train_epoch
+from sbp.training.probes import PeakMemory, gradient_cosines
+from sbp.training.progress import Progress
+from sbp.training.status import Preempted, RunStatus
+from sbp.training.tracking import Tracker, new_run_id
+
+
+class Run:
+    """Built from a config and, when there is one to go on from, a checkpoint. Every process has one and calls the same.
+
+    step: optimizer steps done so far. when: what is due at which step. tracker: to be entered before anything runs.
+    Raises ValueError for data, settings or a checkpoint that cannot be trained with.
+    """
+
+    def __init__(self, config: Config, folder: Path, status: RunStatus) -> None:
+        self.config, self.folder, self.status = config, folder, status
+        self.device = setup.pick_device(config)
+        self.peak = PeakMemory(self.device)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+        resumed = resume_point(config.resume, self.checkpoints)
+        if resumed is not None:
+            check_same_run(resumed["config"], config)
+
+        self.images = setup.load_images(config, self.device)
+        self.trainer = setup.build_trainer(config, self.images.order, self.device)
+        limits = config.data.max_corrupt_images, config.max_skipped_steps
+        self.incidents = Incidents(folder, self.checkpoints, *limits)
+        self.step, self.run_id = 0, new_run_id()
+        if resumed is not None:
+            load_weights(self.trainer.model, resumed["state_dict"])  # says what does not fit; then all the rest
+            self.trainer.load_state_dict(resumed)
+            self.incidents.load_state_dict(resumed["incidents"])
+            self.step, self.run_id = resumed["step"], resumed["run_id"]
+
+        self.steps_per_epoch = self.images.order.steps_per_epoch
+        self.total_steps = config.recipe.epochs * self.steps_per_epoch
+        self.when = setup.Schedule(config, self.steps_per_epoch)
+        self.progress = Progress(self.total_steps, self.step)
+        with self.peak.excluded():
+            self.facts = setup.describe(config, self.images, self.trainer)
+        setup.announce(config, self.facts)
+        if distributed.is_main():
+            summary.record_facts(folder, self.facts)
+        self.status.update(step=self.step, total_steps=self.total_steps)
+        self.tracker = Tracker(
+            folder,
+            config.logger,
+            asdict(config),
+            run_id=self.run_id,
+            resumed_at=self.step,
+            enabled=distributed.is_main(),
+        )
+        self._figures: dict[str, float] = {}  # of the last report
+
+    @property
+    def epoch(self) -> int:
+        """Epochs done so far."""
+        return self.step // self.steps_per_epoch
+
+    def train_epoch(self) -> Iterator[Step]:
+        """Runs what is left of an epoch; yields after each step. What its caller does is not training time."""
+        epoch, epochs = self.epoch, self.config.recipe.epochs
+        self.images.order.start_at(epoch, self.step % self.steps_per_epoch)
+        steps = train_epoch(
+            *(self.trainer, self.images, self.progress, self.incidents),
+            first_step=self.step,
+            report_at=self.when.report,
+        )
+        with self.progress.epoch(f"epoch {epoch + 1}/{epochs}", self.images.order.steps_left):
+            for step in steps:
+                self.step = step.done
+                with self.progress.paused():
+                    yield step
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Records figures, after a step."""
+        self._figures = figures
+        self.tracker.log(self.step, figures | {"epoch": self.step / self.steps_per_epoch})
+
+    def gradient_cosines(self) -> dict[str, float]:
+        """Those of the weights of now, on the probe's images."""
+        if not distributed.is_main():
+            return {}
+        with self.peak.excluded():
+            return gradient_cosines(self.trainer, *self.images.probe, draw=self.step)
+
+    def save(self) -> None:
+        """A checkpoint of now."""
+        content = self.trainer.state_dict() | {"incidents": self.incidents.state_dict()}
+        if distributed.is_main():
+            content |= {"config": asdict(self.config), "step": self.step, "run_id": self.run_id}
+            self.checkpoints.save(self.step, content)
+            self.status.update(step=self.step, checkpoint=str(self.checkpoints.newest()))
+
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether an interruption came between the end of an epoch and the record of its evaluation."""
+        due = self.step > 0 and self.step % self.steps_per_epoch == 0 and self.when.evaluate(self.epoch)
+        return due and not distributed.only_main(lambda: summary.is_evaluated(self.folder, self.step))
+
+    def evaluate(self) -> None:
+        """Records accuracy and peak memory at the end of an epoch, and keeps the checkpoint if it is the best.
+
+        Raises Preempted, with a checkpoint written, when a signal asks to stop.
+        """
+        accuracy = partial(
+            evaluate, loader=self.images.validation, amp=self.config.amp, patched=self.config.sbp.enabled
+        )
+        measured = self.peak.read()
+        try:
+            with self.peak.excluded():
+                measured |= accuracy(self.trainer.model).figures()
+                if self.trainer.ema is not None:
+                    measured |= accuracy(self.trainer.ema.module).figures("_ema")
+        except Preempted:
+            self._ensure_saved()
+            raise
+        self.tracker.log(self.step, measured | {"epoch": self.epoch})
+        self.progress.say(self.epoch, self.config.recipe.epochs, self._figures | measured)
+        if distributed.only_main(lambda: summary.best_step(self.folder)) == self.step:
+            self._ensure_saved()
+            if distributed.is_main():
+                self.checkpoints.keep_best(self.step)
+
+    def _ensure_saved(self) -> None:
+        if not distributed.only_main(lambda: self.checkpoints.path(self.step).is_file()):
+            self.save()
+
+    def summarise(self) -> dict[str, Any]:
+        """The figures of a run that is done, on the main process; {} on others.
+
+        Raises ValueError when its last checkpoint could not be written.
+        """
+        if not distributed.is_main():
+            return {}
+        if not self.checkpoints.path(self.step).is_file():
+            raise ValueError(
+                f"all {self.step} steps are done, but their checkpoint could not be written to "
+                f"{self.checkpoints.folder}; make room there, and the same command goes on from "
+                f"{self.checkpoints.newest() or 'the start'}"
+            )
+        figures = summary.summarise(self.folder, self.facts)
+        self.tracker.summarise(figures)
+        return figures

@@ -1,0 +1,38 @@
+"""Whether two runs are the same, bit for bit."""
+
+import torch
+
+from sbp.training.checkpoint import find
+from sbp.training.tracking import read_metrics
+
+MEASURED = ("images_per_second", "data_wait_share", "memory/peak_rss")  # what differs between equal runs
+
+
+def record(folder):
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def assert_equal(a, b, path=""):
+    """Bitwise equality of nested containers of tensors and numbers."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_equal(one, other, f"{path}.{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def assert_same_run(one, other):
+    """Equal weights, optimizer, averaged weights, counts and logged values of the runs in two folders."""
+    (_, expected), (_, found) = find(one), find(other)
+    for key in expected.keys() - {"config", "run_id"}:
+        assert_equal(expected[key], found[key], key)
+    assert record(one) == record(other)
