@@ -1,0 +1,157 @@
+"""What goes wrong without ending a run, and what ends it."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from sbp.training import loop, signals
+from sbp.training.checkpoint import Checkpoints, find
+from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
+from sbp.training.status import Preempted, RunStatus, only_run_in, read_status
+from sbp.training.tracking import read_metrics
+from tests.training.comparing import assert_same_run, record
+from tests.training.configs import small
+from train import train
+
+
+def incidents(folder, max_corrupt_images=3, max_skipped_steps=2):
+    return Incidents(folder, Checkpoints(folder / "checkpoints"), max_corrupt_images, max_skipped_steps)
+
+
+def test_corrupt_images_are_counted_once_listed_and_too_many_are_an_error(tmp_path):
+    found = incidents(tmp_path)
+    found.replaced(0, ["b.png (broken)", "a.png (empty)"])
+    found.replaced(5, ["a.png (empty)"])
+    assert found.figures() == {"corrupt_images": 2}
+    again = incidents(tmp_path)
+    again.load_state_dict(found.state_dict())
+    again.replaced(6, ["c.png (x)"])
+    assert (tmp_path / CORRUPT_IMAGES).read_text() == "a.png (empty)\nb.png (broken)\nc.png (x)\n"
+    with pytest.raises(ValueError, match=r"4 training images cannot be read by step 8, data\.max_corrupt_images=3"):
+        again.replaced(7, ["d.png (x)"])
+
+
+def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_row(tmp_path, caplog):
+    found = incidents(tmp_path)
+    nan = float("nan")
+    for step in (3, 4):
+        found.left_out(step, nan, ["a.png", "b.png"])
+    found.went_well()
+    for step in (9, 10):
+        found.left_out(step, float("inf"), ["c.png"])
+    assert found.figures() == {"skipped_steps": 4} and "step 10 left out: its loss is inf" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"the loss is nan in step 12; 3 steps in a row .* Last good checkpoint: none yet"
+    ):
+        found.left_out(11, nan, ["d.png"])
+    lines = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
+    assert lines[0] == {"step": 4, "loss": "nan", "images": ["a.png", "b.png"]} and len(lines) == 5
+
+
+def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monkeypatch):
+    real, losses = loop.Trainer._loss, []
+
+    def loss(self, *args):
+        value = real(self, *args)
+        losses.append(0)
+        return value * float("nan") if len(losses) in (2, 3) else value
+
+    states = []
+
+    def update(self, step):
+        states.append(step)
+        real_update(self, step)
+
+    real_update = loop.Trainer.update
+    monkeypatch.setattr(loop.Trainer, "_loss", loss)
+    monkeypatch.setattr(loop.Trainer, "update", update)
+    train(small("probe.every_steps=null", "log_every_steps=1", "recipe.ema_decay=0.9"), tmp_path)
+    assert states == [0, *range(3, 44)]  # steps 1 and 2 changed no weight
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[2]["skipped_steps"] == 1 and lines[-1].get("val/top1") is not None
+    assert all(value.isfinite().all() for value in find(tmp_path)[1]["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    content = {"state_dict": {"weight": torch.ones(3)}, "config": {}}
+    good = checkpoints.save(1, content)
+    content["state_dict"]["weight"][1] = float("inf")
+    with pytest.raises(ValueError, match=f"after step 2 weight is not finite.*{good}"):
+        checkpoints.save(2, content)
+    assert checkpoints.paths() == [good]
+
+
+def test_the_best_checkpoint_is_kept_and_one_a_killed_process_left_is_removed(tmp_path, monkeypatch):
+    accuracies = iter([30.0, 50.0, 40.0, 50.0])
+
+    def measured(model, **kwargs):
+        from sbp.training.evaluation import Accuracy
+
+        return Accuracy(next(accuracies), 90.0, 1.0, 360)
+
+    monkeypatch.setattr("sbp.training.run.evaluate", measured)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-00000001.tmp99").write_text("half")
+    summary = train(small("recipe.epochs=4", "checkpoint.keep=1", "probe.every_steps=null"), tmp_path)
+    assert summary["best_step"] == 88
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["best.pt", "step-00000176.pt"]
+    assert torch.load(checkpoints.best, weights_only=True)["step"] == 88
+    checkpoints.paths()[0].write_text("damaged")
+    path, content = checkpoints.latest()  # better than to start afresh
+    assert path == checkpoints.best and content["step"] == 88
+
+
+def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
+    config = small("recipe.epochs=2", "probe.every_steps=null", "checkpoint.every_epochs=2")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, whole)
+
+    def stopped(model, **kwargs):
+        raise Preempted("stopped by SIGTERM during evaluation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sbp.training.run.evaluate", stopped)
+        with pytest.raises(Preempted):
+            train(config, parts)
+    assert read_status(parts)["state"] == "preempted"
+    assert [line["step"] for line in record(parts)] == [0, 44]
+    train(config, parts)
+    assert_same_run(whole, parts)
+
+
+def test_what_a_folder_says_from_the_start_on(tmp_path):
+    with pytest.raises(ValueError, match="must be one of"):
+        config = small()
+        config.amp = "float7"
+        train(config, tmp_path)
+    status = read_status(tmp_path)
+    assert (status["state"], status["exit_code"]) == ("failed", 1) and status["message"].startswith(
+        "amp must be one of"
+    )
+    train(small("probe.every_steps=null", "seed=3"), tmp_path)
+    assert read_status(tmp_path)["state"] == "completed"
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["config"]["seed"] == facts["seed"] == 3 and facts["versions"]["torch"]
+    assert facts["lr"] == 1e-3 and facts["global_batch_size"] == 32
+
+
+def test_a_folder_is_one_processs_own_and_signals_are_given_back(tmp_path):
+    with only_run_in(tmp_path):
+        pass
+    before = {one: signals.signal.getsignal(one) for one in signals.SIGNALS}
+    with signals.noted():
+        assert not signals.agreed()
+        signals.signal.raise_signal(signals.signal.SIGUSR1)
+        assert signals.agreed() and signals.name() == "SIGUSR1"
+    assert before == {one: signals.signal.getsignal(one) for one in signals.SIGNALS}
+    assert not signals.agreed()
+
+
+def test_a_status_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING), RunStatus(tmp_path / "nowhere"):
+        pass
+    assert "cannot write" in caplog.text
