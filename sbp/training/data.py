@@ -17,14 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 from torchvision.datasets import ImageFolder
 
-from sbp.training import seeding
+from sbp.training import seeding, signals
 from sbp.training.config import BatchPlan, DataConfig, RecipeConfig
 
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
+SUBSTITUTES = 10  # tried in place of an unreadable image; when all fail it is the storage, not the images
 
 
 class Batch(NamedTuple):
-    """images: float32 (B, 3, H, W). labels: int64 (B,). unreadable: the images that are missing, with reasons."""
+    """images: float32 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
+
+    They are missing, or other images have their places; see SeededDataset.
+    """
 
     images: Tensor
     labels: Tensor
@@ -183,40 +187,54 @@ class SyntheticImages(Dataset):
         return self.transform(Image.fromarray(pixels)), index % self.num_classes
 
 
+class Sample(NamedTuple):
+    """image: float32 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
+
+    image: Tensor | None
+    label: int
+    unreadable: list[str]
+
+
 class SeededDataset(Dataset):
     """Takes (pass, index) and seeds random, numpy and torch from it before the image is read and augmented.
 
-    An unreadable image comes back as a line that names it, for `collate` to pass on.
+    substitutes: so many other images, drawn from the same key, are tried in place of an unreadable one.
     """
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+    def __init__(self, dataset: Dataset, seed: int, substitutes: int = 0) -> None:
+        self.dataset, self.seed, self.substitutes = dataset, seed, substitutes
 
-    def __getitem__(self, where: tuple[int, int]) -> tuple[Tensor, int] | str:
+    def __getitem__(self, where: tuple[int, int]) -> Sample:
         turn, index = where
-        seeding.seed_everything(self.seed, seeding.SAMPLE, turn, index)
-        try:
-            return self.dataset[index]
-        except _UNREADABLE as error:
-            return f"{_path(self.dataset, index)} ({error})"
-        except RuntimeError as error:  # timm's after its retries
-            if "consecutive samples" not in str(error):
-                raise
-            return _path(self.dataset, index)
+        unreadable: list[str] = []
+        for attempt in range(self.substitutes + 1):
+            key = (self.seed, seeding.SAMPLE, turn, index) + ((attempt,) if attempt else ())
+            seeding.seed_everything(*key)
+            at = index if attempt == 0 else seeding.whole_number(len(self.dataset), *key)  # type: ignore[arg-type]
+            try:
+                image, label = self.dataset[at]
+                return Sample(image, label, unreadable)
+            except _UNREADABLE as error:
+                unreadable.append(f"{path(self.dataset, at)} ({error})")
+            except RuntimeError as error:  # timm's after its retries
+                if "consecutive samples" not in str(error):
+                    raise
+                unreadable.append(path(self.dataset, at))
+        return Sample(None, -1, unreadable)
 
 
-def _path(dataset: Any, index: int) -> str:
+def path(dataset: Any, index: int) -> str:
+    """What a user can find an image by."""
     if hasattr(dataset, "samples"):
         return dataset.samples[index][0]
     return dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else f"image {index}"
 
 
-def collate(samples: Sequence[tuple[Tensor, int] | str]) -> Batch:
-    """Stacks the readable samples and lists the others."""
-    readable = [sample for sample in samples if not isinstance(sample, str)]
-    images, labels = default_collate(readable) if readable else (torch.empty(0), torch.empty(0, dtype=torch.int64))
-    return Batch(images, labels, [sample for sample in samples if isinstance(sample, str)])
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stacks the images that there are and lists those that could not be read."""
+    there = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    images, labels = default_collate(there) if there else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return Batch(images, labels, [name for sample in samples for name in sample.unreadable])
 
 
 class TrainSampler(Sampler[list[tuple[int, int]]]):
@@ -247,6 +265,12 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return self.steps_left * self.plan.accumulation
+
+    def global_batch(self, step: int) -> list[tuple[int, int]]:
+        """(pass, index) of all images of optimizer step `step`, counted from the run's start."""
+        images = _Stream(self.length, self.seed)
+        first = step * self.plan.global_batch_size
+        return [images[position] for position in range(first, first + self.plan.global_batch_size)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         plan = self.plan
@@ -298,31 +322,57 @@ class Images:
     probe: tuple[Tensor, Tensor]
 
     def names(self, step: int) -> list[str]:
-        raise NotImplementedError
+        """The images of a step's global batch, counted from the run's start; none is read."""
+        dataset = self.train.dataset.dataset  # type: ignore[attr-defined]
+        return [path(dataset, index) for _, index in self.order.global_batch(step)]
 
 
-def make_loader(dataset: Dataset, sampler: Sampler, *, seed: int, workers: int, device: torch.device) -> DataLoader:
-    """Batches in the sampler's order, read by `workers` processes (0: by this one)."""
+def make_loader(
+    dataset: Dataset,
+    sampler: Sampler,
+    *,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    prefetch: int = 2,
+    substitutes: int = 0,
+) -> DataLoader:
+    """Batches in the sampler's order, read by `workers` processes (0: by this one), each `prefetch` batches ahead.
+
+    substitutes: how many other images may be tried in place of an unreadable one; see SeededDataset.
+    """
     return DataLoader(
-        SeededDataset(dataset, seed),
+        SeededDataset(dataset, seed, substitutes),
         batch_sampler=sampler,
         num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         collate_fn=collate,
+        worker_init_fn=_begin_worker,
     )
 
 
+def _begin_worker(number: int) -> None:
+    signals.ignore()  # the run ends them itself, when its checkpoint is written
+
+
 def readable(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The images and labels of a whole batch; raises ValueError that names what cannot be read."""
+    """The images and labels of a batch; raises ValueError that names what could not be read."""
     if batch.unreadable:
         raise ValueError(f"cannot read {len(batch.unreadable)} of the images: {'; '.join(batch.unreadable)}")
     return batch.images, batch.labels
 
 
 def spread_samples(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`count` images and labels at equal distances in the data set (all of it when it has fewer)."""
+    """`count` images and labels at equal distances in the data set (all of it when it has fewer).
+
+    Others take the places of unreadable ones. Raises ValueError where those cannot be read either.
+    """
     length = len(dataset)  # type: ignore[arg-type]
-    seeded = SeededDataset(dataset, seed)
+    seeded = SeededDataset(dataset, seed, SUBSTITUTES)
     indices = np.linspace(0, length - 1, min(count, length)).round().astype(int)
-    return readable(collate([seeded[0, int(index)] for index in indices]))
+    batch = collate([seeded[0, int(index)] for index in indices])
+    if len(batch.images) < len(indices):
+        raise ValueError(f"cannot read images, nor others in their places: {'; '.join(batch.unreadable)}")
+    return batch.images, batch.labels

@@ -184,6 +184,9 @@ def train_epoch(
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
         micro_batches = [progress.wait_for(batches) for _ in range(trainer.accumulation)]
+        if any(len(batch.images) < images.order.plan.micro_batch_size for batch in micro_batches):
+            tried = [name for batch in micro_batches for name in batch.unreadable]
+            raise ValueError(f"cannot read images, nor others in their places: {'; '.join(tried)}")
         loss = trainer.backward(step, ((batch.images, batch.labels) for batch in micro_batches)).read()
         unreadable = [name for batch in micro_batches for name in batch.unreadable]
         stop, endless, corrupt = distributed.maxima(

@@ -20,3 +20,8 @@ def seed_everything(*key: int) -> None:
 def permutation(length: int, *key: int) -> np.ndarray:
     """A permutation of range(length) that depends on the key alone. (length,) int64."""
     return np.random.default_rng(np.random.SeedSequence(key)).permutation(length)
+
+
+def whole_number(below: int, *key: int) -> int:
+    """One of range(below) that depends on the key alone."""
+    return int(np.random.default_rng(np.random.SeedSequence(key)).integers(below))

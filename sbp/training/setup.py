@@ -11,6 +11,7 @@ import sbp
 from sbp.training import distributed, environment, seeding
 from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
 from sbp.training.data import (
+    SUBSTITUTES,
     Images,
     Preprocessing,
     TrainSampler,
@@ -73,9 +74,15 @@ def load_images(config: Config, device: torch.device) -> Images:
         distributed.rank(),
         plan.world_size,
     )
-    loader = partial(make_loader, seed=config.seed, workers=config.data.workers, device=device)
+    loader = partial(
+        make_loader,
+        seed=config.seed,
+        workers=config.data.workers,
+        device=device,
+        prefetch=config.data.prefetch,
+    )
     return Images(
-        loader(train_set, order),
+        loader(train_set, order, substitutes=SUBSTITUTES),
         order,
         loader(validation_set, validation),
         spread_samples(train_set, config.probe.images, config.seed),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sbp.training import setup
 from sbp.training.config import plan_batches
 from sbp.training.data import (
     Digits,
@@ -181,3 +182,39 @@ def test_splits_of_different_classes_are_refused(tmp_path):
     (root / "val" / "b").rename(root / "val" / "ant")
     with pytest.raises(ValueError, match="have different classes: ant is in one of them only"):
         build_datasets(folder_config(root).data, folder_config(root).recipe)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_training_another_image_takes_the_place_of_a_corrupt_one(tmp_path, workers):
+    """The same one whatever the workers, so batches stay whole; it is drawn anew in each pass."""
+    root = image_folders(tmp_path, count=20)
+    bad = root / "train" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:300])
+    config = folder_config(root, f"data.workers={workers}", "global_batch_size=8", "recipe.epochs=3")
+    images = setup.load_images(config, CPU)
+    passes = []
+    for epoch in range(3):
+        images.order.start_at(epoch)
+        batches = list(images.train)
+        assert all(len(batch.images) == 8 for batch in batches)
+        passes.append([name for batch in batches for name in batch.unreadable])
+    assert {name for names in passes for name in names} == {passes[0][0]} and str(bad) in passes[0][0]
+
+    sampler = TrainSampler(40, plan_batches(8, None, 1), 0)
+    train_set, _ = build_datasets(config.data, config.recipe)
+    loaders = [
+        make_loader(train_set, sampler, seed=0, workers=count, device=CPU, substitutes=3) for count in (0, workers)
+    ]
+    for one, other in zip(*loaders, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+
+
+def test_the_names_of_a_global_batch_are_those_of_its_images(tmp_path):
+    config = folder_config(image_folders(tmp_path), "global_batch_size=4")
+    images = setup.load_images(config, CPU)
+    names = images.names(1)  # the images that the first epoch leaves over, then the next pass
+    assert len(names) == 4 and all(name.startswith(str(tmp_path / "train")) for name in names)
+    images.order.start_at(1)
+    (batch,) = images.train
+    labels = [("a", "b").index(name.split("/")[-2]) for name in names]
+    assert batch.labels.tolist() == labels

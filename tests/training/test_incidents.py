@@ -129,9 +129,7 @@ def test_what_a_folder_says_from_the_start_on(tmp_path):
         config.amp = "float7"
         train(config, tmp_path)
     status = read_status(tmp_path)
-    assert (status["state"], status["exit_code"]) == ("failed", 1) and status["message"].startswith(
-        "amp must be one of"
-    )
+    assert (status["state"], status["exit_code"]) == ("failed", 1) and "amp must be one of" in status["message"]
     train(small("probe.every_steps=null", "seed=3"), tmp_path)
     assert read_status(tmp_path)["state"] == "completed"
     facts = json.loads((tmp_path / "run.json").read_text())

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from sbp.training.checkpoint import Checkpoints
-from sbp.training.incidents import SKIPPED_STEPS
+from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS
 from sbp.training.status import EXIT_PREEMPTED, read_status
 from tests.training.comparing import assert_same_run, record
 from tests.training.configs import BACKBONES, ROOT
+from tests.training.test_data import image_folders
 
 MOMENTS = ROOT / "tests" / "training" / "moments.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -182,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_all_that_is_known(tmp_path
     result = train("run", "max_skipped_steps=2", folder=tmp_path, at=("step", 7, "nan"))
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "the loss is nan in step 9; 3 steps in a row had to be left out (max_skipped_steps=2)" in result.stderr
-    assert "Last good checkpoint: " in result.stderr and "step-00000004.pt" in result.stderr
+    assert "Last good checkpoint: " in result.stderr and "step-00000008.pt" in result.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / SKIPPED_STEPS).read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 8, 9] and all(len(line["images"]) == 128 for line in lines)
     assert read_status(tmp_path / "run")["state"] == "failed"
@@ -197,3 +198,28 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     first.terminate()
     first.communicate()
     assert first.returncode == EXIT_PREEMPTED
+
+
+def test_corrupt_images_are_replaced_in_training_and_an_error_in_evaluation(tmp_path):
+    root = image_folders(tmp_path / "data", count=20)
+    bad = [root / "train" / "a" / "3.png", root / "train" / "b" / "7.png"]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    data = ("data=imagenet", f"data.root={root}", "data.num_classes=2", "data.image_size=32", "data.workers=1")
+    few = ("global_batch_size=8", "recipe.mixup=0")
+    result = train("run", *data, *few, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    listed = (tmp_path / "run" / CORRUPT_IMAGES).read_text().splitlines()
+    assert len(listed) == 2 and all(any(str(path) in line for line in listed) for path in bad)
+    assert record(tmp_path / "run")[-2]["corrupt_images"] == 2
+
+    result = train("strict", *data, *few, "data.max_corrupt_images=1", folder=tmp_path)
+    assert result.returncode == 1 and "data.max_corrupt_images=1 are allowed" in result.stderr
+
+    broken = root / "val" / "a" / "1.png"
+    broken.write_bytes(b"")
+    result = train("evaluated", *data, *few, folder=tmp_path)
+    assert (
+        result.returncode == 1 and "cannot evaluate: 1 of the images" in result.stderr and str(broken) in result.stderr
+    )
+    assert Checkpoints(tmp_path / "evaluated" / "checkpoints").paths()  # the epoch before it is not lost
