@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig
 
 from sbp.training import distributed, setup, signals
-from sbp.training.checkpoint import find, load_weights
+from sbp.training.checkpoint import choose_weights, find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
 from sbp.training.data import Preprocessing, ValidationSampler, build_validation_set, make_loader
 from sbp.training.evaluation import evaluate
@@ -33,14 +33,12 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     config = validate(overridden(from_dict(Config, checkpoint["config"]), request))
     if config.sbp.eval == "published" and not config.sbp.enabled:
         raise ValueError(f"sbp.eval=published, but {path} was trained without SBP")
-    ema = "state_dict_ema" in checkpoint if request.ema is None else request.ema
-    if ema and "state_dict_ema" not in checkpoint:
-        raise ValueError(f"ema=true, but {path} has no averaged weights (its run had recipe.ema_decay=null)")
+    ema, weights = choose_weights(path, checkpoint, request.ema)
 
     device = setup.pick_device(config)
     images = build_validation_set(config.data)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
-    load_weights(model, fit_position_embedding(model, checkpoint["state_dict_ema" if ema else "state_dict"]))
+    load_weights(model, fit_position_embedding(model, weights))
     batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
     loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)

@@ -20,12 +20,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed
-from sbp.training.config import BenchmarkConfig, Config, EvalConfig
+from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig
 from sbp.training.status import EXIT_PREEMPTED, Preempted
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", bound=Config | EvalConfig | BenchmarkConfig)
+C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig)
 
 FAILURE = "failure.txt"
 LONGEST_NAME = 120

@@ -160,6 +160,17 @@ def find(path: Path) -> tuple[Path, dict[str, Any]]:
     raise ValueError(f"no good checkpoint in {path}")
 
 
+def choose_weights(path: Path, content: dict[str, Any], ema: bool | None) -> tuple[bool, dict[str, Tensor]]:
+    """Whether the weights are the averaged ones (ema=None: when there are any, as timm does), and the weights.
+
+    Raises ValueError when ema is true and there are none.
+    """
+    if ema and "state_dict_ema" not in content:
+        raise ValueError(f"ema=true, but {path} has no averaged weights (its run had recipe.ema_decay=null)")
+    averaged = "state_dict_ema" in content if ema is None else ema
+    return averaged, content["state_dict_ema" if averaged else "state_dict"]
+
+
 def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the prefixes of DDP and torch.compile."""
     plain = {}

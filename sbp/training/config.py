@@ -239,6 +239,15 @@ class EvalConfig:
 
 
 @dataclass
+class ExportConfig:
+    """One export of a checkpoint. checkpoint, ema: as in EvalConfig. run_dir: the folder to write."""
+
+    checkpoint: str = ""
+    ema: bool | None = None
+    run_dir: str = "outputs/export"
+
+
+@dataclass
 class BenchmarkSbpConfig:
     """Keys of SbpConfig, for every arm with SBP. The arms themselves decide on mhsa_drop and recompute."""
 
