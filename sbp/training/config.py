@@ -35,7 +35,8 @@ class SbpConfig:
 
     enabled: False trains the plain timm model.
     hold_mask: one mask for a whole optimizer step instead of one for each micro batch.
-    shared_mask: one mask for all processes instead of one for each.
+    shared_mask: one mask for all processes instead of one for each. With both, a global batch has the same gradient
+        however it is split over processes and micro batches.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
     """
 

@@ -45,21 +45,43 @@ def test_two_processes_train_in_one_folder_what_one_process_evaluates(tmp_path):
     assert json.loads((tmp_path / "evaluation" / "eval.json").read_text())["top1"] == summary["top1"]
 
 
-def test_two_processes_agree_with_each_other_and_with_one(tmp_path):
-    """Gradients, weights, and the accuracy on 101 images; see `two_processes.py`."""
-    script = ROOT / "tests" / "training" / "two_processes.py"
-    for launcher, name in ((TORCHRUN, "two"), ((), "one")):
-        result = run(*launcher, script, tmp_path / name, folder=tmp_path)
-        assert result.returncode == 0, result.stderr
-    one, *two = (torch.load(tmp_path / name, weights_only=True) for name in ("one.0", "two.0", "two.1"))
-    assert two[0]["accuracy"] == two[1]["accuracy"]
-    assert one["accuracy"]["images"] == 101
-    for figure in ("images", "top1", "top5"):
-        assert two[0]["accuracy"][figure] == one["accuracy"][figure], figure
-    assert two[0]["accuracy"]["loss"] == pytest.approx(one["accuracy"]["loss"], rel=1e-6)  # float32 sums of batches
-    for name, value in one["weights"].items():
-        assert torch.equal(two[0]["weights"][name], two[1]["weights"][name]), name
-        torch.testing.assert_close(two[0]["weights"][name], value, rtol=1e-9, atol=1e-11, msg=name)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """What `several_processes.py` finds in one process."""
+    return several(1, tmp_path_factory.mktemp("one"))[0]
+
+
+def several(count, folder):
+    """What each of `count` processes found."""
+    script = ROOT / "tests" / "training" / "several_processes.py"
+    launcher = (*TORCHRUN[:-1], f"--nproc_per_node={count}") if count > 1 else ()
+    result = run(*launcher, script, folder / "found", folder=folder)
+    assert result.returncode == 0, result.stderr
+    return [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(count)]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_processes_agree_with_each_other_and_with_one(tmp_path, one_process, count):
+    """Gradients, weights, and the accuracy on 101 images; see `several_processes.py`."""
+    for rank, found in enumerate(several(count, tmp_path)):
+        for backbone, expected in one_process.items():
+            assert expected["accuracy"]["images"] == 101
+            assert_close(found[backbone], expected, f"{backbone} on process {rank}: ")
+
+
+def assert_close(found, expected, path=""):
+    """Nested dicts of float64 tensors and numbers, equal but for the order of sums."""
+    assert found.keys() == expected.keys(), path
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_close(found[name], value, f"{path}{name}.")
+        elif isinstance(value, torch.Tensor):
+            assert value.dtype == torch.float64
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{path}{n}: {m}"
+            )
+        else:
+            assert found[name] == pytest.approx(value, rel=1e-6 if name == "loss" else 0), f"{path}{name}"
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
