@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
 import sbp
-from sbp.training import distributed, environment
+from sbp.training import distributed, environment, parallel
 from sbp.training.config import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
@@ -194,7 +194,7 @@ class Runner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
         self.criterion = build_criterion(RecipeConfig())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.model = distributed.wrap(model)
+        self.model = parallel.wrap(model)
 
     def loss(self, batch: Batch) -> Tensor:
         with autocast(self.amp, self.device):

@@ -35,6 +35,9 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
+NO_IMAGES = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [])
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """What an image goes through in evaluation."""
@@ -233,7 +236,7 @@ def path(dataset: Any, index: int) -> str:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stacks the images that there are and lists those that could not be read."""
     there = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-    images, labels = default_collate(there) if there else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    images, labels = default_collate(there) if there else NO_IMAGES[:2]
     return Batch(images, labels, [name for sample in samples for name in sample.unreadable])
 
 

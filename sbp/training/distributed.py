@@ -1,14 +1,12 @@
 """One process or many: what `torchrun` says, and the few numbers that processes exchange."""
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -84,6 +82,13 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Gives these tensors, in place, the main process's values."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
 def sums(values: Sequence[float]) -> list[float]:
     """Each value summed over the processes, in float64."""
     return _reduce(values, dist.ReduceOp.SUM)
@@ -100,15 +105,3 @@ def _reduce(values: Sequence[float], operation: Any) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, operation)
     return tensor.tolist()
-
-
-def wrap(model: nn.Module) -> nn.Module:
-    """The model under DDP when there are several processes, else itself."""
-    if not dist.is_initialized():
-        return model
-    device = next(model.parameters()).device
-    # Said of depthwise weights, whose gradient may come with other strides: a copy of a few kilobytes.
-    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import sbp
-from sbp.training import distributed, signals
+from sbp.training import distributed, parallel, signals
+from sbp.training.data import NO_IMAGES
 from sbp.training.loop import autocast
 from sbp.training.status import Preempted
 
@@ -41,22 +42,27 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    distributed.broadcast(model.buffers())
     if patched:
         sbp.set_draw(model, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
-    common = -distributed.maxima([-len(loader)])[0]  # batches that every process has
     unreadable: list[str] = []
-    for number, batch in enumerate(loader):
-        if number < common and signals.agreed():
+    shape: torch.Size | None = None
+    batches = iter(loader)
+    for _ in range(int(distributed.maxima([len(loader)])[0])):
+        if signals.agreed():
             raise Preempted(f"stopped by {signals.name()} during evaluation")
-        unreadable += batch.unreadable
-        if not len(batch.images):
+        images, labels, cannot = next(batches, NO_IMAGES)
+        unreadable += cannot
+        if parallel.is_sharded(model):  # then a pass needs all processes, those too that have no images left
+            shape = shape or next((one for one in distributed.gathered(images.shape[1:]) if one), None)
+            images = images if len(images) or shape is None else images.new_zeros(1, *shape)
+        if not len(images):
             continue
-        images, labels = batch.images, batch.labels
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(amp, device):
             logits = model(images)
-        logits = logits.float()
+        logits = logits[: len(labels)].float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([best.new_tensor(len(labels), dtype=torch.float64), best[:, 0].sum(), best.sum(), loss])

@@ -10,11 +10,10 @@ from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import sbp
-from sbp.training import distributed, seeding, signals
+from sbp.training import distributed, parallel, seeding, signals
 from sbp.training.data import Images
 from sbp.training.incidents import Incidents
 from sbp.training.progress import Progress
@@ -30,7 +29,8 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
 class Trainer:
     """All that an optimizer step changes or needs.
 
-    model: on its device, patched or not; wrapped in DDP here when there are several processes. The result of a
+    model: on its device, patched or not; sharded or, when there are several
+    processes, wrapped in DDP here. The result of a
     step depends on the state of the trainer, the number of the step and its images alone: mixup, drop path and
     masks take their random numbers from (seed, step, micro batch, process).
     """
@@ -58,7 +58,7 @@ class Trainer:
         self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.wrapped = distributed.wrap(model)
+        self.wrapped = parallel.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
 
     def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -76,8 +76,8 @@ class Trainer:
             last = micro == self.accumulation - 1
             seeding.seed_everything(self.seed, seeding.STEP, step, micro, distributed.rank())
             with ExitStack() as stack:
-                if isinstance(self.wrapped, DistributedDataParallel) and not last:
-                    stack.enter_context(self.wrapped.no_sync())
+                if not last:
+                    stack.enter_context(parallel.no_sync(self.wrapped))
                 loss = self._loss(step if self.hold_mask else step * self.accumulation + micro, images, labels)
                 total += loss.detach() / self.accumulation
                 if last:
@@ -122,23 +122,33 @@ class Trainer:
             torch.cuda.synchronize(self.device)
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process has a share of the model only, so that every pass needs all of them (FSDP)."""
+        return parallel.is_sharded(self.model)
+
+    @property
     def lr(self) -> float:
         """The learning rate of the last step, the largest of its parameter groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and builtins; the weights under the names that timm reads by itself."""
+        """Tensors and builtins; the weights under the names that timm reads by itself.
+
+        All processes have to call it; the main process's is the one to save.
+        """
         state = {
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        return state if self.ema is None else state | {"state_dict_ema": self.ema.module.state_dict()}
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        return parallel.whole(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` returned."""
+        """Goes on from what `state_dict` returned to the main process, whatever the number of processes was."""
         self.model.load_state_dict(state["state_dict"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parallel.load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["state_dict_ema"])

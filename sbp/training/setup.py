@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import sbp
-from sbp.training import distributed, environment, seeding
+from sbp.training import distributed, environment, parallel, seeding
 from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
 from sbp.training.data import (
     SUBSTITUTES,
@@ -90,13 +90,20 @@ def load_images(config: Config, device: torch.device) -> Images:
 
 
 def build_trainer(config: Config, order: TrainSampler, device: torch.device) -> Trainer:
-    """Model, optimizer and all else that a step needs, with weights drawn from the run's seed."""
-    recipe, plan = config.recipe, order.plan
+    """Model, optimizer and all else that a step needs, with weights drawn from the run's seed.
+
+    Raises ValueError for settings that do not fit the model, and for `parallel=fsdp` without torchrun.
+    """
+    recipe, plan, sharded = config.recipe, order.plan, config.parallel == "fsdp"
     seeding.seed_everything(config.seed, seeding.WEIGHTS)
-    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
-    if config.channels_last:
+    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size)
+    if not sharded:
+        model = model.to(device)
+    if config.channels_last and not sharded:  # which takes contiguous weights only; the images are channels-last
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = build_ema(model, recipe)
+    if sharded:
+        parallel.shard(model, device, ema)
     if config.compile:
         model.compile()  # in place: no prefix in front of parameter names
     optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size))

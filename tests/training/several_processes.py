@@ -1,6 +1,6 @@
-"""Accumulated steps in float64, and an evaluation on 101 images; saves what it saw to <target>.<rank>.
+"""Accumulated steps in float64, and an evaluation on 101 images, on any number of processes, under DDP and FSDP.
 
-Run by `test_processes.py` in one process and, with torchrun, in several. One mask for all of a step
+Started by `test_processes.py` with torchrun; in one process it calls `train` itself. One mask for all of a step
 (`sbp.shared_mask`, `sbp.hold_mask`), so that a global batch has one gradient however it is split.
 """
 
@@ -8,10 +8,12 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from sbp.training import distributed
+from sbp.training import distributed, parallel
 from sbp.training.config import plan_batches
 from sbp.training.data import TrainSampler, ValidationSampler, build_datasets, make_loader, readable
 from sbp.training.evaluation import evaluate
@@ -24,44 +26,77 @@ OVERRIDES = (
     *("data=synthetic", "data.image_size=32", "data.num_classes=10", "data.val_images=101", "recipe.ema_decay=0.9"),
     *("sbp.mask=random", "sbp.shared_mask=true", "sbp.hold_mask=true", "backbone.drop_path=0"),
 )
-GLOBAL_BATCH, STEPS = 24, 4
+GLOBAL_BATCH, STEPS, CHECKPOINT = 24, 4, 2
+CPU = torch.device("cpu")
 
 
-def main(target: str) -> None:
+def main(here: Path, elsewhere: Path) -> None:
+    """Trains from the start, then on from checkpoints: those written here, and those of another number of processes.
+
+    Saves what each process found to here/<rank>.pt: backbone -> way -> findings.
+    """
     distributed.start()
-    found = {backbone: train(small(*OVERRIDES, backbone=backbone)) for backbone in BACKBONES}
-    torch.save(found, f"{target}.{distributed.rank()}")
+    found: dict = {backbone: {} for backbone in BACKBONES}
+    for backbone, ways in found.items():
+        checkpoints = {kind: here / f"{backbone}-{kind}.pt" for kind in ("ddp", "fsdp")}
+        for kind, path in checkpoints.items():
+            ways[kind] = train(backbone, kind, write=path)
+        for kind, path in (
+            ("ddp", checkpoints["fsdp"]),
+            ("fsdp", checkpoints["fsdp"]),
+            ("fsdp", elsewhere / f"{backbone}-ddp.pt"),
+        ):
+            ways[f"{kind} after {path.parent.name}/{path.stem}"] = train(backbone, kind, read=path)
+    torch.save(found, here / f"{distributed.rank()}.pt")
     distributed.stop()
 
 
-def train(config) -> dict:
-    """Weights, averaged weights, the gradients of each step after clipping, and accuracy."""
-    trainer, plan = build(config)
+def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | None = None) -> dict:
+    """All steps, with a checkpoint on the way; or those behind the checkpoint.
+
+    Returns weights, averaged weights, the gradients of each step after clipping, and accuracy.
+    """
+    config = small(*OVERRIDES, backbone=backbone)
+    trainer, plan = build(config, kind)
+    first = 0
+    if read is not None:
+        trainer.load_state_dict(torch.load(read, weights_only=True))
+        first = CHECKPOINT
     gradients = []
     trainer.optimizer.register_step_pre_hook(
-        lambda *_: gradients.append({name: p.grad.clone() for name, p in trainer.model.named_parameters()})
+        lambda *_: gradients.append({name: whole(p.grad) for name, p in trainer.model.named_parameters()})
     )
     train_set, val_set = build_datasets(config.data, config.recipe)
     for images in (train_set, val_set):
         images.transform.transforms.append(torch.Tensor.double)
-    loader = partial(make_loader, seed=0, workers=0, device=torch.device("cpu"))
-    micro_batches = map(readable, loader(train_set, TrainSampler(len(train_set), plan, 0, distributed.rank())))
-    for step in range(STEPS):
+    loader = partial(make_loader, seed=0, workers=0, device=CPU)
+    order = TrainSampler(len(train_set), plan, 0, distributed.rank())
+    order.start_at(0, first)
+    micro_batches = map(readable, loader(train_set, order))
+    for step in range(first, STEPS):
+        if step == CHECKPOINT and write is not None:
+            state = trainer.state_dict()
+            if distributed.is_main():
+                torch.save(state, write)
         trainer.step(step, islice(micro_batches, plan.accumulation))
-    sampler = ValidationSampler(len(val_set), 16, distributed.rank(), distributed.world_size())
-    accuracy = evaluate(trainer.model, loader(val_set, sampler))
-    state = trainer.state_dict()
-    kept = {name: dict(state[name]) for name in ("state_dict", "state_dict_ema")}
-    return kept | {"gradients": dict(enumerate(gradients)), "accuracy": asdict(accuracy)}
+    sampler = ValidationSampler(len(val_set), 10, distributed.rank(), distributed.world_size())
+    models = {"state_dict": trainer.model, "state_dict_ema": trainer.ema.module}
+    return {
+        **{f"accuracy of {name}": asdict(evaluate(model, loader(val_set, sampler))) for name, model in models.items()},
+        **{name: {key: whole(value) for key, value in model.state_dict().items()} for name, model in models.items()},
+        "gradients": dict(enumerate(gradients, first)),
+    }
 
 
-def build(config) -> tuple:
+def build(config, kind: str) -> tuple:
     """One process takes the global batch at once; several take theirs in three micro batches each."""
     size = distributed.world_size()
     plan = plan_batches(GLOBAL_BATCH, GLOBAL_BATCH // (3 * size) if size > 1 else None, size)
     torch.manual_seed(0)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).double()
     ema = build_ema(model, config.recipe)
+    if kind == "fsdp":
+        parallel.shard(model, CPU, ema)
     optimizer = build_optimizer(model, config.recipe, 1e-2)
     trainer = Trainer(
         model,
@@ -76,5 +111,9 @@ def build(config) -> tuple:
     return trainer, plan
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

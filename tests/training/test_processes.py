@@ -11,6 +11,7 @@ import torch
 from sbp.training.checkpoint import find
 from sbp.training.tracking import read_metrics
 from tests.training.configs import BACKBONES, ROOT
+from tests.training.several_processes import train
 
 TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -47,41 +48,48 @@ def test_two_processes_train_in_one_folder_what_one_process_evaluates(tmp_path):
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    """What `several_processes.py` finds in one process."""
-    return several(1, tmp_path_factory.mktemp("one"))[0]
-
-
-def several(count, folder):
-    """What each of `count` processes found."""
-    script = ROOT / "tests" / "training" / "several_processes.py"
-    launcher = (*TORCHRUN[:-1], f"--nproc_per_node={count}") if count > 1 else ()
-    result = run(*launcher, script, folder / "found", folder=folder)
-    assert result.returncode == 0, result.stderr
-    return [torch.load(folder / f"found.{rank}", weights_only=True) for rank in range(count)]
+    """What `several_processes.train` finds in one process, and the folder of its checkpoints."""
+    folder = tmp_path_factory.mktemp("one")
+    return {backbone: train(backbone, "ddp", write=folder / f"{backbone}-ddp.pt") for backbone in BACKBONES}, folder
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_agree_with_each_other_and_with_one(tmp_path, one_process, count):
-    """Gradients, weights, and the accuracy on 101 images; see `several_processes.py`."""
-    for rank, found in enumerate(several(count, tmp_path)):
-        for backbone, expected in one_process.items():
-            assert expected["accuracy"]["images"] == 101
-            assert_close(found[backbone], expected, f"{backbone} on process {rank}: ")
+def test_ddp_and_fsdp_find_what_one_process_finds_and_take_each_others_checkpoints(tmp_path, one_process, count):
+    """Gradients, weights, averaged weights, and accuracies on 101 images; see `several_processes.py`."""
+    expected, alone = one_process
+    script = ROOT / "tests" / "training" / "several_processes.py"
+    result = run(*TORCHRUN[:-1], f"--nproc_per_node={count}", script, tmp_path, alone, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = [load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    for backbone, whole in expected.items():
+        ways = {f"{way}, process {rank}": one for rank in range(count) for way, one in found[rank][backbone].items()}
+        ways["one process after fsdp"] = train(backbone, "ddp", read=tmp_path / f"{backbone}-fsdp.pt")
+        assert len(ways) == 5 * count + 1
+        for way, findings in ways.items():
+            steps = {step: whole["gradients"][step] for step in (range(2, 4) if "after" in way else range(4))}
+            assert_close(findings, whole | {"gradients": steps}, f"{backbone}, {way}: ")
+        for kind in ("ddp", "fsdp"):
+            stored = [load(folder / f"{backbone}-{kind}.pt") for folder, kind in ((tmp_path, kind), (alone, "ddp"))]
+            assert_close(*stored, f"{backbone}, checkpoint of {kind}: ")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def assert_close(found, expected, path=""):
-    """Nested dicts of float64 tensors and numbers, equal but for the order of sums."""
-    assert found.keys() == expected.keys(), path
-    for name, value in expected.items():
-        if isinstance(value, dict):
+    """Nested containers of tensors and numbers, equal but for the order of sums in float64."""
+    assert type(found) is type(expected), path
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), path
+        for name, value in expected.items():
             assert_close(found[name], value, f"{path}{name}.")
-        elif isinstance(value, torch.Tensor):
-            assert value.dtype == torch.float64
-            torch.testing.assert_close(
-                found[name], value, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{path}{n}: {m}"
-            )
-        else:
-            assert found[name] == pytest.approx(value, rel=1e-6 if name == "loss" else 0), f"{path}{name}"
+    elif isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11, msg=lambda m: f"{path} {m}")
+    elif path.endswith(".loss."):
+        assert found == pytest.approx(expected, rel=1e-6), path  # of float32 logits
+    else:
+        assert found == expected, path
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
