@@ -1,11 +1,12 @@
 """How far the SBP gradient is from the exact one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sbp.patch import disabled
@@ -26,8 +27,10 @@ class GradientCosine:
 def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> GradientCosine:
     """Compares the gradient of `compute_loss()` with SBP to the one without, on the same random numbers.
 
-    model: patched, in training mode, wrapped (DDP, torch.compile) or not. compute_loss: runs it and returns a
+    model: patched, in training mode, wrapped (DDP, FSDP2, torch.compile) or not. compute_loss: runs it and returns a
     scalar. Gradients, buffers, random number generators and the masks to come are left as they were.
+    Under FSDP all processes have to call it, and gradients are averaged over them: with the same images, random
+    numbers and masks (`load_mask_state` sets the rank that masks are drawn for) the cosine is that of one process.
     Raises ValueError when the model is not patched, not in training mode, or frozen.
     """
     own = states(model)
@@ -38,8 +41,10 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
         raise ValueError("gradient_cosine needs a gradient: no parameter of the model requires one")
     parameters = list(named.values())
 
-    def gradient() -> tuple[Tensor | None, ...]:
+    def gradient() -> Sequence[Tensor | None]:
         with _undisturbed(model), torch.enable_grad():
+            if any(isinstance(p, DTensor) for p in parameters):
+                return _sharded_gradient(compute_loss, parameters)
             return torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
 
     before = [(state.draw, state.current) for state in own]
@@ -55,7 +60,7 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
     for name, a, b in zip(named, kept, full, strict=True):
         if a is None or b is None:
             continue
-        a, b = a.double(), b.double()
+        a, b = _whole(a).double(), _whole(b).double()
         three = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
         layer = _layer_of(name)
         products[layer] = products[layer] + three if layer in products else three
@@ -64,6 +69,23 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
     equal = (table[:, 1] == table[:, 2]).double()  # where there is no gradient: 1 when neither has one, else 0
     cosines = torch.where(lengths > 0, table[:, 0] / lengths, equal).tolist()
     return GradientCosine(cosines[-1], dict(zip(products, cosines, strict=False)))
+
+
+def _sharded_gradient(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """FSDP gives the gradients of its shares in `.grad` alone, which is put back."""
+    before = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = None
+        compute_loss().backward()
+        return [p.grad for p in parameters]
+    finally:
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
 def _plain_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -37,6 +37,7 @@ def main() -> None:
         for recompute in ("none", "cheap", "block"):
             wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute)
         contexts_and_diagnostics_take_the_wrapped_model(make, size)
+        cosines_of_a_sharded_model_are_those_of_one_process(make, size)
         wrapped_models_are_refused(make)
     print("all is well")
     dist.destroy_process_group()
@@ -90,6 +91,21 @@ def contexts_and_diagnostics_take_the_wrapped_model(make, size):
     expected = sbp.gradient_cosine(model.module, lambda: model.module(images(size)).square().sum())
     assert found == expected and 0 < found.total < 1
     gradients(model, images(size))  # the reducer waits for nothing
+
+
+def cosines_of_a_sharded_model_are_those_of_one_process(make, size):
+    x = images(size)
+    one, model = sbp.apply(make(), rank=0), sharded(sbp.apply(make(), rank=0))
+    expected = sbp.gradient_cosine(one, lambda: one(x).square().sum())
+    model(x).sum().backward()
+    sbp.set_draw(model, 0)
+    before = {name: (p.grad, p.grad.full_tensor().clone()) for name, p in model.named_parameters()}
+    found = sbp.gradient_cosine(model, lambda: model(x).square().sum())
+    assert found.per_layer == pytest.approx(expected.per_layer, abs=1e-10) and 0 < found.total < 1
+    assert found.total == pytest.approx(expected.total, abs=1e-10)
+    for name, p in model.named_parameters():
+        grad, value = before[name]
+        assert p.grad is grad and torch.equal(grad.full_tensor(), value), name
 
 
 def wrapped_models_are_refused(make):

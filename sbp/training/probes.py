@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sbp
-from sbp.training import distributed
+from sbp.training import distributed, seeding
 from sbp.training.loop import Trainer, autocast
 
 
@@ -95,7 +95,11 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> f
 
 
 def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int) -> dict[str, float]:
-    """gradient_cosine/total and gradient_cosine/<layer> on these images, with mask number `draw`."""
+    """gradient_cosine/total and gradient_cosine/<layer> on these images, with mask number `draw` of the main process.
+
+    A sharded model needs all processes for it, with the same images; else any one can do it alone. What is found
+    depends on the weights, the images, the run's seed and `draw` only.
+    """
     images, labels = trainer.to_device(images, labels)
     trainer.model.train()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
@@ -104,8 +108,12 @@ def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int
         with autocast(trainer.amp, trainer.device):
             return F.cross_entropy(trainer.model(images), labels) * scale
 
-    sbp.set_draw(trainer.model, draw)
-    with torch.compiler.set_stance("force_eager"):
+    own = sbp.mask_state(trainer.model)
+    sbp.load_mask_state(trainer.model, own | {"rank": 0, "draw": draw})
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+        seeding.seed_everything(trainer.seed, seeding.PROBE, draw)
         cosine = sbp.gradient_cosine(trainer.model, loss)
+    sbp.load_mask_state(trainer.model, own)
     layers = {f"gradient_cosine/{name}": value for name, value in cosine.per_layer.items()}
     return {"gradient_cosine/total": cosine.total} | layers

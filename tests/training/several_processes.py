@@ -11,15 +11,17 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from sbp.training import distributed, parallel
+from sbp.training import distributed, parallel, setup
 from sbp.training.config import plan_batches
-from sbp.training.data import TrainSampler, ValidationSampler, build_datasets, make_loader, readable
+from sbp.training.data import TrainSampler, ValidationSampler, build_datasets, make_loader, readable, spread_samples
 from sbp.training.evaluation import evaluate
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_optimizer, build_scheduler
+from sbp.training.probes import gradient_cosines
 from tests.training.configs import BACKBONES, small
 
 OVERRIDES = (
@@ -48,13 +50,32 @@ def main(here: Path, elsewhere: Path) -> None:
         ):
             ways[f"{kind} after {path.parent.name}/{path.stem}"] = train(backbone, kind, read=path)
     torch.save(found, here / f"{distributed.rank()}.pt")
+    every_process_has_a_share_and_skips_a_step_that_overflows_on_one()
     distributed.stop()
+
+
+def every_process_has_a_share_and_skips_a_step_that_overflows_on_one() -> None:
+    config = small("parallel=fsdp", "amp=float16", "recipe.ema_decay=0.9", "recipe.clip_grad=1")
+    trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
+    averages = trainer.ema.module
+    blocks = [type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)]
+    assert blocks == ["FSDPVisionTransformer", "FSDPBlock", "FSDPSBPBlock"], blocks
+    images, labels = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    infinite = torch.full_like(images, torch.inf) if distributed.rank() == 1 else images
+    for step, (batch, scale) in enumerate([(images, 2.0**16), (infinite, 2.0**15), (images, 2.0**15)]):
+        before = [p.full_tensor() for model in (trainer.model, averages) for p in model.parameters()]
+        trainer.step(step, [(batch, labels)])
+        assert all(isinstance(p, DTensor) for model in (trainer.model, averages) for p in model.parameters())
+        after = [p.full_tensor() for model in (trainer.model, averages) for p in model.parameters()]
+        assert trainer.scaler.get_scale() == scale
+        assert all(map(torch.equal, before, after)) == (step == 1), step
 
 
 def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | None = None) -> dict:
     """All steps, with a checkpoint on the way; or those behind the checkpoint.
 
-    Returns weights, averaged weights, the gradients of each step after clipping, and accuracy.
+    Returns weights, averaged weights, the gradients of each step after clipping, gradient cosines at the end,
+    and accuracies.
     """
     config = small(*OVERRIDES, backbone=backbone)
     trainer, plan = build(config, kind)
@@ -80,11 +101,13 @@ def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | N
                 torch.save(state, write)
         trainer.step(step, islice(micro_batches, plan.accumulation))
     sampler = ValidationSampler(len(val_set), 10, distributed.rank(), distributed.world_size())
+    cosines = gradient_cosines(trainer, *spread_samples(train_set, 6, 0), draw=STEPS)
     models = {"state_dict": trainer.model, "state_dict_ema": trainer.ema.module}
     return {
         **{f"accuracy of {name}": asdict(evaluate(model, loader(val_set, sampler))) for name, model in models.items()},
         **{name: {key: whole(value) for key, value in model.state_dict().items()} for name, model in models.items()},
         "gradients": dict(enumerate(gradients, first)),
+        "cosines": {name: torch.tensor(value, dtype=torch.float64) for name, value in cosines.items()},
     }
 
 
