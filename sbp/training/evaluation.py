@@ -47,7 +47,6 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
         sbp.set_draw(model, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # images, top-1, top-5, loss
     unreadable: list[str] = []
-    shape: torch.Size | None = None
     batches = iter(loader)
     for _ in range(int(distributed.maxima([len(loader)])[0])):
         if signals.agreed():
@@ -55,8 +54,8 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
         images, labels, cannot = next(batches, NO_IMAGES)
         unreadable += cannot
         if parallel.is_sharded(model):  # then a pass needs all processes, those too that have no images left
-            shape = shape or next((one for one in distributed.gathered(images.shape[1:]) if one), None)
-            images = images if len(images) or shape is None else images.new_zeros(1, *shape)
+            blank = next((one for one in distributed.gathered(images[:1]) if len(one)), images)
+            images = images if len(images) else torch.zeros_like(blank)
         if not len(images):
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

@@ -29,9 +29,8 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
 class Trainer:
     """All that an optimizer step changes or needs.
 
-    model: on its device, patched or not; sharded or, when there are several
-    processes, wrapped in DDP here. The result of a
-    step depends on the state of the trainer, the number of the step and its images alone: mixup, drop path and
+    model: on its device, patched or not; sharded or, when there are several processes, wrapped in DDP here. The result
+    of a step depends on the state of the trainer, the number of the step and its images alone: mixup, drop path and
     masks take their random numbers from (seed, step, micro batch, process).
     """
 

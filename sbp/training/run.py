@@ -91,8 +91,8 @@ class Run:
         self.tracker.log(self.step, figures | {"epoch": self.step / self.steps_per_epoch})
 
     def gradient_cosines(self) -> dict[str, float]:
-        """Those of the weights of now, on the probe's images."""
-        if not distributed.is_main():
+        """Those of the weights of now, on the probe's images; measured by the main process where one is enough."""
+        if not (distributed.is_main() or self.trainer.sharded):
             return {}
         with self.peak.excluded():
             return gradient_cosines(self.trainer, *self.images.probe, draw=self.step)
