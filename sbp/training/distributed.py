@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -9,17 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # that the others wait for one, such as one that writes to a slow disk; then an error
 
 
 def start() -> None:
     """Joins the other processes when torchrun started this one."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # gloo carries the small exchanges below
+    if 0 < _processes_here() <= torch.cuda.device_count():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # gloo carries the small exchanges below
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
 
 
 def stop() -> None:
@@ -42,12 +45,23 @@ def is_main() -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto", "cpu" or "cuda". Raises ValueError when CUDA is asked for and missing."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """ "auto", "cpu" or "cuda". Raises ValueError when CUDA is asked for and missing, or has too few devices."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and not count:
         raise ValueError("device=cuda, but torch finds no CUDA device")
-    if name == "cpu" or not torch.cuda.is_available():
+    if name == "cpu" or not count:
         return torch.device("cpu")
+    if _processes_here() > count:
+        raise ValueError(
+            f"{_processes_here()} processes on a machine where torch finds {count} CUDA devices: "
+            f"start it with torchrun --nproc_per_node={count}, or set device=cpu"
+        )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _processes_here() -> int:
+    """How many processes torchrun started on this machine; 0 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0))
 
 
 def from_main(value: Any) -> Any:

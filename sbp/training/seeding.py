@@ -1,5 +1,6 @@
 """Random numbers that are derived from what they are for, so that a checkpoint need not hold generator states."""
 
+import os
 import random
 
 import numpy as np
@@ -15,6 +16,14 @@ def seed_everything(*key: int) -> None:
     random.seed(python)
     np.random.seed(numpy)
     torch.manual_seed(first << 32 | second)
+
+
+def set_deterministic(wanted: bool) -> None:
+    """Whether torch takes only algorithms that give the same bits each time. To be called before CUDA computes."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(wanted)
 
 
 def permutation(length: int, *key: int) -> np.ndarray:

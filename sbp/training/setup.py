@@ -56,7 +56,11 @@ class Schedule:
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device of this process, with the number of threads set. Raises ValueError for CUDA where there is none."""
+    """The device of this process, with the number of threads and `deterministic` set.
+
+    Raises ValueError for CUDA where there is none, or too few devices.
+    """
+    seeding.set_deterministic(config.deterministic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return distributed.pick_device(config.device)

@@ -60,7 +60,7 @@ def every_process_has_a_share_and_skips_a_step_that_overflows_on_one() -> None:
     averages = trainer.ema.module
     blocks = [type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)]
     assert blocks == ["FSDPVisionTransformer", "FSDPBlock", "FSDPSBPBlock"], blocks
-    images, labels = torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
     infinite = torch.full_like(images, torch.inf) if distributed.rank() == 1 else images
     for step, (batch, scale) in enumerate([(images, 2.0**16), (infinite, 2.0**15), (images, 2.0**15)]):
         before = [p.full_tensor() for model in (trainer.model, averages) for p in model.parameters()]

@@ -1,15 +1,23 @@
 """What only a CUDA device can show."""
 
 import copy
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import sbp
 from sbp.training.benchmark import ARMS, Runner
+from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.distributed import pick_device
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.training.configs import BACKBONES, ROOT, small
+from tests.training.test_run import assert_equal
+from train import train
 
 pytestmark = pytest.mark.gpu
 
@@ -44,3 +52,35 @@ def test_a_training_step_never_waits_for_the_device(network, arm):
         runner._step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_with_deterministic_algorithms_a_resumed_run_is_bitwise_the_same(tmp_path, backbone, amp):
+    random = ("backbone.drop_path=0.1", "sbp.mask=random", "recipe.mixup=0.8", "recipe.ema_decay=0.9")
+    saved = ("checkpoint.every_steps=4", "checkpoint.keep=20", "probe.every_steps=6", "probe.images=8")
+    config = small("device=cuda", "deterministic=true", f"amp={amp}", *random, *saved, backbone=backbone)
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    whole.mkdir()
+    rest.mkdir()
+    train(config, whole)
+    train(replace(config, resume=str(Checkpoints(whole / "checkpoints").paths()[0])), rest)
+    (_, expected), (_, resumed) = find(whole), find(rest)
+    for key in ("state_dict", "state_dict_ema", "optimizer", "scaler", "step"):
+        assert_equal(expected[key], resumed[key], key)
+
+
+@pytest.mark.multiprocess
+def test_one_process_shards_as_it_trains_alone(tmp_path):
+    """FSDP over NCCL, with float16's scaler, clipping and averages."""
+    tiny = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
+    options = ("device=cuda", "deterministic=true", "amp=float16", "recipe.clip_grad=1", "recipe.ema_decay=0.9")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", ROOT / "train.py"]
+    for parallel in ("ddp", "fsdp"):
+        command = [*launch, *tiny, *options, f"parallel={parallel}", f"run_dir={tmp_path / parallel}"]
+        result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    (_, expected), (_, found) = (find(tmp_path / parallel) for parallel in ("ddp", "fsdp"))
+    for key in ("state_dict", "state_dict_ema"):
+        for name, value in expected[key].items():
+            torch.testing.assert_close(found[key][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

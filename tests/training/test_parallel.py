@@ -1,0 +1,27 @@
+"""What one process can show of several; the rest is in `test_processes.py`."""
+
+import pytest
+import torch
+
+from sbp.training import distributed, setup
+from tests.training.configs import small
+
+
+def test_fsdp_needs_torchrun():
+    config = small("parallel=fsdp")
+    device = setup.pick_device(config)
+    with pytest.raises(ValueError, match=r"parallel=fsdp .* start it with torchrun"):
+        setup.build_trainer(config, setup.load_images(config, device).order, device)
+
+
+def test_more_processes_than_cuda_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert distributed.pick_device("auto") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"4 processes .* 2 CUDA devices: .* --nproc_per_node=2, or set device=cpu"):
+        distributed.pick_device("auto")
+    assert distributed.pick_device("cpu") == torch.device("cpu")

@@ -1,0 +1,17 @@
+"""Random numbers, and the algorithms that use them."""
+
+import os
+
+import torch
+
+from sbp.training import setup
+from tests.training.configs import small
+from train import train
+
+
+def test_a_run_can_ask_for_deterministic_algorithms_and_the_next_one_has_its_own_choice(tmp_path):
+    train(small("deterministic=true", "sbp.mask=random", "recipe.ema_decay=0.9"), tmp_path)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    setup.pick_device(small())
+    assert not torch.are_deterministic_algorithms_enabled()
