@@ -161,7 +161,8 @@ class Config:
     global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
         pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
     resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or a checkpoint's path.
-    parallel: several processes each hold the whole model ("ddp"), or a share of each layer ("fsdp").
+    parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
+        torchrun). The result is the same, and so are the checkpoints.
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
     max_skipped_steps: so many steps in a row may be left out because their loss is not finite.
     threads: of torch on the CPU; null for its own choice.

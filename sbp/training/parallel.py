@@ -50,7 +50,7 @@ def shard(model: nn.Module, device: Any, ema: ModelEmaV3 | None = None) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # outside a pass, parameters are always shares
         module.register_load_state_dict_pre_hook(_take_shares)
     if ema is not None:
-        ema.foreach = False  # together with shares, it would not take a whole buffer
+        ema.foreach = False  # which takes no buffers, as they are whole, together with shares
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -59,7 +59,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def no_sync(wrapped: nn.Module) -> Iterator[None]:
-    """Backward passes inside add to each process's own gradients; the first one outside averages all."""
+    """Backward passes inside add to each process's own gradients, kept whole; the first one outside averages all."""
     if isinstance(wrapped, DistributedDataParallel):
         with wrapped.no_sync():
             yield
