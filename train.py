@@ -54,8 +54,8 @@ def train(config: Config, folder: Path, status: RunStatus) -> dict[str, Any]:
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> None:
-    run_job(composed, Config, train)
+def main(composed: DictConfig) -> Any:
+    return run_job(composed, Config, train)
 
 
 if __name__ == "__main__":

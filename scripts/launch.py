@@ -3,33 +3,43 @@
 import atexit
 import gc
 import hashlib
+import json
 import logging
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sbp.training import distributed
-from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig
-from sbp.training.status import EXIT_PREEMPTED, Preempted
+from sbp.training import distributed, signals
+from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig, check_same_run
+from sbp.training.status import EXIT_PREEMPTED, Preempted, read_status, write_status
+from sbp.training.summary import SUMMARY
+from scripts.children import RunFailed, quoted, run_children, torchrun
+from scripts.slurm import Requeue
+from scripts.sweep_table import FAILURE, read_job, read_jobs, table, write_table
 
 log = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig)
 
-FAILURE = "failure.txt"
 LONGEST_NAME = 120
-_SWEEP = re.compile(r"=.*,|\b(range|choice|glob|interval)\(")
+EXIT_INTERRUPTED = 130  # a shell's, for Ctrl-C
+_SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them
+_STARTED = "SBP_STARTED"
 
 ConfigStore.instance().store(name="train_schema", node=Config)
 ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
@@ -41,7 +51,7 @@ def job_folder(overrides: ListConfig) -> str:
 
     Of characters that neither a shell nor Hydra's own command line takes for something else, and of bounded length.
     """
-    swept = {_key(argument) for argument in sys.argv[1:] if "=" in argument and _SWEEP.search(argument)}
+    swept = os.environ.get(_SWEPT, "").split()
     chosen = [override for override in overrides if _key(override) in swept] or list(overrides) or ["job"]
     name = "+".join(override.lstrip("+~").replace("=", "-", 1) for override in chosen)
     safe = re.sub(r"[^A-Za-z0-9.+_-]", "_", name)
@@ -63,11 +73,64 @@ def join_processes() -> None:
     Under torchrun every process runs Hydra: rank 0 decides the time in the folder's name for all, and the others
     write no config and no log.
     """
+    named = any(argument.startswith(("run_dir=", "hydra.run.dir=", "hydra.sweep.dir=")) for argument in sys.argv[1:])
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0 and not named:
+        first = os.environ["RANK"] == os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        sys.exit("error: torchrun --max-restarts needs run_dir=NAME: a restart goes on in that folder" if first else 1)
     distributed.start()
     atexit.register(distributed.stop)
-    os.environ["SBP_STARTED"] = distributed.from_main(datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f"))
+    os.environ[_STARTED] = distributed.from_main(datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f"))
     if not distributed.is_main():
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+
+class Launch(Callback):
+    """What happens before the first job and after the last one, in the process that the user started."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        make_folder(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        self.started = make_folder(folder)
+        given = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = [_key(str(one.input_line)) for one in given if one.is_sweep_override()]
+        os.environ[_SWEPT] = " ".join([*swept, *(config.hydra.sweeper.get("params") or ())])
+        if distributed.is_main():
+            atexit.register(_say_how_far, folder)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not distributed.is_main():
+            return
+        atexit.unregister(_say_how_far)
+        folder = Path(config.hydra.sweep.dir)
+        jobs = write_table(folder)
+        if not jobs:
+            return
+        from scripts.sweep_figure import draw
+
+        draw(jobs, folder / "figure.png")
+        print(f"\n{table(jobs)}\n\n{folder}: table.csv, table.md, figure.png and the runs")
+        if failed := [job.name for job in jobs if job.failed_at >= self.started]:
+            print("error: failed, as failure.txt in the folder says:", *failed, sep="\n  ", file=sys.stderr)
+            sys.exit(1)
+
+
+def _say_how_far(folder: Path) -> None:
+    """For a sweep that does not come to its end."""
+    if jobs := read_jobs(folder):
+        print(f"\n{table(jobs)}\n\n{folder}: the same command goes on from here", flush=True)
+
+
+def make_folder(folder: Path) -> float:
+    """Makes a folder that can be written to, or ends the program with one line; returns its file system's time."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError as error:
+        at = f" at {error.filename}" if error.filename and Path(error.filename) != folder else ""
+        sys.exit(f"error: run_dir={folder} cannot be written to: {error.strerror}{at}")
 
 
 def typed(composed: DictConfig, kind: type[C]) -> C:
@@ -79,41 +142,120 @@ def typed(composed: DictConfig, kind: type[C]) -> C:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))  # type: ignore[return-value]
 
 
-def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> None:
-    """Runs `job(config, output folder)`.
+def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> float | list[float] | None:
+    """Runs `job(config, output folder)`; of a training run, returns what config.objective names, for a sampler.
 
-    What the user got wrong ends with one line and exit code 1 (the traceback is in failure.txt). In a sweep any
-    failure is written down and the next job runs; the sweep's table names it, and the exit code is 1. A job that was
-    asked to stop ends all with exit code 75.
+    A training run that is complete in its folder is not run again. What the user got wrong ends with one line and exit
+    code 1 (the traceback is in failure.txt). In a sweep any failure is written down, nothing of the job stays in
+    memory, and the next one runs. A job that was asked to stop ends all with exit code 75, Ctrl-C in haste with 130.
     """
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
-    message = None  # the exception must not outlive its job: its frames hold the model
-    (folder / FAILURE).unlink(missing_ok=True)
+    if sweeping and signals.agreed():  # between two jobs
+        log.warning("asked to stop; the same command goes on from here")
+        sys.exit(EXIT_PREEMPTED)
+    requeue = Requeue()
+    before = read_status(folder)
+    if distributed.is_main():
+        (folder / FAILURE).unlink(missing_ok=True)
+    message = result = None  # an exception must not outlive its job: its frames hold the model
     try:
-        config = typed(composed, kind)
-        if sweeping and isinstance(config, Config) and config.logger.group is None:
-            config.logger.group = Path(hydra_config.sweep.dir).name
-        job(config, folder)
+        config: Any = typed(composed, kind)
+        if kind is Config:
+            result = _objective(_train(config, folder, job), config)
+        else:
+            job(config, folder)
     except Preempted as stop:  # also ends a sweep
         log.warning("%s; the same command goes on from here", stop)
+        requeue()
         sys.exit(EXIT_PREEMPTED)
-    except (ValueError, OmegaConfBaseException) as error:
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError) as error:
         message = _one_line(error)
-        _write_failure(folder, message)
+        _write_failure(folder, message, before)
+        if sweeping and distributed.world_size() > 1 and _of_one_process(error):
+            sys.exit(f"error: {_on_this_process(message)}\n{_ALONE}")
     except Exception as error:
+        message = f"{type(error).__name__}: {_one_line(error)}"
+        _write_failure(folder, message, before)
         if not sweeping:
             raise
-        message = f"{type(error).__name__}: {_one_line(error)}"
-        _write_failure(folder, message)
+        if distributed.world_size() > 1:
+            sys.exit(f"error: {_on_this_process(message)}\n{_ALONE}")
+    finally:
+        if sweeping and distributed.is_main():
+            write_table(Path(hydra_config.sweep.dir))
     gc.collect()
-    if message is None:
-        return
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sweeping:
-        log.error("job failed: %s", message)
-        return
-    sys.exit(f"error: {message}" if distributed.is_main() else f"error on process {distributed.rank()}: {message}")
+        outcome = f"failed: {message}" if message else _done(folder)
+        log.log(logging.ERROR if message else logging.INFO, "%s %s", folder.name, outcome)
+    elif message is not None:
+        sys.exit(f"error: {_on_this_process(message)}")
+    return result
+
+
+def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, Any]:
+    """The summary of this run: as it lies in the folder, of a torchrun of its own, or of this process."""
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode == RunMode.MULTIRUN
+    if sweeping and config.logger.group is None:
+        config.logger.group = Path(hydra_config.sweep.dir).name
+    if done := finished(config, folder):
+        if not sweeping:
+            log.info("%s holds this run, complete; resume=never would start it anew", folder)
+        return done
+    if config.processes is None or "RANK" in os.environ:
+        summary: dict[str, Any] = job(config, folder)
+        return summary
+    overrides = list(hydra_config.overrides.task)
+    if sweeping:
+        overrides.append(f"logger.group={quoted(config.logger.group)}")
+    return run_children(torchrun(config.processes, overrides, folder, hydra_config.job.config_name), folder)
+
+
+def finished(config: Config, folder: Path) -> dict[str, Any] | None:
+    """The summary that lies in `folder` when this run is complete there, on all processes alike.
+
+    Raises ValueError when it is of a run with another config.
+    """
+    summary = None
+    ended = (folder / SUMMARY).is_file() and read_status(folder).get("state", "completed") == "completed"
+    if distributed.is_main() and ended and config.resume == "auto":
+        summary = json.loads((folder / SUMMARY).read_text())
+    summary = distributed.from_main(summary)
+    if summary is not None:
+        check_same_run(summary["config"], config)
+    return summary
+
+
+def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:
+    if isinstance(config.objective, list):
+        return [summary[name] for name in config.objective]
+    return summary.get(config.objective)
+
+
+def _done(folder: Path) -> str:
+    job = read_job(folder)
+    top1 = job.summary.get("top1")
+    return job.status if top1 is None else f"{job.status}, top-1 {top1:.2f} %"
+
+
+_ALONE = (
+    "under one torchrun the other processes cannot go on without this one: the sweep ends here. With processes=N in "
+    "place of torchrun each job has its own, and fails alone"
+)
+
+
+def _of_one_process(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
+
+
+def _on_this_process(message: str) -> str:
+    return message if distributed.is_main() else f"on process {distributed.rank()}: {message}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -122,6 +264,17 @@ def _one_line(error: BaseException) -> str:
     return str(error)
 
 
-def _write_failure(folder: Path, message: str) -> None:
-    if distributed.is_main():
-        (folder / FAILURE).write_text(f"{message}\n\n{traceback.format_exc()}")
+def _write_failure(folder: Path, message: str, before: dict[str, Any]) -> None:
+    """Why this attempt failed; the first process that fails writes it, as the others fail in its wake.
+
+    A status that says so already stays as it is, and so does that of a complete run.
+    """
+    try:
+        with (folder / FAILURE).open("x") as file:
+            file.write(f"{_on_this_process(message)}\n\n{traceback.format_exc()}")
+    except FileExistsError:
+        return
+    status = read_status(folder)
+    if status.get("state") == "running" or (status == before and status.get("state") != "completed"):
+        steps = {key: status[key] for key in ("step", "total_steps") if key in status}
+        write_status(folder, "failed", message=message, **steps)

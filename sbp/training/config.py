@@ -15,6 +15,7 @@ LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
 DECODERS = ("pillow", "torchvision")
+OBJECTIVES = ("top1", "top5", "top1_ema", "val_loss", "images_per_second", "saved_bytes_per_image", "peak_allocated")
 SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
 
 T = TypeVar("T")
@@ -166,6 +167,9 @@ class Config:
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
     max_skipped_steps: so many steps in a row may be left out because their loss is not finite.
     threads: of torch on the CPU; null for its own choice.
+    processes: so many on this machine, each with a device of its own, which a torchrun of the run's own starts; null
+        for this process alone, or for those that a torchrun around the command started.
+    objective: what the sampler of a sweep is told of a run: one of OBJECTIVES, or a list of them.
     """
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
@@ -190,6 +194,8 @@ class Config:
     parallel: str = "ddp"
     deterministic: bool = False
     max_skipped_steps: int = 3
+    processes: int | None = None
+    objective: Any = "top1"
     run_dir: str = "outputs/run"
 
 
@@ -346,6 +352,8 @@ def validate(config: Config) -> Config:
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _one_of("logger.name", config.logger.name, LOGGERS)
+    for objective in config.objective if isinstance(config.objective, list) else [config.objective]:
+        _one_of("objective", objective, OBJECTIVES)
     _check_keep_ratio(sbp.keep_ratio)
     for key in ("mean", "std"):
         if len(getattr(data, key)) != 3:
@@ -358,6 +366,7 @@ def validate(config: Config) -> Config:
     _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps")
     _at_least(config, 1, "data.prefetch", "logger.init_timeout", "logger.finish_timeout")
     _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
+    _at_least(config, 1, "processes")
     _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
     _at_least(config, 1, "data.image_size", "data.train_images", "data.val_images")
@@ -433,7 +442,7 @@ _FREE = (
     *("data.root", "data.download", "data.workers", "data.prefetch", "data.max_corrupt_images", "logger", "probe"),
     *("checkpoint", "log_every_steps", "parallel", "deterministic", "max_skipped_steps"),
     *("sbp.recompute", "micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile"),
-    *("device", "threads", "resume", "run_dir"),
+    *("device", "threads", "processes", "objective", "resume", "run_dir"),
 )
 
 

@@ -1,4 +1,4 @@
-"""The entry points as a user starts them: one process, two processes, sweeps, mistakes."""
+"""The entry points as a user starts them: one process, two processes, mistakes."""
 
 import json
 import os
@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from sbp.training.checkpoint import find
 from sbp.training.tracking import read_metrics
 from tests.training.configs import BACKBONES, ROOT
 from tests.training.several_processes import train
@@ -90,18 +89,6 @@ def assert_close(found, expected, path=""):
         assert found == pytest.approx(expected, rel=1e-6), path  # of float32 logits
     else:
         assert found == expected, path
-
-
-def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
-    result = run(ROOT / "train.py", "-m", *TINY, "run_dir=sweep", "sbp.keep_ratio=2,0.5", folder=tmp_path)
-    assert result.returncode == 1
-    assert "1 of 2 jobs failed" in result.stderr
-    failed, done = (tmp_path / "sweep" / f"sbp.keep_ratio-{ratio}" for ratio in ("2", "0.5"))
-    assert (failed / "failure.txt").read_text().startswith("sbp.keep_ratio must be a number in (0, 1], got 2\n")
-    assert find(done)[1]["step"] == 44
-    table = (tmp_path / "sweep" / "table.md").read_text()
-    assert table in result.stdout and "failed: sbp.keep_ratio must be" in table
-    assert len((tmp_path / "sweep" / "table.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow
