@@ -30,7 +30,7 @@ from sbp.training.status import EXIT_PREEMPTED, Preempted, read_status, write_st
 from sbp.training.summary import SUMMARY
 from scripts.children import RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
-from scripts.sweep_table import FAILURE, read_job, read_jobs, table, write_table
+from scripts.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ def job_folder(overrides: ListConfig) -> str:
     Of characters that neither a shell nor Hydra's own command line takes for something else, and of bounded length.
     """
     swept = os.environ.get(_SWEPT, "").split()
-    chosen = [override for override in overrides if _key(override) in swept] or list(overrides) or ["job"]
+    named = [override for override in overrides if _key(override) not in NOT_SWEPT]
+    chosen = [override for override in named if _key(override) in swept] or named or ["job"]
     name = "+".join(override.lstrip("+~").replace("=", "-", 1) for override in chosen)
     safe = re.sub(r"[^A-Za-z0-9.+_-]", "_", name)
     if len(safe) > LONGEST_NAME:
@@ -65,6 +66,7 @@ def _key(override: str) -> str:
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+OmegaConf.register_new_resolver("or_one", lambda number: number or 1, replace=True)
 
 
 def join_processes() -> None:

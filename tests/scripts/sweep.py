@@ -1,9 +1,11 @@
 """A sweep whose jobs end in every way there is: `python sweep.py -m seed=0,1,2 kind=...`; the seed says how."""
 
+import gc
 import json
 import os
 import signal
 import sys
+import time
 import weakref
 from dataclasses import asdict
 from pathlib import Path
@@ -16,16 +18,20 @@ from sbp.training.config import Config
 from sbp.training.status import Preempted, write_status
 from scripts.launch import join_processes, run_job
 
-models: list[weakref.ref] = []
+
+def models() -> list[weakref.ref]:
+    """Not a global of this script, which submitit pickles."""
+    return vars(sys).setdefault("models", [])
 
 
 def job(config: Config, folder: Path) -> dict:
-    assert not any(model() for model in models), "a job before this one has left its model in memory"
+    assert not any(model() for model in models()), "a job before this one has left its model in memory"
     print(f"runs seed {config.seed}", flush=True)
     signals.listen()
+    gc.disable()
     model = torch.nn.Linear(4, 4)
     model.itself = [model]  # only the garbage collector can free it
-    models.append(weakref.ref(model))
+    models().append(weakref.ref(model))
     again = (folder / "begun").exists()
     (folder / "begun").touch()
     if config.seed == 1:
@@ -39,6 +45,12 @@ def job(config: Config, folder: Path) -> dict:
         raise KeyboardInterrupt
     if config.seed == 5 and not again:
         os.kill(os.getpid(), signal.SIGTERM)  # too late for this job
+    if config.seed == 8 and not again:
+        write_status(folder, "running")
+        while signals.received is None:
+            time.sleep(0.05)
+        write_status(folder, "preempted")
+        raise Preempted(f"stopped by {signals.received.name}")
     summary = {"top1": float(config.seed), "keep_ratio": 0.5, "saved_bytes_per_image": 2**20, "config": asdict(config)}
     (folder / "summary.json").write_text(json.dumps(summary))
     write_status(folder, "completed")

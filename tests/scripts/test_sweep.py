@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,7 +27,11 @@ def run(*arguments, folder, **environment):
 
 
 def begun(result):
-    return [line.removeprefix("runs ") for line in result.stdout.splitlines() if line.startswith("runs seed")]
+    return begun_in(result.stdout)
+
+
+def begun_in(text):
+    return [line.removeprefix("runs ") for line in text.splitlines() if line.startswith("runs seed")]
 
 
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
@@ -101,11 +108,43 @@ def test_jobs_of_submitit_run_in_the_folders_that_the_command_names(tmp_path):
 
 
 @pytest.mark.slow
+def test_submitit_queues_a_job_again_when_it_asked_it_to_stop(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    command = (SWEEP, "-m", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=2", "seed=8", "run_dir=sweep")
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(run, *command, folder=tmp_path)
+        job = tmp_path / "sweep" / "seed-8"
+        while read_status(job).get("state") != "running":
+            assert not ended.done(), ended.result().stderr
+            time.sleep(0.1)
+        os.kill(read_status(job)["pid"], signal.SIGUSR2)
+    assert ended.result().returncode == 0, ended.result().stderr
+    assert read_status(job)["state"] == "completed"
+    (log,) = (tmp_path / "sweep" / ".submitit").glob("*/*.out")
+    assert begun_in(log.read_text()) == ["seed 8", "seed 8"] and "Requeued job" in log.read_text()
+
+
+@pytest.mark.slow
+def test_what_sbatch_gets(tmp_path):
+    """The launcher's own script, as a stand-in for sbatch sees it."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    for name, text in (("sbatch", f'cat "$1" > {tmp_path}/script; exit 1'), ("srun", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    launcher = ("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "processes=4")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    run(ROOT / "train.py", "-m", *TINY, *launcher, "seed=1,2", "run_dir=sweep", folder=tmp_path, PATH=path)
+    lines = (tmp_path / "script").read_text().splitlines()
+    wanted = ("array=0-1%2", "partition=gpu", "gpus-per-task=4", "ntasks-per-node=1", "signal=USR2@120", "time=1440")
+    assert {f"#SBATCH --{one}" for one in wanted} <= set(lines)
+
+
+@pytest.mark.slow
 def test_optuna_is_told_the_accuracy_and_survives_failures(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    sweeper = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "run_dir=sweep")
+    sweeper = ("hydra/sweeper=study", "hydra.sweeper.n_trials=6", "run_dir=sweep")
     result = run(SWEEP, "-m", *sweeper, "seed=choice(0,1,2,7)", folder=tmp_path)
     assert result.returncode == 1, result.stderr
     results = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
     assert "best_value: 7.0" in results and "seed: 7" in results
-    assert begun(run(SWEEP, "-m", *sweeper, "seed=choice(0,7)", folder=tmp_path)) == []
+    assert begun(run(SWEEP, "-m", *sweeper, "seed=choice(0,7)", folder=tmp_path)) == []  # all complete
