@@ -43,7 +43,7 @@ def torchrun(processes: int, overrides: list[str], folder: Path, config_name: st
 
 def quoted(value: object) -> str:
     """A value as Hydra's command line takes it whatever its characters are."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def run_children(command: list[str], folder: Path) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What the entry points share, without starting a run."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from sbp.training.config import validate
+from sbp.training.status import Preempted, write_status
+from scripts import launch
+from scripts.children import RunFailed, quoted, run_children, torchrun
+from tests.training.configs import small
+
+
+def test_a_job_is_named_by_what_the_sweep_varies(monkeypatch):
+    monkeypatch.setenv("SBP_SWEPT", "sbp.keep_ratio backbone")
+    given = ["run_dir=here", "seed=1", "backbone=vit_tiny", "+sbp.keep_ratio=[0.5, 1]"]
+    assert launch.job_folder(given) == "backbone-vit_tiny+sbp.keep_ratio-_0.5__1_"
+    monkeypatch.setenv("SBP_SWEPT", "")
+    assert launch.job_folder(given[:2]) == "seed-1"
+    assert launch.job_folder([]) == "job"
+    long = [launch.job_folder([f"data.root=/{'x' * 200}{end}"]) for end in "ab"]
+    assert len(long[0]) == launch.LONGEST_NAME and long[0] != long[1]
+
+
+def test_a_complete_run_is_known_by_its_config(tmp_path):
+    config = small()
+    assert launch.finished(config, tmp_path) is None
+    (tmp_path / "summary.json").write_text(json.dumps({"top1": 9.0, "config": asdict(config)}))
+    assert launch.finished(replace(config, micro_batch_size=8, processes=2), tmp_path)["top1"] == 9
+    with pytest.raises(ValueError, match="seed was 0 and is now 1"):
+        launch.finished(replace(config, seed=1), tmp_path)
+    assert launch.finished(replace(config, resume="never"), tmp_path) is None
+    write_status(tmp_path, "running")  # started anew over the old one
+    assert launch.finished(config, tmp_path) is None
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_impossible_folder_is_one_line(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=f"error: run_dir=.*{place} cannot be written to: "):
+        launch.make_folder(tmp_path / place)
+    launch.make_folder(tmp_path / "new" / "below")
+    assert os.listdir(tmp_path / "new" / "below") == []
+
+
+@pytest.mark.parametrize(("rank", "restarts", "line"), [("0", "0", True), ("1", "0", False), ("0", "1", False)])
+def test_an_elastic_torchrun_needs_a_named_folder_and_says_so_once(monkeypatch, rank, restarts, line):
+    for name, value in {"MAX_RESTARTS": "3", "RESTART_COUNT": restarts}.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1"])
+    with pytest.raises(SystemExit) as ended:
+        launch.join_processes()
+    assert ended.value.code == (
+        "error: torchrun --max-restarts needs run_dir=NAME: a restart goes on in that folder" if line else 1
+    )
+
+
+@pytest.mark.parametrize("folder", ["/a b/c", "/it's", "/x{y}[z],w=$1", "/back\\slash"])
+def test_any_folder_gets_through_hydras_command_line(folder):
+    command = torchrun(2, ["seed=1"], folder)
+    (parsed,) = OverridesParser.create().parse_overrides([f"run_dir={quoted(folder)}"])
+    assert f"run_dir={quoted(folder)}" in command and parsed.value() == folder
+    assert command.index("seed=1") < command.index(f"run_dir={quoted(folder)}")  # which wins
+
+
+CHILD = """
+import json, os, signal, sys, time
+from pathlib import Path
+folder, how = Path(sys.argv[1]), sys.argv[2]
+def write_status(folder, state, **facts):  # that of sbp would import torch
+    (folder / "status.json").write_text(json.dumps({"state": state, **facts}))
+def stop(*_):
+    write_status(folder, "preempted", message="stopped by a signal")
+    sys.exit(1)
+if how == "waits":
+    signal.signal(signal.SIGUSR1, stop)
+    os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(60)
+if how == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+if how == "fails":
+    (folder / "failure.txt").write_text("no good\\n\\nTraceback")
+    write_status(folder, "failed", message="in the wake")
+    sys.exit(1)
+write_status(folder, "completed")
+(folder / "summary.json").write_text(json.dumps({"top1": 1.0}))
+"""
+
+
+def test_what_became_of_the_children(tmp_path):
+    def outcome(how):
+        return run_children([sys.executable, "-c", CHILD, str(tmp_path), how], tmp_path)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    write_status(tmp_path, "preempted", message="of the attempt before")
+    with pytest.raises(RunFailed, match="ended with signal SIGKILL, and no word from the run"):
+        outcome("killed")
+    with pytest.raises(Preempted, match="stopped by a signal"):
+        outcome("waits")
+    assert outcome("works") == {"top1": 1.0}
+    with pytest.raises(RunFailed, match=r"^no good$"):
+        outcome("fails")
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_objectives_are_figures_of_the_summary():
+    validate(small("objective=[top1,peak_allocated]"))
+    with pytest.raises(ValueError, match=r"objective must be one of top1, .*, got 'top2'"):
+        validate(small("objective=top2"))
