@@ -175,13 +175,13 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError) as error:
-        message = _one_line(error)
-        _write_failure(folder, message, before)
+        message = _one_line(error)  # the same on all processes, unless one ran out of memory
+        _write_failure(folder, _on_this_process(message) if _of_one_process(error) else message, before)
         if sweeping and distributed.world_size() > 1 and _of_one_process(error):
             sys.exit(f"error: {_on_this_process(message)}\n{_ALONE}")
     except Exception as error:
         message = f"{type(error).__name__}: {_one_line(error)}"
-        _write_failure(folder, message, before)
+        _write_failure(folder, _on_this_process(message), before)
         if not sweeping:
             raise
         if distributed.world_size() > 1:
@@ -236,7 +236,7 @@ def finished(config: Config, folder: Path) -> dict[str, Any] | None:
 
 def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:
     if isinstance(config.objective, list):
-        return [summary[name] for name in config.objective]
+        return [summary.get(name) for name in config.objective]  # type: ignore[misc]
     return summary.get(config.objective)
 
 
@@ -273,7 +273,7 @@ def _write_failure(folder: Path, message: str, before: dict[str, Any]) -> None:
     """
     try:
         with (folder / FAILURE).open("x") as file:
-            file.write(f"{_on_this_process(message)}\n\n{traceback.format_exc()}")
+            file.write(f"{message}\n\n{traceback.format_exc()}")
     except FileExistsError:
         return
     status = read_status(folder)
