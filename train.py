@@ -15,21 +15,18 @@ from sbp.training.config import Config, validate
 from sbp.training.forecast import advised
 from sbp.training.run import Run
 from sbp.training.status import Preempted, RunStatus, recorded
-from sbp.training.summary import finished
 from scripts.launch import join_processes, run_job
 
 
 @recorded
 @advised
 def train(config: Config, folder: Path, status: RunStatus) -> dict[str, Any]:
-    """One run, recorded in `folder`; returns its summary. What was interrupted goes on, what is done stays as it is.
+    """One run, recorded in `folder`, where an interrupted one goes on; returns its summary.
 
     Raises ValueError for what the user got wrong and for what cannot go on; out of memory is such an error, and says
     which settings would have fitted. Raises Preempted when a signal asks to stop.
     """
     validate(config)
-    if (summary := finished(folder, config)) is not None:
-        return summary
     run = Run(config, folder, status)
     with run.tracker:
         if run.step == 0:

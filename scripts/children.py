@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sbp.training import signals
 from sbp.training.status import STATUS, Preempted, read_status
 from sbp.training.summary import SUMMARY
 from scripts.sweep_table import FAILURE
@@ -57,6 +58,8 @@ def run_children(command: list[str], folder: Path) -> dict[str, Any]:
     # In a session of its own, or a Ctrl-C in the terminal would reach the run several times.
     with subprocess.Popen(command, env=environment, start_new_session=True) as process, _passing_on(process) as asked:
         code = process.wait()
+    if asked and signals.listening():
+        signals.remember(asked[0])  # a sweep stops then, even if this run came to its end
     status = read_status(folder) if _stamp(folder) != before else {}
     state = status.get("state")
     if code == 0 or state == "completed":

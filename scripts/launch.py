@@ -3,7 +3,6 @@
 import atexit
 import gc
 import hashlib
-import json
 import logging
 import os
 import re
@@ -25,9 +24,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed, signals
-from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig, check_same_run
-from sbp.training.status import EXIT_PREEMPTED, Preempted, read_status, write_status
-from sbp.training.summary import SUMMARY
+from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig
+from sbp.training.status import EXIT_PREEMPTED, FolderTaken, Preempted, read_status, write_status
+from sbp.training.summary import finished
 from scripts.children import RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
 from scripts.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
@@ -154,9 +153,11 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     sweeping = hydra_config.mode == RunMode.MULTIRUN
-    if sweeping and signals.agreed():  # between two jobs
-        log.warning("asked to stop; the same command goes on from here")
-        sys.exit(EXIT_PREEMPTED)
+    if sweeping:
+        signals.listen()  # between its jobs, too
+        if signals.agreed():
+            log.warning("asked to stop; the same command goes on from here")
+            sys.exit(EXIT_PREEMPTED)
     requeue = Requeue()
     before = read_status(folder)
     if distributed.is_main():
@@ -174,6 +175,8 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
         sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except FolderTaken as error:  # whatever is written there is the other process's
+        message = str(error)
     except (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError) as error:
         message = _one_line(error)  # the same on all processes, unless one ran out of memory
         _write_failure(folder, _on_this_process(message) if _of_one_process(error) else message, before)
@@ -206,7 +209,7 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if sweeping and config.logger.group is None:
         config.logger.group = Path(hydra_config.sweep.dir).name
-    if done := finished(config, folder):
+    if (done := finished(folder, config)) is not None:
         if not sweeping:
             log.info("%s holds this run, complete; resume=never would start it anew", folder)
         return done
@@ -217,21 +220,6 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
     if sweeping:
         overrides.append(f"logger.group={quoted(config.logger.group)}")
     return run_children(torchrun(config.processes, overrides, folder, hydra_config.job.config_name), folder)
-
-
-def finished(config: Config, folder: Path) -> dict[str, Any] | None:
-    """The summary that lies in `folder` when this run is complete there, on all processes alike.
-
-    Raises ValueError when it is of a run with another config.
-    """
-    summary = None
-    ended = (folder / SUMMARY).is_file() and read_status(folder).get("state", "completed") == "completed"
-    if distributed.is_main() and ended and config.resume == "auto":
-        summary = json.loads((folder / SUMMARY).read_text())
-    summary = distributed.from_main(summary)
-    if summary is not None:
-        check_same_run(summary["config"], config)
-    return summary
 
 
 def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:

@@ -22,10 +22,7 @@ class Requeue:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        if callable(signal.getsignal(signal.SIGUSR1)):
-            signal.raise_signal(signal.SIGUSR1)  # the run, or its torchrun, takes it from here
-        else:  # it has not yet begun
-            self()
+        signal.raise_signal(signal.SIGUSR1)  # the sweep listens to it, and its run or torchrun takes it from here
 
     def __call__(self) -> None:
         if self._asked and callable(self._submitit):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from sbp.training import distributed
 
@@ -21,17 +22,36 @@ _owner = 0
 @contextmanager
 def noted() -> Iterator[None]:
     """Inside, a signal is only noted, until the run asks; a second Ctrl-C, some time later, stops at once."""
-    global received, _owner
-    received, _owner = None, os.getpid()
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
-        before = {one: signal.signal(one, _note) for one in SIGNALS}
+    before = listen()
     try:
         yield
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
-        received = None
+        if before:
+            remember(None)
+
+
+def listen() -> dict[signal.Signals, Any]:
+    """Notes signals from now on; returns who got them before, {} where nothing changes."""
+    global _owner
+    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+        return {}
+    if listening():
+        return {}
+    remember(None)
+    _owner = os.getpid()
+    return {one: signal.signal(one, _note) for one in SIGNALS}
+
+
+def listening() -> bool:
+    return signal.getsignal(signal.SIGTERM) is _note
+
+
+def remember(one: signal.Signals | None) -> None:
+    """Sets what `agreed` and `name` tell."""
+    global received
+    received = one
 
 
 def ignore() -> None:

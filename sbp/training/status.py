@@ -32,6 +32,10 @@ class Preempted(Exception):  # noqa: N818 - the name says what happened
     """The run was asked to stop and has written what it needs to go on; its process ends with EXIT_PREEMPTED."""
 
 
+class FolderTaken(ValueError):  # noqa: N818 - the name says what is wrong
+    """Another process trains in the folder."""
+
+
 class RunStatus:
     """Keeps folder/status.json: to be used in a `with` statement around the run, whose end it writes down.
 
@@ -59,21 +63,14 @@ class RunStatus:
         self._write(state)
 
     def _write(self, state: str) -> None:
-        if not self.enabled:
-            return
-        status = {"state": state, "exit_code": EXIT_CODES.get(state), **self.facts}
-        status |= {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-        status |= {"host": socket.gethostname(), "pid": os.getpid()}
-        try:
-            write_text(self.folder / STATUS, json.dumps(status, indent=2) + "\n")
-        except OSError as error:  # the run is worth more than its description
-            log.warning("cannot write %s (%s)", self.folder / STATUS, error)
+        if self.enabled:
+            write_status(self.folder, state, **self.facts)
 
 
 def recorded(run: Callable[[Config, Path, RunStatus], T]) -> Callable[[Config, Path], T]:
     """Gives a run its status, the folder for itself, and ears for signals.
 
-    Raises ValueError when another process trains in that folder.
+    Raises FolderTaken when another process trains in that folder.
     """
 
     @wraps(run)
@@ -89,7 +86,7 @@ def recorded(run: Callable[[Config, Path, RunStatus], T]) -> Callable[[Config, P
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Inside, no other process can enter with the same folder. Raises ValueError when one is there already.
+    """Inside, no other process can enter with the same folder. Raises FolderTaken when one is there already.
 
     The lock is the kernel's and ends with the process, however that ends.
     """
@@ -102,7 +99,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             except (BlockingIOError, PermissionError):
                 if attempt == _PATIENCE:
                     one = read_status(folder)
-                    raise ValueError(
+                    raise FolderTaken(
                         f"process {one.get('pid')} on {one.get('host')} trains in {folder}: "
                         "stop it first, or take another run_dir"
                     ) from None
@@ -110,6 +107,20 @@ def only_run_in(folder: Path) -> Iterator[None]:
             except OSError:
                 break  # a file system without locks
         yield
+
+
+def write_status(folder: Path, state: str, **facts: Any) -> None:
+    """Replaces the folder's status.json. Where that fails there is a warning."""
+    writer = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    status = {"state": state, "exit_code": EXIT_CODES.get(state), **writer, **facts}
+    try:
+        write_text(folder / STATUS, json.dumps(status, indent=2) + "\n")
+    except OSError as error:  # the run is worth more than its description
+        log.warning("cannot write %s (%s)", folder / STATUS, error)
 
 
 def read_status(folder: Path) -> dict[str, Any]:

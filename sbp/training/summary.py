@@ -1,7 +1,6 @@
 """The final figures of a run, from its record."""
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
@@ -9,10 +8,8 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.config import Config, check_same_run
-from sbp.training.status import write_text
+from sbp.training.status import read_status, write_text
 from sbp.training.tracking import METRICS, read_metrics
-
-log = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 RUN = "run.json"
@@ -24,16 +21,22 @@ def record_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def finished(folder: Path, config: Config) -> dict[str, Any] | None:
-    """The summary of a run that is done in this folder, else None; with config.resume "never" always None.
+    """The summary of a run that is complete in this folder, on all processes alike, else None.
 
-    Raises ValueError when it was a run with other settings.
+    With config.resume other than "auto" always None. Raises ValueError when it is a run with other settings.
     """
-    path = folder / SUMMARY
-    summary = distributed.only_main(lambda: json.loads(path.read_text()) if path.is_file() else None)
-    if summary is None or config.resume == "never":
+    if config.resume != "auto":
         return None
-    check_same_run(summary["config"], config)
-    log.info("%s is done: top-1 %.2f %%", folder, summary["top1"])
+    path = folder / SUMMARY
+    summary: dict[str, Any] | None = distributed.only_main(
+        lambda: (
+            json.loads(path.read_text())
+            if path.is_file() and read_status(folder).get("state", "completed") == "completed"
+            else None
+        )
+    )
+    if summary is not None:
+        check_same_run(summary["config"], config)
     return summary
 
 

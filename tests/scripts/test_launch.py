@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sbp.training.config import validate
 from sbp.training.status import Preempted, write_status
+from sbp.training.summary import finished
 from scripts import launch
 from scripts.children import RunFailed, quoted, run_children, torchrun
 from tests.training.configs import small
@@ -29,14 +30,14 @@ def test_a_job_is_named_by_what_the_sweep_varies(monkeypatch):
 
 def test_a_complete_run_is_known_by_its_config(tmp_path):
     config = small()
-    assert launch.finished(config, tmp_path) is None
+    assert finished(tmp_path, config) is None
     (tmp_path / "summary.json").write_text(json.dumps({"top1": 9.0, "config": asdict(config)}))
-    assert launch.finished(replace(config, micro_batch_size=8, processes=2), tmp_path)["top1"] == 9
+    assert finished(tmp_path, replace(config, micro_batch_size=8, processes=2))["top1"] == 9
     with pytest.raises(ValueError, match="seed was 0 and is now 1"):
-        launch.finished(replace(config, seed=1), tmp_path)
-    assert launch.finished(replace(config, resume="never"), tmp_path) is None
+        finished(tmp_path, replace(config, seed=1))
+    assert finished(tmp_path, replace(config, resume="never")) is None
     write_status(tmp_path, "running")  # started anew over the old one
-    assert launch.finished(config, tmp_path) is None
+    assert finished(tmp_path, config) is None
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

@@ -173,10 +173,10 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
     config = small("global_batch_size=16")
     needed = forecast(config, 16).peak
 
-    def step(*args):
+    def backward(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "backward", backward)
     monkeypatch.setattr(forecasts, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=r"out of memory with micro_batch_size=16(.|\n)*sbp.recompute=cheap ") as error:
         train(config, tmp_path)
