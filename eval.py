@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from sbp.training import distributed, setup, signals
 from sbp.training.checkpoint import choose_weights, find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
-from sbp.training.data import Preprocessing, ValidationSampler, build_validation_set, make_loader
+from sbp.training.data import ValidationSampler, make_loader
 from sbp.training.evaluation import evaluate
 from sbp.training.models import build_model, fit_position_embedding
+from sbp.training.sources import Preprocessing, build_validation_set
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")

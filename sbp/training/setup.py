@@ -13,10 +13,8 @@ from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
 from sbp.training.data import (
     SUBSTITUTES,
     Images,
-    Preprocessing,
     TrainSampler,
     ValidationSampler,
-    build_datasets,
     make_loader,
     spread_samples,
 )
@@ -24,6 +22,7 @@ from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
 from sbp.training.probes import saved_bytes_per_image
+from sbp.training.sources import Preprocessing, build_datasets
 
 log = logging.getLogger(__name__)
 

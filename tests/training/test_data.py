@@ -8,16 +8,13 @@ from PIL import Image
 from sbp.training import setup
 from sbp.training.config import plan_batches
 from sbp.training.data import (
-    Digits,
     TrainSampler,
     ValidationSampler,
-    build_datasets,
-    build_validation_set,
     make_loader,
     readable,
     spread_samples,
-    train_transform,
 )
+from sbp.training.sources import Digits, build_datasets, build_validation_set, train_transform
 from tests.training.configs import composed, small
 
 CPU = torch.device("cpu")

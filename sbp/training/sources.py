@@ -1,0 +1,173 @@
+"""The sets of images, and what each image goes through before the network sees it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
+
+from sbp.training.config import DataConfig, RecipeConfig
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image goes through in evaluation."""
+
+    image_size: int
+    crop_pct: float
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Preprocessing":
+        return cls(data.image_size, data.crop_pct, data.interpolation, list(data.mean), list(data.std))
+
+    def __str__(self) -> str:
+        return (
+            f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
+            f"centre crop {self.image_size} px, mean {self.mean}, std {self.std}"
+        )
+
+
+def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
+    """The training and the validation set, with their transforms.
+
+    Raises ValueError for a data set that cannot be trained on, before any image is read.
+    """
+    train, val = _dataset(data, "train", train_transform(data, recipe)), build_validation_set(data)
+    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
+        only = min(set(train.classes) ^ set(val.classes))
+        raise ValueError(f"{train.root} and {val.root} have different classes: {only} is in one of them only")
+    return train, val
+
+
+def build_validation_set(data: DataConfig) -> Dataset:
+    """The validation set alone. Raises ValueError as `build_datasets`."""
+    return _dataset(data, "val", validation_transform(data))
+
+
+def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
+    """timm's training transform; resizing and normalisation only when `recipe.augment` is false."""
+    return create_transform(
+        data.image_size,
+        is_training=True,
+        no_aug=not recipe.augment,
+        scale=(recipe.crop_scale, 1.0),
+        hflip=recipe.flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        re_prob=recipe.random_erasing,
+        re_mode="pixel",
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
+
+
+def validation_transform(data: DataConfig) -> Any:
+    """timm's evaluation transform with our figures, never those of a model's own defaults."""
+    return create_transform(
+        data.image_size,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+    )
+
+
+def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
+    name = data.train_split if split == "train" else data.val_split
+    if data.source == "digits":
+        return Digits(split, transform)
+    if data.source == "synthetic":
+        length = data.train_images if split == "train" else data.val_images
+        return SyntheticImages(length, data.num_classes, data.image_size, transform)
+    if data.source == "folder":
+        assert data.root is not None
+        return image_folder(Path(data.root) / name, data.num_classes, transform)
+    assert data.name is not None
+    dataset = create_dataset(
+        data.name, root=data.root, split=name, is_training=split == "train", download=data.download
+    )
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"data.name={data.name} is a stream; only data sets with a length are supported")
+    dataset.transform = transform
+    if hasattr(dataset, "_max_retries"):
+        dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
+    return dataset
+
+
+def image_folder(folder: Path, num_classes: int, transform: Any = None) -> ImageFolder:
+    """The images in folder/class/.
+
+    Raises ValueError for a folder that is missing, empty, without class folders, of one class, or of another
+    number of classes, and for an empty class folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; data.root needs one folder for each split, with one for each class")
+    classes = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    if not classes:
+        flat = any(entry.is_file() for entry in folder.iterdir())
+        state = "has files but no class folders" if flat else "is empty"
+        raise ValueError(f"{folder} {state}; expected {folder}/<class>/<image>")
+    if len(classes) == 1:
+        raise ValueError(f"{folder} has one class only ({classes[0]}); is it the folder of a single class?")
+    if len(classes) != num_classes:
+        raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
+    try:
+        return ImageFolder(str(folder), transform)
+    except FileNotFoundError as error:  # a class without images; torchvision says which
+        raise ValueError(f"{folder}: {error}") from None
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits that scikit-learn ships: 8 x 8 grey levels, shown as RGB images.
+
+    One fixed split, a fifth of each class for validation, whatever the run's seed.
+    """
+
+    def __init__(self, split: str, transform: Any) -> None:
+        from sklearn.datasets import load_digits  # slow to import, and no other data needs it
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        parts = train_test_split(pixels, labels, test_size=0.2, random_state=0, stratify=labels)
+        pixels, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+        self.pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.labels = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.pixels[index]).convert("RGB")), self.labels[index]
+
+
+class SyntheticImages(Dataset):
+    """Random images, each a function of its index; for timing, as nothing can be learned from them."""
+
+    def __init__(self, length: int, num_classes: int, image_size: int, transform: Any) -> None:
+        self.length, self.num_classes, self.image_size = length, num_classes, image_size
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = np.random.default_rng(index)
+        pixels = generator.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
+        return self.transform(Image.fromarray(pixels)), index % self.num_classes
+
+
+def path(dataset: Any, index: int) -> str:
+    """What a user can find an image by."""
+    if hasattr(dataset, "samples"):
+        return dataset.samples[index][0]
+    return dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else f"image {index}"
