@@ -211,7 +211,7 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
         config.logger.group = Path(hydra_config.sweep.dir).name
     if (done := finished(folder, config)) is not None:
         if not sweeping:
-            log.info("%s holds this run, complete; resume=never would start it anew", folder)
+            log.info("%s holds this run, complete; another run_dir takes it once more", folder)
         return done
     if config.processes is None or "RANK" in os.environ:
         summary: dict[str, Any] = job(config, folder)

@@ -14,6 +14,8 @@ AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
+SCHEDULERS = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")  # timm's that need nothing but the step's number
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 DECODERS = ("pillow", "torchvision")
 OBJECTIVES = ("top1", "top5", "top1_ema", "val_loss", "images_per_second", "saved_bytes_per_image", "peak_allocated")
 SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
@@ -347,6 +349,8 @@ def validate(config: Config) -> Config:
     _one_of("sbp.eval", sbp.eval, EVALUATIONS)
     _one_of("sbp.recompute", sbp.recompute, MODES)
     _one_of("data.source", data.source, SOURCES)
+    _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
+    _one_of("recipe.scheduler", recipe.scheduler, SCHEDULERS)
     _one_of("data.decoder", data.decoder, DECODERS)
     _one_of("parallel", config.parallel, PARALLEL)
     _one_of("amp", config.amp, AMP)

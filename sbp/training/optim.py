@@ -33,8 +33,7 @@ def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch:
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch,
     )
-    if scheduler is None:
-        raise ValueError(f"recipe.scheduler={recipe.scheduler} is none of timm's schedules, such as cosine")
+    assert scheduler is not None
     return scheduler
 
 

@@ -80,6 +80,7 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
         *("sbp.mhsa_drop=v", "sbp.eval=never", "amp=float8", "device=tpu", "data.source=web", "logger.name=mlflow"),
         *("recipe.epochs=0", "recipe.warmup_epochs=20", "recipe.lr=0", "recipe.label_smoothing=2", "data.mean=[0.5]"),
         *("global_batch_size=0", "micro_batch_size=0", "recipe.ema_decay=1", "data.num_classes=1", "seed=-1"),
+        *("recipe.scheduler=step", "data.interpolation=cubic"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_rejected_by_name(override):

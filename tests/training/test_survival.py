@@ -85,7 +85,7 @@ def test_signals_end_in_a_checkpoint_and_the_next_start_goes_on(tmp_path, whole)
     assert_same_run(whole, tmp_path / "parts")
 
     result = train("parts", folder=tmp_path)  # done: nothing is left to do
-    assert result.returncode == 0 and "is done" in result.stdout
+    assert result.returncode == 0 and "holds this run, complete" in result.stdout
 
 
 def test_two_processes_agree_to_stop(tmp_path):
