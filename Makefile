@@ -1,14 +1,15 @@
 # Needs Python 3.11+ and make. Everything else is set up in .venv when it is missing.
 #   make demo      train, evaluate and compare four small models        make test       the default tests
-#   make lint      ruff and mypy                                        make test-slow  the slow tests
-#   make format    let ruff rewrite the code                            make clean      remove what make made
+#   make lint      ruff and mypy                                        make test-survival  real runs, interrupted
+#   make format    let ruff rewrite the code                            make test-slow      the slow tests
+#   make clean     remove what make made
 #   make gpu-results   on a GPU machine: the figures that need one, in slices; again until nothing is left (ARGS=--help)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean setup gpu-results
+.PHONY: help demo test test-survival test-slow lint format clean setup gpu-results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,6 +27,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses auto
+
+test-survival: setup
+	@$(BIN)/python -m pytest -m 'survival and not slow' --numprocesses auto
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow
