@@ -19,7 +19,8 @@ from sbp.training.config import Config, EvalConfig, from_dict, overridden, valid
 from sbp.training.data import ValidationSampler, make_loader
 from sbp.training.evaluation import evaluate
 from sbp.training.models import build_model, fit_position_embedding
-from sbp.training.sources import Preprocessing, build_validation_set
+from sbp.training.preprocessing import Normalize, Preprocessing
+from sbp.training.sources import build_validation_set
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")
@@ -45,7 +46,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
 
     with signals.noted():
-        accuracy = evaluate(model, loader, amp=config.amp, patched=config.sbp.enabled)
+        normalize = Normalize(config.data, config.recipe).to(device)
+        accuracy = evaluate(model, loader, normalize=normalize, amp=config.amp, patched=config.sbp.enabled)
     preprocessing = Preprocessing.of(config.data)
     log.info("checkpoint     %s, step %d, %s weights", path, checkpoint["step"], "averaged (EMA)" if ema else "raw")
     log.info("preprocessing  %s", preprocessing)

@@ -23,7 +23,7 @@ SUBSTITUTES = 10  # tried in place of an unreadable image; when all fail it is t
 
 
 class Batch(NamedTuple):
-    """images: float32 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
+    """images: uint8 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
 
     They are missing, or other images have their places; see SeededDataset.
     """
@@ -33,11 +33,11 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-NO_IMAGES = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), [])
+NO_IMAGES = Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), [])
 
 
 class Sample(NamedTuple):
-    """image: float32 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
+    """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
 
     image: Tensor | None
     label: int

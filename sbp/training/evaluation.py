@@ -11,6 +11,7 @@ import sbp
 from sbp.training import distributed, parallel, signals
 from sbp.training.data import NO_IMAGES
 from sbp.training.loop import autocast
+from sbp.training.preprocessing import Normalize
 from sbp.training.status import Preempted
 
 
@@ -32,10 +33,13 @@ class Accuracy:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched: bool = False) -> Accuracy:
+def evaluate(
+    model: nn.Module, loader: DataLoader, *, normalize: Normalize | None = None, amp: str = "off", patched: bool = False
+) -> Accuracy:
     """Runs the model in evaluation mode over the images of all processes, each counted once.
 
     Counts are summed as whole numbers, so top-1 does not depend on how images are spread over processes.
+    normalize: as in `Trainer`, on the model's device.
     patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
     Raises ValueError that names the unreadable images, and Preempted when a signal asks to stop.
     """
@@ -59,6 +63,7 @@ def evaluate(model: nn.Module, loader: DataLoader, *, amp: str = "off", patched:
         if not len(images):
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images if normalize is None else normalize(images)
         with autocast(amp, device):
             logits = model(images)
         logits = logits[: len(labels)].float()

@@ -16,6 +16,7 @@ import sbp
 from sbp.training import distributed, parallel, seeding, signals
 from sbp.training.data import Images
 from sbp.training.incidents import Incidents
+from sbp.training.preprocessing import Normalize
 from sbp.training.progress import Progress
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,8 +31,9 @@ class Trainer:
     """All that an optimizer step changes or needs.
 
     model: on its device, patched or not; sharded or, when there are several processes, wrapped in DDP here. The result
-    of a step depends on the state of the trainer, the number of the step and its images alone: mixup, drop path and
-    masks take their random numbers from (seed, step, micro batch, process).
+    of a step depends on the state of the trainer, the number of the step and its images alone: random erasing, mixup,
+    drop path and masks take their random numbers from (seed, step, micro batch, process).
+    normalize: what uint8 images go through on the device; None for images that the model takes as they are.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Trainer:
         scheduler: Scheduler,
         criterion: nn.Module,
         *,
+        normalize: Normalize | None = None,
         mixup: Mixup | None = None,
         ema: ModelEmaV3 | None = None,
         amp: str = "off",
@@ -57,6 +60,7 @@ class Trainer:
         self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.normalize = None if normalize is None else normalize.to(self.device)
         self.wrapped = parallel.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
 
@@ -102,7 +106,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
     def _loss(self, draw: int, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = self.to_device(images, labels)
+        images, labels = self.to_device(images, labels, erase=True)
         if self.mixup is not None:
             images, labels = self.mixup(images, labels)
         if self.patched:
@@ -110,9 +114,11 @@ class Trainer:
         with autocast(self.amp, self.device):
             return self.criterion(self.wrapped(images), labels)
 
-    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and labels (B,) where the model is, in its memory format."""
+    def to_device(self, images: Tensor, labels: Tensor, *, erase: bool = False) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) and labels (B,) where the model is, in its memory format and normalised."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        if self.normalize is not None:
+            images = self.normalize(images, erase)
         return images, labels.to(self.device, non_blocking=True)
 
     def wait(self) -> None:

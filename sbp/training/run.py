@@ -117,7 +117,11 @@ class Run:
         Raises Preempted, with a checkpoint written, when a signal asks to stop.
         """
         accuracy = partial(
-            evaluate, loader=self.images.validation, amp=self.config.amp, patched=self.config.sbp.enabled
+            evaluate,
+            loader=self.images.validation,
+            normalize=self.trainer.normalize,
+            amp=self.config.amp,
+            patched=self.config.sbp.enabled,
         )
         measured = self.peak.read()
         try:

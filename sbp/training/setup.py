@@ -21,8 +21,9 @@ from sbp.training.data import (
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
+from sbp.training.preprocessing import Normalize, Preprocessing
 from sbp.training.probes import saved_bytes_per_image
-from sbp.training.sources import Preprocessing, build_datasets
+from sbp.training.sources import build_datasets
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def build_trainer(config: Config, order: TrainSampler, device: torch.device) -> 
         optimizer,
         build_scheduler(optimizer, recipe, order.steps_per_epoch),
         build_criterion(recipe),
+        normalize=Normalize(config.data, recipe),
         mixup=build_mixup(recipe, config.data.num_classes, plan.micro_batch_size),
         ema=ema,
         amp=config.amp,

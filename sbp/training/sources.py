@@ -1,38 +1,17 @@
-"""The sets of images, and what each image goes through before the network sees it."""
+"""The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
 
 from sbp.training.config import DataConfig, RecipeConfig
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What an image goes through in evaluation."""
-
-    image_size: int
-    crop_pct: float
-    interpolation: str
-    mean: list[float]
-    std: list[float]
-
-    @classmethod
-    def of(cls, data: DataConfig) -> "Preprocessing":
-        return cls(data.image_size, data.crop_pct, data.interpolation, list(data.mean), list(data.std))
-
-    def __str__(self) -> str:
-        return (
-            f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
-            f"centre crop {self.image_size} px, mean {self.mean}, std {self.std}"
-        )
+from sbp.training.preprocessing import train_transform, validation_transform
 
 
 def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
@@ -50,35 +29,6 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
 def build_validation_set(data: DataConfig) -> Dataset:
     """The validation set alone. Raises ValueError as `build_datasets`."""
     return _dataset(data, "val", validation_transform(data))
-
-
-def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
-    """timm's training transform; resizing and normalisation only when `recipe.augment` is false."""
-    return create_transform(
-        data.image_size,
-        is_training=True,
-        no_aug=not recipe.augment,
-        scale=(recipe.crop_scale, 1.0),
-        hflip=recipe.flip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        re_prob=recipe.random_erasing,
-        re_mode="pixel",
-        interpolation=data.interpolation,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-    )
-
-
-def validation_transform(data: DataConfig) -> Any:
-    """timm's evaluation transform with our figures, never those of a model's own defaults."""
-    return create_transform(
-        data.image_size,
-        crop_pct=data.crop_pct,
-        interpolation=data.interpolation,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-    )
 
 
 def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:

@@ -21,6 +21,7 @@ from sbp.training.evaluation import evaluate
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_optimizer, build_scheduler
+from sbp.training.preprocessing import Normalize
 from sbp.training.probes import gradient_cosines
 from sbp.training.sources import build_datasets
 from tests.training.configs import BACKBONES, small
@@ -89,8 +90,6 @@ def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | N
         lambda *_: gradients.append({name: whole(p.grad) for name, p in trainer.model.named_parameters()})
     )
     train_set, val_set = build_datasets(config.data, config.recipe)
-    for images in (train_set, val_set):
-        images.transform.transforms.append(torch.Tensor.double)
     loader = partial(make_loader, seed=0, workers=0, device=CPU)
     order = TrainSampler(len(train_set), plan, 0, distributed.rank())
     order.start_at(0, first)
@@ -105,7 +104,10 @@ def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | N
     cosines = gradient_cosines(trainer, *spread_samples(train_set, 6, 0), draw=STEPS)
     models = {"state_dict": trainer.model, "state_dict_ema": trainer.ema.module}
     return {
-        **{f"accuracy of {name}": asdict(evaluate(model, loader(val_set, sampler))) for name, model in models.items()},
+        **{
+            f"accuracy of {name}": asdict(evaluate(model, loader(val_set, sampler), normalize=trainer.normalize))
+            for name, model in models.items()
+        },
         **{name: {key: whole(value) for key, value in model.state_dict().items()} for name, model in models.items()},
         "gradients": dict(enumerate(gradients, first)),
         "cosines": {name: torch.tensor(value, dtype=torch.float64) for name, value in cosines.items()},
@@ -127,6 +129,7 @@ def build(config, kind: str) -> tuple:
         optimizer,
         build_scheduler(optimizer, config.recipe, STEPS),
         build_criterion(config.recipe),
+        normalize=Normalize(config.data, config.recipe).double(),
         ema=ema,
         clip_grad=0.1,
         accumulation=plan.accumulation,

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
-from sbp.training import setup
+from sbp.training import seeding, setup
 from sbp.training.config import plan_batches
 from sbp.training.data import (
     TrainSampler,
@@ -14,7 +15,8 @@ from sbp.training.data import (
     readable,
     spread_samples,
 )
-from sbp.training.sources import Digits, build_datasets, build_validation_set, train_transform
+from sbp.training.preprocessing import Normalize, train_transform, validation_transform
+from sbp.training.sources import Digits, build_datasets, build_validation_set
 from tests.training.configs import composed, small
 
 CPU = torch.device("cpu")
@@ -83,7 +85,7 @@ def test_validation_counts_every_image_once(world_size):
 
 
 def test_augmentation_depends_on_pass_and_index_not_on_workers():
-    config = small("recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "recipe.random_erasing=0.5")
+    config = small("recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1")
     images, _ = build_datasets(config.data, config.recipe)
 
     def batches(workers, epoch):
@@ -106,12 +108,63 @@ def test_the_digits_are_split_by_class_and_share_nothing():
 def test_digits_reach_the_size_and_range_of_the_config():
     config = small()
     image, label = build_validation_set(config.data)[0]
-    assert image.shape == (3, 32, 32) and image.min() >= -1 and image.max() <= 1 and 0 <= label < 10
+    assert image.dtype == torch.uint8 and image.shape == (3, 32, 32) and 0 <= label < 10
+    network_sees = Normalize(config.data, config.recipe)(image[None])
+    assert network_sees.min() == -1 and 0.8 < network_sees.max() <= 1
 
 
 def test_preprocessing_is_ours_not_the_models():
-    text = repr(train_transform(composed("data=imagenet").data, composed("recipe=published").recipe))
-    assert "rand" in text.lower() and "[0.4850, 0.4560, 0.4060]" in text and "RandomErasing" in text
+    published = composed("data=imagenet", "recipe=published")
+    text = repr(train_transform(published.data, published.recipe))
+    assert "RandAugment" in text and "scale=(0.08, 1.0)" in text and "bicubic" in text
+    text = repr(validation_transform(published.data))
+    assert "Resize(size=256, interpolation=bicubic" in text and "CenterCrop(size=(224, 224))" in text
+    normalize = Normalize(published.data, published.recipe)
+    torch.testing.assert_close(normalize.mean.flatten() / 255, torch.tensor([0.485, 0.456, 0.406]))
+    assert normalize.random_erasing == 0.25
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_uint8_images_normalised_on_the_device_are_those_of_timms_float_transform(training):
+    config = composed("data=imagenet", "recipe=published")
+    data, recipe = config.data, config.recipe
+    ours = train_transform(data, recipe) if training else validation_transform(data)
+    timms = create_transform(
+        data.image_size,
+        is_training=training,
+        color_jitter=recipe.color_jitter if training else 0.4,
+        auto_augment=recipe.auto_augment if training else None,
+        interpolation=data.interpolation,
+        crop_pct=data.crop_pct,
+        mean=data.mean,
+        std=data.std,
+    )
+    for number, size in enumerate([(300, 400), (500, 260), (224, 224), (30, 20)]):
+        pixels = np.random.default_rng(number).integers(256, size=(*size, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((40, 40)).resize(size, Image.Resampling.BICUBIC)
+        seeding.seed_everything(number)
+        expected = timms(image)
+        seeding.seed_everything(number)
+        images = torch.stack([ours(image)])
+        assert images.dtype == torch.uint8
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            seen = Normalize(data, recipe)(images.to(memory_format=memory_format))
+            assert seen.dtype == torch.float32 and seen.is_contiguous(memory_format=memory_format)
+            torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
+
+
+def test_random_erasing_is_of_training_only_and_repeats_with_the_seed():
+    config = small("data.image_size=64", "recipe.random_erasing=1", "recipe.augment=true")
+    normalize = Normalize(config.data, config.recipe)
+    images = torch.randint(256, (20, 3, 64, 64), dtype=torch.uint8)
+    seeding.seed_everything(1)
+    erased = normalize(images, erase=True)
+    area = (erased != normalize(images)).all(dim=1).float().mean(dim=(1, 2))  # erased share of each image
+    assert (area > 0.01).all() and (area < 0.35).all() and len(area.unique()) > 10
+    seeding.seed_everything(1)
+    assert torch.equal(normalize(images, erase=True), erased)
+    config.recipe.augment = False
+    assert torch.equal(Normalize(config.data, config.recipe)(images, erase=True), normalize(images))
 
 
 def test_synthetic_images_need_no_disk():

@@ -151,7 +151,7 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     first = trainer.scaler.get_scale()
     trainer.step(0, [batch])
     before = copy.deepcopy([trainer.model.state_dict(), trainer.ema.module.state_dict()])
-    infinite = (torch.full_like(batch[0], float("inf")), batch[1])
+    infinite = (torch.full_like(batch[0], float("inf"), dtype=torch.float32), batch[1])
     trainer.step(1, [infinite])
     assert trainer.scaler.get_scale() == first / 2
     assert_equal(before, [trainer.model.state_dict(), trainer.ema.module.state_dict()])

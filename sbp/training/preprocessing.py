@@ -1,0 +1,83 @@
+"""What an image goes through before the network sees it: in a loader process as uint8, then on the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from sbp.training.config import DataConfig, RecipeConfig
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What an image goes through in evaluation."""
+
+    image_size: int
+    crop_pct: float
+    interpolation: str
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Preprocessing":
+        return cls(data.image_size, data.crop_pct, data.interpolation, list(data.mean), list(data.std))
+
+    def __str__(self) -> str:
+        return (
+            f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
+            f"centre crop {self.image_size} px, mean {self.mean}, std {self.std}"
+        )
+
+
+def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
+    """timm's training transform, a PIL image to uint8 (3, H, W); resizing only when `recipe.augment` is false.
+
+    `Normalize` has the rest.
+    """
+    return create_transform(
+        data.image_size,
+        is_training=True,
+        use_prefetcher=True,  # leaves the images uint8
+        no_aug=not recipe.augment,
+        scale=(recipe.crop_scale, 1.0),
+        hflip=recipe.flip,
+        color_jitter=recipe.color_jitter,
+        auto_augment=recipe.auto_augment,
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),  # what geometric augmentations fill with
+        std=tuple(data.std),
+    )
+
+
+def validation_transform(data: DataConfig) -> Any:
+    """timm's evaluation transform with our figures, never those of a model's own defaults; as `train_transform`."""
+    return create_transform(
+        data.image_size, use_prefetcher=True, crop_pct=data.crop_pct, interpolation=data.interpolation
+    )
+
+
+class Normalize(nn.Module):
+    """The last part of the preprocessing, which runs on the device: uint8 images (B, 3, H, W) to what the network sees.
+
+    A quarter of the bytes goes through the loader's queues and to the device. Returns float32, or float64 after
+    `.double()`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, data: DataConfig, recipe: RecipeConfig) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor([255 * x for x in getattr(data, name)]).view(3, 1, 1))
+        self.random_erasing = recipe.random_erasing if recipe.augment else 0.0
+
+    def forward(self, images: Tensor, erase: bool = False) -> Tensor:
+        """erase: also timm's random erasing, with the generators of `random` and torch."""
+        images = (images - self.mean).div_(self.std)
+        if erase and self.random_erasing > 0:
+            RandomErasing(self.random_erasing, mode="pixel", device=images.device)(images)
+        return images
