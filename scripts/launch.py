@@ -215,6 +215,8 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
         return done
     if config.processes is None or "RANK" in os.environ:
         summary: dict[str, Any] = job(config, folder)
+        if not sweeping:
+            log.info("%s %s", folder, _done(folder))
         return summary
     overrides = list(hydra_config.overrides.task)
     if sweeping:
