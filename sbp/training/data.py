@@ -4,6 +4,9 @@ Every training image seeds its own augmentation from (seed, pass, index), so wha
 the number of loader processes nor on where it was interrupted.
 """
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -197,6 +200,15 @@ def make_loader(
 
 def _begin_worker(number: int) -> None:
     signals.ignore()  # the run ends them itself, when its checkpoint is written
+
+
+@atexit.register
+def _end_workers() -> None:
+    """After an error nobody has ended them, and multiprocessing would wait for ever for them to heed SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch reports that they were killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def readable(batch: Batch) -> tuple[Tensor, Tensor]:
