@@ -63,7 +63,8 @@ class DataConfig:
         or "timm" (any name that `timm.data.create_dataset` takes).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
-    decoder: "pillow", or "torchvision", which is faster and differs by a grey level here and there.
+    decoder: "pillow", or "torchvision", which is faster for JPEGs; the images may differ by a grey level where the two
+        were built with different JPEG libraries, so it belongs to a run.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
     train_images, val_images: how many a synthetic data set has.

@@ -1,12 +1,15 @@
 """What an image goes through before the network sees it: in a loader process as uint8, then on the device."""
 
+import io
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from sbp.training.config import DataConfig, RecipeConfig
 
@@ -30,6 +33,25 @@ class Preprocessing:
             f"shorter side to {int(self.image_size / self.crop_pct)} px ({self.interpolation}), "
             f"centre crop {self.image_size} px, mean {self.mean}, std {self.std}"
         )
+
+
+def decode(content: bytes, decoder: str = "pillow") -> Image.Image:
+    """The RGB image in an image file's content.
+
+    decoder: "pillow", or "torchvision" for JPEGs, with Pillow for all that it cannot decode. Raises what Pillow raises
+    (OSError mostly) for a damaged file.
+    """
+    if decoder == "torchvision" and content.startswith(b"\xff\xd8"):
+        from torchvision.io import ImageReadMode, decode_jpeg  # deprecated, so a later release may lack it
+
+        try:
+            return to_pil_image(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB))
+        except RuntimeError:
+            pass  # Pillow says what is wrong, or is more lenient
+    try:
+        return Image.open(io.BytesIO(content)).convert("RGB")
+    except UnidentifiedImageError:
+        raise OSError("not an image") from None  # Pillow's message has an address in it, another one each time
 
 
 def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:

@@ -1,17 +1,19 @@
 """The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.preprocessing import train_transform, validation_transform
+from sbp.training.preprocessing import decode, train_transform, validation_transform
 
 
 def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
@@ -40,7 +42,7 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
         return SyntheticImages(length, data.num_classes, data.image_size, transform)
     if data.source == "folder":
         assert data.root is not None
-        return image_folder(Path(data.root) / name, data.num_classes, transform)
+        return image_folder(Path(data.root) / name, data.num_classes, transform, data.decoder)
     assert data.name is not None
     dataset = create_dataset(
         data.name, root=data.root, split=name, is_training=split == "train", download=data.download
@@ -48,12 +50,16 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"data.name={data.name} is a stream; only data sets with a length are supported")
     dataset.transform = transform
-    if hasattr(dataset, "_max_retries"):
+    if isinstance(dataset, ImageDataset):
         dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
+        dataset.load_bytes = True
+        dataset.transform = Compose([partial(decode, decoder=data.decoder), transform])
+    elif isinstance(dataset, ImageFolder):
+        dataset.loader = partial(_load, decoder=data.decoder)
     return dataset
 
 
-def image_folder(folder: Path, num_classes: int, transform: Any = None) -> ImageFolder:
+def image_folder(folder: Path, num_classes: int, transform: Any = None, decoder: str = "pillow") -> ImageFolder:
     """The images in folder/class/.
 
     Raises ValueError for a folder that is missing, empty, without class folders, of one class, or of another
@@ -71,9 +77,13 @@ def image_folder(folder: Path, num_classes: int, transform: Any = None) -> Image
     if len(classes) != num_classes:
         raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
     try:
-        return ImageFolder(str(folder), transform)
+        return ImageFolder(str(folder), transform, loader=partial(_load, decoder=decoder))
     except FileNotFoundError as error:  # a class without images; torchvision says which
         raise ValueError(f"{folder}: {error}") from None
+
+
+def _load(path: str, decoder: str) -> Image.Image:
+    return decode(Path(path).read_bytes(), decoder)
 
 
 class Digits(Dataset):

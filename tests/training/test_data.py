@@ -1,13 +1,19 @@
 """The order of images, their augmentation, and what is said about bad data."""
 
+import io
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from timm.data import create_transform
+from torchvision.io import decode_jpeg
 
 from sbp.training import seeding, setup
-from sbp.training.config import plan_batches
+from sbp.training.config import DECODERS, plan_batches
 from sbp.training.data import (
     TrainSampler,
     ValidationSampler,
@@ -15,9 +21,9 @@ from sbp.training.data import (
     readable,
     spread_samples,
 )
-from sbp.training.preprocessing import Normalize, train_transform, validation_transform
+from sbp.training.preprocessing import Normalize, decode, train_transform, validation_transform
 from sbp.training.sources import Digits, build_datasets, build_validation_set
-from tests.training.configs import composed, small
+from tests.training.configs import ROOT, composed, small
 
 CPU = torch.device("cpu")
 
@@ -153,6 +159,76 @@ def test_uint8_images_normalised_on_the_device_are_those_of_timms_float_transfor
             torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-6)
 
 
+def photograph(height=200, width=260):
+    pixels = np.random.default_rng(0).integers(256, size=(20, 26, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="JPEG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("RGB", "JPEG", {}),
+        ("RGB", "JPEG", {"quality": 95, "subsampling": 0}),
+        ("RGB", "JPEG", {"progressive": True}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+        ("RGB", "PNG", {}),
+        ("P", "PNG", {}),
+        ("RGB", "WEBP", {"lossless": True}),
+    ],
+)
+def test_both_decoders_give_the_same_image(mode, kind, options):
+    content = encoded(photograph().convert(mode), kind, **options)
+    one, other = (decode(content, decoder) for decoder in DECODERS)
+    assert one.mode == other.mode == "RGB" and one.size == other.size == (260, 200)
+    difference = np.abs(np.asarray(one).astype(int) - np.asarray(other))
+    assert difference.max() <= 2 and np.asarray(one).std() > 20
+
+
+def test_torchvision_decodes_jpegs_by_itself(monkeypatch):
+    monkeypatch.setattr(Image, "open", None)
+    assert decode(encoded(photograph()), "torchvision").size == (260, 200)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_no_decoder_reads_is_unreadable_with_the_same_words_each_time(decoder):
+    jpeg = encoded(photograph())
+    for content, message in [
+        (jpeg[:2], "not an image"),
+        (jpeg[: len(jpeg) // 2], "truncated"),
+        (jpeg[:-2], "truncated"),
+        (b"", "not an image"),
+        (b"no image", "not an image"),
+    ]:
+        with pytest.raises(OSError, match=message) as first:
+            decode(content, decoder)
+        with pytest.raises(OSError, match=message) as second:
+            decode(content, decoder)
+        assert str(first.value) == str(second.value)
+
+
+@pytest.mark.parametrize("source", ["imagenet", "timm"])
+def test_the_decoder_of_the_config_is_used(tmp_path, monkeypatch, source):
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.jpg").write_bytes(encoded(photograph()))
+    calls = []
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *args: calls.append(1) or decode_jpeg(*args))
+    more = ("data=timm", "data.name=folder", "data.val_split=val", "data.num_classes=2") if source == "timm" else ()
+    for decoder, count in (("pillow", 0), ("torchvision", 4)):
+        config = folder_config(tmp_path, *more, f"data.decoder={decoder}")
+        for images in build_datasets(config.data, config.recipe):
+            assert [images[i][1] for i in range(2)] == [0, 1]
+        assert len(calls) == count
+
+
 def test_random_erasing_is_of_training_only_and_repeats_with_the_seed():
     config = small("data.image_size=64", "recipe.random_erasing=1", "recipe.augment=true")
     normalize = Normalize(config.data, config.recipe)
@@ -268,3 +344,16 @@ def test_the_names_of_a_global_batch_are_those_of_its_images(tmp_path):
     (batch,) = images.train
     labels = [("a", "b").index(name.split("/")[-2]) for name in names]
     assert batch.labels.tolist() == labels
+
+
+def test_a_process_that_fails_does_not_wait_for_its_loaders():
+    code = """
+import torch
+from sbp.training import setup
+from tests.training.configs import small
+batches = iter(setup.load_images(small("data.workers=1"), torch.device("cpu")).train)
+next(batches)
+raise RuntimeError("unexpected")
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.endswith("RuntimeError: unexpected\n")
