@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -12,10 +12,12 @@ from typing import Any, Literal
 import wandb
 
 from sbp.training.config import LoggerConfig
+from sbp.training.status import write_text
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
+SENT = "wandb/sent.json"
 
 
 def new_run_id() -> str:
@@ -26,8 +28,9 @@ def new_run_id() -> str:
 class Tracker:
     """Writes figures to folder/metrics.jsonl and, when asked for, to wandb; to be used in a `with` statement.
 
-    What wandb cannot do is a warning, never an error. Without a key or a network it writes an offline run.
-    resumed_at: the number of steps of the checkpoint; later lines of an interrupted run are taken out first.
+    What wandb cannot do is one warning, never an error. Without a key or a network it writes an offline run.
+    resumed_at: the number of steps of the checkpoint; later lines of an interrupted run are taken out first, and the
+        wandb run, which goes on with the same id, gets the earlier lines that it lacks.
     enabled: False on all processes but the main one: nothing is written.
     """
 
@@ -44,11 +47,14 @@ class Tracker:
         self.path = folder / METRICS
         self.enabled = enabled
         self._run: Any = None
+        self._uses_wandb = enabled and settings.name == "wandb"
         if not enabled:
             return
-        _write_lines(self.path, [record for record in read_metrics(self.path) if record["step"] <= resumed_at])
-        if settings.name == "wandb":
+        kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_at > 0]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        if self._uses_wandb:
             self._run = _start_wandb(folder, settings, config, run_id)
+            self._try("log the earlier lines", lambda: _log_lacking(self._run, folder / SENT, kept))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """One line, and one wandb record, with the number of optimizer steps done."""
@@ -69,6 +75,8 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._try("finish", lambda: self._run.finish(exit_code=0 if kind is None else 1))
+        if self._uses_wandb:
+            _end_wandb()
 
     def _try(self, what: str, action: Callable[[], Any]) -> None:
         if self._run is None:
@@ -76,7 +84,10 @@ class Tracker:
         try:
             action()
         except Exception as error:  # wandb raises anything from its own errors to ConnectionResetError
-            log.warning("wandb could not %s (%s); going on without it, %s has everything", what, error, self.path)
+            log.warning(
+                "wandb could not %s (%s); going on without it. %s has everything; `%s` uploads what wandb has got",
+                *(what, error, self.path, _sync_command(self._run)),
+            )
             self._run = None
 
 
@@ -91,17 +102,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(temporary, path)
-
-
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:
-    """A run, online if that works, else offline, else None."""
+    """A run, online if that works within settings.init_timeout seconds, else offline, else None."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb waits, at the end, to report to its makers
     modes: tuple[Literal["online", "offline"], ...] = ("offline",) if settings.offline else ("online", "offline")
     for mode in modes:
         try:
+            wandb.setup(wandb.Settings(silent=True))  # else login asks the server for the user's name
             if mode == "online" and not wandb.login(prompt=False, verify=False):  # init would ask, and wait for a key
                 raise wandb.errors.UsageError("no API key: `wandb login` takes one")
             run = wandb.init(
@@ -110,19 +117,57 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
                 group=settings.group,
                 name=folder.name,
                 id=run_id,
-                resume="allow" if mode == "online" else None,
+                resume="allow",  # what is there stays: offline, that is for the upload
                 dir=folder,
                 config=dict(config),
                 mode=mode,
-                settings=wandb.Settings(init_timeout=settings.init_timeout, console="off", silent=True),
+                settings=wandb.Settings(
+                    init_timeout=settings.init_timeout,
+                    finish_timeout=settings.finish_timeout,
+                    finish_timeout_raises=True,
+                    console="off",
+                    silent=True,
+                ),
             )
             run.define_metric("step")
             run.define_metric("*", step_metric="step")
         except Exception as error:  # no key, no network, no service: all kinds
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             log.warning("wandb %s is not possible (%s)", mode, reason)
+            _end_wandb()  # the service would refuse the id that has failed
             continue
-        where = run.url if mode == "online" else f"offline; upload it with `wandb sync {Path(run.dir).parent}`"
-        log.info("wandb: %s", where)
+        log.info("wandb: %s", f"offline; upload it with `{_sync_command(run)}`" if mode == "offline" else run.url)
         return run
     return None
+
+
+def _end_wandb() -> None:
+    """Ends wandb's service and what it has not finished; the next run in this process starts its own."""
+    try:
+        wandb.teardown()
+    except (Exception, SystemExit) as error:  # one that was killed
+        log.debug("wandb's service: %r", error)
+    wandb.run = None  # which a run without a service leaves behind, and login then refuses
+
+
+def _sync_command(run: Any) -> str:
+    """Uploads a run's folder, after what the server already has of the run."""
+    return f"wandb sync {'' if run.offline else '--include-online '}{Path(run.dir).parent}"
+
+
+def _log_lacking(run: Any, sent: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Logs those of a resumed run's records, all of metrics.jsonl, that wandb lacks.
+
+    The server says how many lines it has. The file `sent` says how many it had when the latest online attempt began,
+    and which record that attempt logged first. Without it, all are logged: twice rather than never, which does no
+    harm where `step` is the x axis. An offline run always gets them all, as the file of an attempt that was killed can
+    be empty: the newest offline run is the one to upload.
+    """
+    there, first = run.starting_step, 0
+    if there and sent.is_file():
+        before = json.loads(sent.read_text())
+        first = max(0, min(len(records), before["first"] + there - before["there"]))
+    if not run.offline:
+        write_text(sent, json.dumps({"there": there, "first": first}))
+    for record in records[first:]:
+        run.log(dict(record))

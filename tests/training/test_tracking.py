@@ -1,47 +1,20 @@
 """metrics.jsonl is the whole truth, and wandb has the same or fails with a warning."""
 
-import json
 import logging
-import struct
-import time
+import os
+import re
+import socket
+import subprocess
+import sys
 
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from sbp.training import tracking
 from sbp.training.config import LoggerConfig
-from sbp.training.tracking import Tracker, read_metrics
+from sbp.training.tracking import SENT, Tracker, read_metrics
+from tests.training.wandb_side import WandbServer, offline_folders, wandb_history
 
 OFFLINE = LoggerConfig(name="wandb", offline=True)
-
-
-def wandb_records(path):
-    """The records of a .wandb file: a LevelDB-style log of protobuf messages."""
-    data, position, parts = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # full, last
-            yield wandb_internal_pb2.Record.FromString(parts)
-            parts = b""
-
-
-def wandb_history(folder):
-    """What the one offline run in `folder` logged."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    for _ in range(100):  # wandb's service writes on for a moment after finish()
-        records = list(wandb_records(path))
-        if records and records[-1].WhichOneof("record_type") == "exit":
-            break
-        time.sleep(0.1)
-    items = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
-    history = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in item} for item in items]
-    return [{name: value for name, value in line.items() if not name.startswith("_")} for line in history]
 
 
 def test_the_offline_wandb_file_holds_what_metrics_jsonl_holds(tmp_path):
@@ -62,6 +35,13 @@ def test_lines_after_the_checkpoint_and_half_a_line_are_taken_out(tmp_path):
     assert read_metrics(path) == [{"step": 1, "lr": 1.0}, {"step": 2, "lr": 0.25}]
 
 
+def test_a_run_without_a_checkpoint_starts_with_an_empty_record(tmp_path):
+    for _ in range(2):
+        with Tracker(tmp_path, LoggerConfig(), {}, run_id="a") as tracker:
+            tracker.log(0, {"lr": 1.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "lr": 1.0}]
+
+
 def test_other_processes_write_nothing(tmp_path):
     with Tracker(tmp_path, OFFLINE, {}, run_id="a", enabled=False) as tracker:
         tracker.log(1, {"lr": 1.0})
@@ -78,20 +58,92 @@ def test_no_key_means_an_offline_run_and_no_question(tmp_path, monkeypatch, capl
     assert wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
 
 
-def test_no_network_means_an_offline_run(tmp_path, monkeypatch, caplog):
-    real = tracking.wandb.init
-
-    def init(**kwargs):
-        if kwargs["mode"] == "online":
-            raise tracking.wandb.errors.CommError("Run initialization has timed out after 10.0 sec.")
-        return real(**kwargs)
-
-    monkeypatch.setattr(tracking.wandb, "login", lambda **kwargs: True)
-    monkeypatch.setattr(tracking.wandb, "init", init)
-    with caplog.at_level(logging.WARNING), Tracker(tmp_path, LoggerConfig(name="wandb"), {}, run_id="a") as tracker:
-        tracker.log(1, {"lr": 1.0})
-    assert "wandb online is not possible (Run initialization has timed out" in caplog.text
+@pytest.mark.parametrize("answers", [False, None], ids=["refuses", "never answers"])
+def test_a_server_out_of_reach_means_an_offline_run(tmp_path, monkeypatch, caplog, answers):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{9 if answers is False else silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        settings = LoggerConfig(name="wandb", init_timeout=1)
+        with caplog.at_level(logging.WARNING), Tracker(tmp_path, settings, {}, run_id="a") as tracker:
+            tracker.log(1, {"lr": 1.0})
+    assert "wandb online is not possible (" in caplog.text and "wandb offline" not in caplog.text
     assert wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
+
+
+@pytest.fixture
+def server(monkeypatch):
+    server = WandbServer()
+    with server.reachable():
+        pass
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+def attempt(folder, steps, resumed_at=0, **settings):
+    """One start of the run "abcd1234"."""
+    settings = LoggerConfig(name="wandb", **settings)
+    with Tracker(folder, settings, {"seed": 0}, run_id="abcd1234", resumed_at=resumed_at) as tracker:
+        for step in steps:
+            tracker.log(step, {"lr": 1 / step})
+
+
+def sync(*folders, options=()):
+    """What a user types to upload."""
+    command = [sys.executable, "-m", "wandb", "sync", *options, *folders]
+    environment = os.environ | {"WANDB_ERROR_REPORTING": "false"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+
+
+def test_a_resumed_online_run_gets_the_lines_that_it_lacks(tmp_path, server):
+    with server.reachable():
+        attempt(tmp_path, range(1, 11))
+        assert server.lines("abcd1234") == read_metrics(tmp_path / "metrics.jsonl")
+        del server.history["abcd1234"][6:]  # the rest never arrived
+        attempt(tmp_path, range(9, 13), resumed_at=8)
+        assert server.lines("abcd1234") == read_metrics(tmp_path / "metrics.jsonl")
+
+        attempt(tmp_path, range(11, 14), resumed_at=10)  # it has more than the checkpoint: 11 and 12 come once more
+        assert [line["step"] for line in server.lines("abcd1234")] == [*range(1, 13), 11, 12, 13]
+        del server.history["abcd1234"][13:]
+        attempt(tmp_path, [14], resumed_at=13)
+        assert [line["step"] for line in server.lines("abcd1234")] == [*range(1, 13), 11, 12, 13, 14]
+
+        (tmp_path / SENT).unlink()  # nothing is known: all comes once more
+        attempt(tmp_path, [], resumed_at=14)
+        assert server.lines("abcd1234")[16:] == read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_server_lost_midway_holds_the_end_for_the_timeout_only(tmp_path, server, caplog):
+    with server.reachable():
+        tracker = Tracker(tmp_path, LoggerConfig(name="wandb", finish_timeout=1), {}, run_id="abcd1234")
+    with caplog.at_level(logging.WARNING), tracker:
+        for step in range(1, 10):
+            tracker.log(step, {"lr": 1 / step})
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == tracking.__name__]
+    assert "wandb could not finish (Timed out" in warning
+    command = re.search("`wandb sync (--include-online) (.*)`", warning)
+    with server.reachable():
+        sync(command[2], options=[command[1]])
+    assert server.lines("abcd1234") == read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_each_offline_run_has_the_whole_record_and_all_of_them_upload_as_one_run(tmp_path, server, caplog):
+    attempt(tmp_path, range(1, 7), offline=True)
+    (first,) = offline_folders(tmp_path)
+    next(first.glob("run-*.wandb")).write_bytes(b"")  # as SIGKILL can leave it
+    with caplog.at_level(logging.INFO):
+        attempt(tmp_path, range(5, 9), resumed_at=4, offline=True)
+    newest = offline_folders(tmp_path)[-1]
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert newest != first and wandb_history(tmp_path) == lines
+    assert f"upload it with `wandb sync {newest}`" in caplog.text
+    with server.reachable():
+        sync(newest)
+        assert server.lines("abcd1234") == lines
+        attempt(tmp_path, [9], resumed_at=8)  # online from now on
+        assert {line["step"] for line in server.lines("abcd1234")} == set(range(1, 10))
+    assert list(server.history) == ["abcd1234"]
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])
