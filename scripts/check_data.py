@@ -1,0 +1,97 @@
+"""Checks a data set before a week of training does: `python scripts/check_data.py data.root=PATH [max_images=2000]`.
+
+Takes the groups and keys of train.py. Reads every image once; says what is wrong and how fast the loader is. The
+complete lists go to data_check.json and corrupt_images.txt in the run's folder, also after Ctrl-C. Exit code 1: errors.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from sbp.training import data_report, environment, signals
+from sbp.training.config import Config, validate
+from sbp.training.data_check import loading_speed, open_splits, read
+from sbp.training.incidents import CORRUPT_IMAGES
+from scripts.launch import join_processes, run_job
+
+log = logging.getLogger("check_data")
+
+
+@dataclass
+class CheckDataConfig(Config):
+    """A training run whose data is to be checked. max_images: of each split; null for all."""
+
+    max_images: int | None = None
+
+
+_schema = OmegaConf.structured(CheckDataConfig)
+for _field in fields(Config):
+    _schema[_field.name] = MISSING  # configs/train.yaml, which comes first, has given it a value
+ConfigStore.instance().store(name="check_data_schema", node=_schema)
+
+
+def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ()) -> None:
+    """Prints the report and writes it to `folder`; ends the program when there are errors, or a signal came.
+
+    expected: as `findings` takes it. Raises ValueError for a config or a data set that cannot be checked.
+    """
+    validate(config)
+    if config.max_images is not None and config.max_images < 1:
+        raise ValueError(f"max_images must be null or at least 1, got {config.max_images}")
+    data, loading, digests = config.data, None, dict[bytes, str]()
+    with signals.noted():
+        (train, train_set), (val, val_set) = open_splits(data, config.recipe)
+        try:
+            if train.length:
+                loading = loading_speed(train_set, config.seed, data.workers, data.prefetch)
+                if loading:
+                    log.info("loading    %s", data_report.meaning(loading, train.length))
+            for split, dataset in ((val, val_set), (train, train_set)):  # the smaller one first: its digests are kept
+                if split.length and signals.received is None:
+                    read(split, dataset, data, config.max_images, digests, compare=split is train)
+        finally:
+            stopped = signals.received
+            found = data_report.findings(train, val, data, expected)
+            report = {
+                "stopped_by": stopped and stopped.name,
+                "loading": loading and loading._asdict(),
+                "splits": [data_report.summary(split) for split in (train, val)],
+                "findings": [asdict(one) for one in found],
+                "versions": environment.versions(),
+                "config": asdict(config),
+            }
+            (folder / "data_check.json").write_text(json.dumps(report, indent=2) + "\n")
+            corrupt = [image for split in (train, val) for image in data_report.unreadable(split)]
+            (folder / CORRUPT_IMAGES).write_text("".join(f"{image}\n" for image in corrupt))
+    if train_set or val_set:
+        log.info("splits\n%s", data_report.table([train, val]))
+    if found:
+        log.info("findings\n%s", data_report.listing(found))
+    log.info("%s; complete lists in %s", data_report.conclusion(found), folder / "data_check.json")
+    if stopped:
+        log.warning("stopped by %s: what was not read is not known", stopped.name)
+        sys.exit(128 + stopped)  # as a shell has it
+    if any(one.level == data_report.ERROR for one in found):
+        sys.exit(1)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="check_data")
+def main(composed: DictConfig) -> None:
+    imagenet = HydraConfig.get().runtime.choices.get("data") == "imagenet" and composed.data.num_classes == 1000
+    expected = data_report.IMAGENET_1K if imagenet else ()
+    run_job(composed, CheckDataConfig, partial(check, expected=expected))
+
+
+if __name__ == "__main__":
+    join_processes()
+    main()
