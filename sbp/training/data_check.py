@@ -198,24 +198,26 @@ def unusual(facts: Facts, name: str, image_size: int) -> dict[str, str]:
 
 
 class Inspection(Dataset):
-    """The Facts of each image; they take the place of what the data set's own transform gives."""
+    """The name and the Facts of each image; the data set's own decoder and transform give way to `look`."""
 
     def __init__(self, dataset: Any, decoder: str) -> None:
         dataset.transform = partial(look, decoder=decoder)
         if isinstance(dataset, ImageFolder):
             dataset.loader = _read_bytes
+        elif hasattr(dataset, "decode"):
+            dataset.decode = bytes  # leaves the file's content as it is
         self.dataset, self.reading = dataset, SeededDataset(dataset, seed=0)
 
-    def __getitem__(self, index: int) -> tuple[int, Facts]:
+    def __getitem__(self, index: int) -> tuple[str, Facts]:
+        name = path(self.dataset, index)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of broken EXIF and large images
             try:
                 sample = self.reading[0, index]
             except Exception as error:
-                why = f"{path(self.dataset, index)} ({type(error).__name__}: {error})"
-                return index, Facts(problem=why, fatal=True)
+                return name, Facts(problem=f"{name} ({type(error).__name__}: {error})", fatal=True)
         facts: Any = sample.image
-        return index, facts._replace(label=int(sample.label)) if facts else Facts(problem=sample.unreadable[0])
+        return name, facts._replace(label=int(sample.label)) if facts else Facts(problem=sample.unreadable[0])
 
 
 def look(image: bytes | Image.Image, decoder: str) -> Facts:
@@ -270,8 +272,7 @@ def read(
         worker_init_fn=_begin_worker,
     )
     started = time.perf_counter()
-    for index, facts in _shown(loader, split):
-        name = path(dataset, index)
+    for name, facts in _shown(loader, split):
         split.add(facts, name, data.image_size)
         if facts.digest and not compare:
             digests[facts.digest] = name
@@ -287,8 +288,8 @@ def _begin_worker(number: int) -> None:
     logging.disable(logging.WARNING)  # timm's, for each unreadable image
 
 
-def _shown(loader: DataLoader, split: Split) -> Iterator[tuple[int, Facts]]:
-    """The facts one by one, with a bar in a terminal and a line now and then elsewhere; ends when asked to stop."""
+def _shown(loader: DataLoader, split: Split) -> Iterator[tuple[str, Facts]]:
+    """The images one by one, with a bar in a terminal and a line now and then elsewhere; ends when asked to stop."""
     in_terminal = sys.stderr.isatty()
     begun = said = time.perf_counter()
     with tqdm(

@@ -1,5 +1,6 @@
 """Every kind of fault in a data set is found, once, and nothing is found where nothing is wrong."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -306,6 +307,28 @@ def test_labels_and_pixels_are_enough():
         ("warning", "train", "1 image identical to images in val, which then measures what was learned by heart",
          ["image 0 (is image 2)"]),
     ]  # fmt: skip
+
+
+class Encoded(Labelled):
+    """A data set that decodes by itself, as that of webdataset shards does: transform(decode(content))."""
+
+    decode = None
+
+    def __getitem__(self, index):
+        content = io.BytesIO()
+        Image.fromarray(pixels(index)).convert("L" if index else "RGB").save(content, format="JPEG")
+        return self.transform(self.decode(content.getvalue())), self.labels[index]
+
+    def filename(self, index, absolute=False):
+        return f"shard.tar:{index}.png"
+
+
+def test_images_are_looked_at_before_they_are_decoded():
+    found = found_in(Encoded(0, 1), Labelled(0, 1), 2)
+    assert [(split, items) for _, split, _, items in found] == [
+        ("train", ["shard.tar:1.png (L)"]),
+        ("train", ["shard.tar:0.png (JPEG)", "shard.tar:1.png (JPEG)"]),
+    ]
 
 
 def test_timms_data_sets_are_read_from_their_files(root):
