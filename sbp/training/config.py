@@ -129,7 +129,8 @@ class RecipeConfig:
 class LoggerConfig:
     """name: "wandb", which falls back to offline without a key or network, or "none".
 
-    init_timeout, finish_timeout: seconds that the start, or the end, waits for wandb's server.
+    init_timeout, finish_timeout: seconds that the start, or the end, waits for wandb's server. A run that was asked to
+        stop has 30 seconds in all before torchrun kills it.
     """
 
     name: str = "none"
@@ -138,7 +139,7 @@ class LoggerConfig:
     group: str | None = None  # null: the sweep's folder
     offline: bool = False
     init_timeout: int = 5
-    finish_timeout: int = 60
+    finish_timeout: int = 10
 
 
 @dataclass
