@@ -9,7 +9,8 @@ from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
 from sbp.vit import MHSA_DROPS
 
-SOURCES = ("digits", "synthetic", "folder", "timm")
+SOURCES = ("digits", "synthetic", "folder", "webdataset", "timm")
+SHUFFLES = ("full", "shards")
 AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,11 +61,13 @@ class DataConfig:
     """Where the images come from, and how they are brought to the size and range that the network sees.
 
     source: "digits" (scikit-learn's, no download), "synthetic" (generated), "folder" (root/split/class/image),
-        or "timm" (any name that `timm.data.create_dataset` takes).
+        "webdataset" (tar shards in root; the splits are patterns such as train-{0000..1023}.tar, or names from
+        root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
     decoder: "pillow", or "torchvision", which is faster for JPEGs; the images may differ by a grey level where the two
         were built with different JPEG libraries, so it belongs to a run.
+    shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
     train_images, val_images: how many a synthetic data set has.
@@ -85,6 +88,7 @@ class DataConfig:
     workers: int = 4
     prefetch: int = 4
     decoder: str = "pillow"
+    shuffle: str = "full"
     max_corrupt_images: int = 100
     train_images: int = 1024
     val_images: int = 256
@@ -354,6 +358,7 @@ def validate(config: Config) -> Config:
     _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
     _one_of("recipe.scheduler", recipe.scheduler, SCHEDULERS)
     _one_of("data.decoder", data.decoder, DECODERS)
+    _one_of("data.shuffle", data.shuffle, SHUFFLES)
     _one_of("parallel", config.parallel, PARALLEL)
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
@@ -366,6 +371,10 @@ def validate(config: Config) -> Config:
             raise ValueError(f"data.{key} must have 3 values, got {len(getattr(data, key))}")
     if data.source == "folder" and data.root is None:
         raise ValueError("data.root is needed: the folder that holds the image folders of training and validation")
+    if data.source == "webdataset" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the shards")
+    if data.shuffle == "shards" and data.source != "webdataset":
+        raise ValueError(f"data.shuffle=shards needs data.source=webdataset, got {data.source}")
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
     _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")

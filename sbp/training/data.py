@@ -23,6 +23,7 @@ from sbp.training.sources import path
 
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
 SUBSTITUTES = 10  # tried in place of an unreadable image; when all fail it is the storage, not the images
+SHARDS_AT_ONCE = 16  # of ImageNet's 1,024: 20,000 images
 
 
 class Batch(NamedTuple):
@@ -88,10 +89,14 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
     A run reads the images as one stream, pass after pass in an order drawn from (seed, pass), and cuts it into
     global batches, whatever the number of processes. An epoch has as many of them as a pass fills; the images
     that a pass leaves over come first in the next epoch, so none is lost and none counts twice.
+    shards: how many images each shard has, to read SHARDS_AT_ONCE of them at a time.
     """
 
-    def __init__(self, length: int, plan: BatchPlan, seed: int, rank: int = 0) -> None:
+    def __init__(
+        self, length: int, plan: BatchPlan, seed: int, rank: int = 0, shards: Sequence[int] | None = None
+    ) -> None:
         self.length, self.plan, self.seed, self.rank = length, plan, seed, rank
+        self.images = _Stream(length, seed, shards)
         self.steps_per_epoch = length // plan.global_batch_size
         self.epoch = self.first_step = 0
         if not self.steps_per_epoch:
@@ -113,33 +118,36 @@ class TrainSampler(Sampler[list[tuple[int, int]]]):
 
     def global_batch(self, step: int) -> list[tuple[int, int]]:
         """(pass, index) of all images of optimizer step `step`, counted from the run's start."""
-        images = _Stream(self.length, self.seed)
         first = step * self.plan.global_batch_size
-        return [images[position] for position in range(first, first + self.plan.global_batch_size)]
+        return [self.images[position] for position in range(first, first + self.plan.global_batch_size)]
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         plan = self.plan
         share = plan.global_batch_size // plan.world_size
         before = self.epoch * self.steps_per_epoch
-        images = _Stream(self.length, self.seed)
         for step in range(before + self.first_step, before + self.steps_per_epoch):
             start = step * plan.global_batch_size + self.rank * share
             for first in range(start, start + share, plan.micro_batch_size):
-                yield [images[position] for position in range(first, first + plan.micro_batch_size)]
+                yield [self.images[position] for position in range(first, first + plan.micro_batch_size)]
 
 
 class _Stream:
     """(pass, index) of the image at any position of a run, counted from its start."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, seed: int, shards: Sequence[int] | None) -> None:
+        self.length, self.seed, self.shards = length, seed, shards
         self.turn, self.order = -1, np.empty(0)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
         turn, place = divmod(position, self.length)
         if turn != self.turn:
-            self.turn, self.order = turn, seeding.permutation(self.length, self.seed, seeding.ORDER, turn)
+            self.turn, self.order = turn, self._permutation(self.seed, seeding.ORDER, turn)
         return turn, int(self.order[place])
+
+    def _permutation(self, *key: int) -> np.ndarray:
+        if self.shards is None:
+            return seeding.permutation(self.length, *key)
+        return seeding.permutation_in_windows(self.shards, SHARDS_AT_ONCE, *key)
 
 
 class ValidationSampler(Sampler[list[tuple[int, int]]]):

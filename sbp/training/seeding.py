@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -29,6 +30,15 @@ def set_deterministic(wanted: bool) -> None:
 def permutation(length: int, *key: int) -> np.ndarray:
     """A permutation of range(length) that depends on the key alone. (length,) int64."""
     return np.random.default_rng(np.random.SeedSequence(key)).permutation(length)
+
+
+def permutation_in_windows(lengths: Sequence[int], window: int, *key: int) -> np.ndarray:
+    """As `permutation` of range(sum(lengths)), but `window` blocks at a time, of these lengths, in random order."""
+    rng = np.random.default_rng(np.random.SeedSequence(key))
+    blocks = np.split(np.arange(sum(lengths)), np.cumsum(lengths)[:-1])
+    order = rng.permutation(len(blocks))
+    windows = [order[first : first + window] for first in range(0, len(order), window)]
+    return np.concatenate([rng.permutation(np.concatenate([blocks[block] for block in some])) for some in windows])
 
 
 def whole_number(below: int, *key: int) -> int:

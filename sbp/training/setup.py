@@ -23,6 +23,7 @@ from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
 from sbp.training.preprocessing import Normalize, Preprocessing
 from sbp.training.probes import saved_bytes_per_image
+from sbp.training.shards import Shards
 from sbp.training.sources import build_datasets
 
 log = logging.getLogger(__name__)
@@ -44,15 +45,19 @@ class Schedule:
         return step % self.config.log_every_steps == 0 or step % self.steps_per_epoch == 0 or self.probe(step)
 
     def save_within_epoch(self, step: int) -> bool:
-        """Not at an epoch's end, which is evaluated before it is saved."""
+        """At an epoch's end `save` decides."""
+        return self._every_steps(step) and step % self.steps_per_epoch != 0
+
+    def _every_steps(self, step: int) -> bool:
         every = self.config.checkpoint.every_steps
-        return every is not None and step % every == 0 and step % self.steps_per_epoch != 0
+        return every is not None and step % every == 0
 
     def evaluate(self, epoch: int) -> bool:
         return epoch % self.config.eval_every_epochs == 0 or epoch == self.config.recipe.epochs
 
     def save(self, epoch: int) -> bool:
-        return epoch % self.config.checkpoint.every_epochs == 0 or epoch == self.config.recipe.epochs
+        every, last = self.config.checkpoint.every_epochs, self.config.recipe.epochs
+        return epoch % every == 0 or epoch == last or self._every_steps(epoch * self.steps_per_epoch)
 
 
 def pick_device(config: Config) -> torch.device:
@@ -70,7 +75,8 @@ def load_images(config: Config, device: torch.device) -> Images:
     """Loaders of this process's share. Raises ValueError for data or batch sizes that cannot be trained with."""
     plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
     train_set, validation_set = build_datasets(config.data, config.recipe)
-    order = TrainSampler(len(train_set), plan, config.seed, distributed.rank())  # type: ignore[arg-type]
+    shards = train_set.counts if isinstance(train_set, Shards) and config.data.shuffle == "shards" else None
+    order = TrainSampler(len(train_set), plan, config.seed, distributed.rank(), shards)  # type: ignore[arg-type]
     batch_size = config.eval_batch_size or plan.micro_batch_size
     validation = ValidationSampler(
         len(validation_set),  # type: ignore[arg-type]

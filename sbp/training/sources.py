@@ -8,12 +8,19 @@ import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
 from sbp.training.preprocessing import decode, train_transform, validation_transform
+from sbp.training.shards import Shards
+
+_STREAMS = {  # timm's readers without random access, and what to do instead
+    "wds": "data=webdataset data.root=FOLDER reads the same shards from a disk, by random access",
+    "hfids": "data.name=hfds/... reads the same data set from a disk, where it is downloaded to",
+    "tfds": "convert it to image folders, webdataset shards or Parquet files",
+}
 
 
 def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
@@ -43,12 +50,22 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     if data.source == "folder":
         assert data.root is not None
         return image_folder(Path(data.root) / name, data.num_classes, transform, data.decoder)
+    if data.source == "webdataset":
+        assert data.root is not None
+        return Shards(Path(data.root), name, data.num_classes, transform, partial(decode, decoder=data.decoder))
     assert data.name is not None
-    dataset = create_dataset(
-        data.name, root=data.root, split=name, is_training=split == "train", download=data.download
-    )
-    if isinstance(dataset, IterableDataset):
-        raise ValueError(f"data.name={data.name} is a stream; only data sets with a length are supported")
+    prefix = data.name.partition("/")[0].lower()
+    if prefix in _STREAMS:
+        raise ValueError(
+            f"data.name={data.name} is a stream, which cannot go on exactly where a run was interrupted; "
+            f"{_STREAMS[prefix]}"
+        )
+    try:
+        dataset = create_dataset(
+            data.name, root=data.root, split=name, is_training=split == "train", download=data.download
+        )
+    except ImportError as error:
+        raise ValueError(f"data.name={data.name}: {error}; pip install '.[datasets]'") from None
     dataset.transform = transform
     if isinstance(dataset, ImageDataset):
         dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
@@ -130,4 +147,7 @@ def path(dataset: Any, index: int) -> str:
     """What a user can find an image by."""
     if hasattr(dataset, "samples"):
         return dataset.samples[index][0]
-    return dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else f"image {index}"
+    name = dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else None
+    if isinstance(dataset, ImageDataset) and not (name and Path(name).is_file()):  # a row of Parquet files
+        return f"image {index} ({name})" if name else f"image {index}"
+    return name or f"image {index}"

@@ -1,0 +1,201 @@
+"""Images in tar shards, as webdataset writes them: key.jpg beside key.cls (a class number) or key.json.
+
+Such shards are meant to be streamed, which can neither go on exactly within an epoch nor count each image once on any
+number of processes. But a tar file is not compressed: where each image lies is found once, from the headers, and then
+the shards are a data set like others.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from sbp.training import distributed
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+INFO = ("_info.json", "info.json")  # names that timm looks for
+_HEADER = 512  # bytes in front of each file in a tar
+
+
+class Index(NamedTuple):
+    """Where the images lie. shard, label: int32 (N,). offset, size: int64 (N,), bytes. stamps: int64 (shards, 2).
+
+    Images come in the order of the shards, and stamps are their sizes and times of change when they were read.
+    """
+
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    label: np.ndarray
+    stamps: np.ndarray
+
+
+class Shards(Dataset):
+    """The images of a split. Items are (transform(decode(content)), label).
+
+    split: a pattern of file names in root, with {0000..1023} or wildcards, or the name of a split in root/_info.json.
+    Raises ValueError for shards that are missing, compressed or not whole, for an image without a label, and when the
+    classes are not 0 to num_classes - 1. Several processes have to make one together.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        num_classes: int,
+        transform: Any,
+        decode: Callable[[bytes], Image.Image],
+    ) -> None:
+        self.transform, self.decode = transform, decode
+        self.shards, counts, label = find_shards(root, split)
+        distributed.only_main(lambda: _indexed(self.shards, label) and None)  # one reads, then all find what it wrote
+        self.index = _indexed(self.shards, label)
+        self.counts = np.bincount(self.index.shard, minlength=len(self.shards))  # images in each shard
+        for shard, count, expected in zip(self.shards, self.counts, counts or self.counts, strict=True):
+            if count != expected:
+                raise ValueError(f"{shard} has {count} images, but {expected} according to {root}/_info.json")
+        classes = np.unique(self.index.label)
+        if not np.array_equal(classes, np.arange(num_classes)):
+            raise ValueError(
+                f"{root}/{split} has {len(classes)} classes with numbers from {classes[0]} to {classes[-1]}, "
+                f"but data.num_classes is {num_classes}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index.label)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        content = self._read(index, self.index.offset[index], self.index.size[index])
+        return self.transform(self.decode(content)), int(self.index.label[index])
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """shard:member, as `tar --extract --file shard member` takes them."""
+        shard = self.shards[self.index.shard[index]]
+        header = self._read(index, self.index.offset[index] - _HEADER, _HEADER)
+        member = header[:100].rstrip(b"\0").decode(errors="replace")
+        return f"{shard if absolute else shard.name}:{member}"
+
+    def _read(self, index: int, offset: int, size: int) -> bytes:
+        with self.shards[self.index.shard[index]].open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def find_shards(root: Path, split: str) -> tuple[list[Path], list[int], str]:
+    """The shards of a split, how many images each has ([] if nobody says), and the key of its labels in JSON files."""
+    info: dict[str, Any] = next((json.loads((root / name).read_text()) for name in INFO if (root / name).is_file()), {})
+    splits = info.get("splits", {})
+    if split in splits:
+        found = splits[split]
+        paths = [root / name for name in found["filenames"]]
+        counts, label = found.get("shard_lengths", []), found.get("alt_label") or "label"
+    elif ".tar" in split:
+        paths, counts, label = [path for name in expand(split) for path in _matching(root, name)], [], "label"
+    else:
+        known = f"{root} has {', '.join(splits)}" if splits else f"{root} has no {INFO[0]} that names splits"
+        raise ValueError(f"no split {split}: {known}; or give a pattern such as {split}-{{0000..1023}}.tar")
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise ValueError(f"no shard {missing[0] if missing else root / split}")
+    return paths, counts, label
+
+
+def expand(pattern: str) -> list[str]:
+    """All that a pattern with number ranges stands for: {08..10} is 08, 09 and 10."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return [name for number in numbers for name in expand(pattern[: found.start()] + number + pattern[found.end() :])]
+
+
+def _matching(root: Path, name: str) -> list[Path]:
+    return sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
+
+
+def _indexed(shards: list[Path], label: str) -> Index:
+    """The index of these shards: from a file if there is one and no shard has changed, else read and written there."""
+    stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)])
+    name = hashlib.sha256("\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode()).hexdigest()[:16]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbp"
+    places = [folder / f".sbp-index-{name}.npz" for folder in (shards[0].parent, user)]
+    for place in places:
+        try:
+            with np.load(place, allow_pickle=False) as stored:
+                index = Index(*(stored[field] for field in Index._fields))
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            continue
+        if np.array_equal(index.stamps, stamps):
+            return index
+    index = _read_headers(shards, label, stamps)
+    for place in places:
+        temporary = place.with_suffix(f".tmp{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez(file, **index._asdict())
+            os.replace(temporary, place)
+            break
+        except OSError:  # a data set is often read-only
+            temporary.unlink(missing_ok=True)
+    return index
+
+
+def _read_headers(shards: list[Path], label: str, stamps: np.ndarray) -> Index:
+    log.info("reading the headers of %d shards in %s, once", len(shards), shards[0].parent)
+    found: list[tuple[int, int, int, int]] = []
+    bar = tqdm(
+        shards, "reading the headers of the shards", unit="shard", leave=False, disable=None
+    )  # on a terminal only
+    for number, shard in enumerate(bar):
+        found += [(number, *image) for image in read_shard(shard, label)]
+    shard_number, offset, size, labels = np.array(found, dtype=np.int64).reshape(-1, 4).T
+    return Index(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps)
+
+
+def read_shard(shard: Path, label: str = "label") -> list[tuple[int, int, int]]:
+    """(offset, size, label) of each image. Raises ValueError as `Shards`. label: the key in the JSON files."""
+    images: dict[str, tuple[int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                key = f"{folder}/{stem}"
+                if kind.lower() in IMAGES:
+                    images[key] = member.offset_data, member.size
+                elif kind in ("cls", "json") and (kind == "cls" or key not in labels):
+                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                    value = content if kind == "cls" else json.loads(content).get(label)
+                    if value is not None:
+                        labels[key] = int(value)
+            end = tar.offset
+        with shard.open("rb") as file:
+            file.seek(end)
+            if file.read(_HEADER) != bytes(_HEADER):  # tarfile takes some broken files for whole ones
+                raise tarfile.ReadError("it ends in the middle")
+    except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot read {shard} as an uncompressed tar file of images and labels ({error})") from None
+    if not images:
+        raise ValueError(f"{shard} has no image (a file that ends in {', '.join(IMAGES)})")
+    bare = sorted(images.keys() - labels.keys())
+    if bare:
+        raise ValueError(
+            f"{shard}: {bare[0].lstrip('/')} has no label, neither in a .cls file nor as {label} in a .json file"
+        )
+    return [(*place, labels[key]) for key, place in images.items()]

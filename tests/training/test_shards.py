@@ -1,0 +1,313 @@
+"""Webdataset shards and Parquet files: the same images, order and names of what is bad as for image folders."""
+
+import io
+import json
+import os
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sbp.training import setup, shards
+from sbp.training.config import plan_batches, validate
+from sbp.training.data import TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.shards import expand, read_shard
+from sbp.training.sources import build_datasets, build_validation_set, path
+from tests.training.configs import small
+
+CPU = torch.device("cpu")
+AUGMENTED = ("recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1")
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def png(number):
+    pixels = np.random.default_rng(number).integers(256, size=(20, 24, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def add(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def write_shard(path, numbers, label="cls"):
+    """Image number i, of class i % 2, is i.png beside i.cls or i.json."""
+    with tarfile.open(path, "w") as tar:
+        for i in numbers:
+            add(tar, f"some/{i:04}.png", png(i))
+            if label in ("cls", "both"):
+                add(tar, f"some/{i:04}.cls", str(i % 2).encode())
+            if label in ("json", "both"):
+                add(tar, f"some/{i:04}.json", json.dumps({"label": i % 2, "name": "x"}).encode())
+
+
+def write_shards(root, train=40, val=101, per_shard=10, label="cls"):
+    root.mkdir(exist_ok=True)
+    splits = {}
+    for split, count in (("train", train), ("validation", val)):
+        groups = [range(first, min(first + per_shard, count)) for first in range(0, count, per_shard)]
+        names = [f"small-{split}-{number:02}.tar" for number in range(len(groups))]
+        for name, numbers in zip(names, groups, strict=True):
+            write_shard(root / name, numbers, label)
+        splits[split] = {
+            **{"name": split, "num_samples": count, "filenames": names},
+            "shard_lengths": [len(numbers) for numbers in groups],
+        }
+    (root / "_info.json").write_text(json.dumps({"splits": splits}))
+    return root
+
+
+def config(root, *overrides):
+    few = ("data=webdataset", f"data.root={root}", "data.num_classes=2", "data.image_size=16", "data.workers=0")
+    return validate(small(*few, "global_batch_size=8", *overrides))
+
+
+def batches(settings, epoch=0, step=0):
+    images = setup.load_images(settings, CPU)
+    images.order.start_at(epoch, step)
+    return [readable(batch) for batch in images.train]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other) > 0
+    for (images, labels), (others, other_labels) in zip(one, other, strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+
+
+@pytest.mark.parametrize("label", ["cls", "json", "both"])
+def test_shards_give_their_images_and_labels(tmp_path, label):
+    settings = config(write_shards(tmp_path / "data", label=label), "data.image_size=20")
+    train, val = build_datasets(settings.data, settings.recipe)
+    assert (len(train), len(val)) == (40, 101)
+    train.transform = np.array
+    for i in (0, 9, 10, 39):
+        image, number = train[i]
+        assert number == i % 2
+        assert np.array_equal(image, np.asarray(Image.open(io.BytesIO(png(i)))))
+        assert path(train, i) == f"{tmp_path}/data/small-train-{i // 10:02}.tar:some/{i:04}.png"
+
+
+def test_patterns_name_shards(tmp_path):
+    assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand("{0..1}-{1..2}") == ["0-1", "0-2", "1-1", "1-2"]
+    root = write_shards(tmp_path / "data")
+    (root / "_info.json").unlink()
+    split = "data.train_split='small-train-{00..02}.tar'"
+    train, val = build_datasets(config(root, split, "data.val_split=small-val*.tar").data, small().recipe)
+    assert (len(train), len(val)) == (30, 101)
+    for split, message in [
+        ("validation", "no split validation: .* no _info.json .* pattern such as validation-{0000..1023}.tar"),
+        ("'small-validation-{00..11}.tar'", "no shard .*small-validation-11.tar"),
+        ("other-*.tar", r"no shard .*other-\*.tar"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build_validation_set(config(root, f"data.val_split={split}").data)
+
+
+@pytest.mark.parametrize("shuffle", ["full", "shards"])
+def test_a_run_on_shards_goes_on_within_an_epoch_whatever_its_workers(tmp_path, shuffle):
+    settings = config(write_shards(tmp_path / "data", val=4), *AUGMENTED, f"data.shuffle={shuffle}")
+    whole = batches(settings)
+    assert_same(batches(settings, step=2), whole[2:])
+    settings.data.workers = 1
+    one = batches(settings)
+    settings.data.workers = 2
+    assert_same(batches(settings), one)
+    assert_same(one, whole)
+    assert not torch.equal(batches(settings, epoch=1)[0][0], whole[0][0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_images_of_shards_are_evaluated_once_each_on_any_number_of_processes(tmp_path, world_size):
+    images = build_validation_set(config(write_shards(tmp_path / "data")).data)
+    images.transform = np.array
+    seen = []
+    for rank in range(world_size):
+        order = ValidationSampler(len(images), 8, rank, world_size)
+        seen += [
+            one.numpy().tobytes()
+            for batch in make_loader(images, order, seed=0, workers=0, device=CPU)
+            for one in batch.images
+        ]
+    expected = [np.asarray(Image.open(io.BytesIO(png(i)))).tobytes() for i in range(101)]
+    assert sorted(seen) == sorted(expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_pass_reads_a_few_shards_at_a_time_each_image_once(world_size):
+    counts = [10] * 40 + [7] * 3
+    samplers = [TrainSampler(421, plan_batches(20, None, world_size), 0, rank, counts) for rank in range(world_size)]
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.start_at(epoch)
+        seen = [image for steps in zip(*samplers, strict=True) for batch in steps for image in batch]
+        order = [index for turn, index in seen if turn == epoch]
+        assert len(order) == len(set(order))
+        shard = np.repeat(np.arange(43), counts)[order]
+        first = shard[: 16 * 7]  # less than the first 16 shards have
+        assert len(set(first)) == 16 and len(set(first[:32])) > 8
+        assert (np.diff(order) != 1).mean() > 0.9
+    assert samplers[0].global_batch(0) != TrainSampler(421, plan_batches(20, None, 1), 1, 0, counts).global_batch(0)
+
+
+def test_a_corrupt_image_in_a_shard_is_named(tmp_path):
+    root = write_shards(tmp_path / "data")
+    images = build_validation_set(config(root).data)
+    shard = root / "small-validation-01.tar"
+    content = bytearray(shard.read_bytes())
+    offset = read_shard(shard)[3][0]
+    content[offset : offset + 8] = bytes(8)
+    stat = shard.stat()
+    shard.write_bytes(content)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (batch,) = make_loader(images, ValidationSampler(len(images), 101), seed=0, workers=0, device=CPU)
+    assert len(batch.images) == 100
+    with pytest.raises(ValueError, match=rf"{shard}:some/0013.png \(not an image\)"):
+        readable(batch)
+
+
+def test_the_index_is_read_again_only_when_a_shard_has_changed(tmp_path, monkeypatch):
+    settings = config(write_shards(tmp_path / "data", val=4))
+    calls = []
+    monkeypatch.setattr(shards, "read_shard", lambda *args: calls.append(args[0].name) or read_shard(*args))
+    build_validation_set(settings.data)
+    assert calls == ["small-validation-00.tar"]
+    build_validation_set(settings.data)
+    assert len(calls) == 1
+    (stored,) = (tmp_path / "data").glob(".sbp-index-*.npz")
+    stored.write_bytes(stored.read_bytes()[:200])
+    build_validation_set(settings.data)
+    assert len(calls) == 2
+    time.sleep(0.01)
+    write_shard(tmp_path / "data" / "small-validation-00.tar", [5, 8, 7, 6])
+    assert build_validation_set(settings.data)[0][1] == 1
+    assert len(calls) == 3
+
+
+def test_the_index_goes_to_the_users_cache_where_the_folder_is_read_only(tmp_path, monkeypatch):
+    settings = config(write_shards(tmp_path / "data", val=4))
+    replace = os.replace
+
+    def refusing(source, target):  # permissions do not bind root
+        if target.parent == tmp_path / "data":
+            raise OSError("read-only")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    build_validation_set(settings.data)
+    assert len(list((tmp_path / "cache" / "sbp").iterdir())) == 1
+    assert not list((tmp_path / "data").glob(".sbp*"))
+    monkeypatch.setattr(shards, "read_shard", None)
+    assert len(build_validation_set(settings.data)) == 4
+
+
+def end_in_the_middle(shard, where):
+    shard.write_bytes(shard.read_bytes()[:where])
+
+
+def without_labels(shard):
+    with tarfile.open(shard, "w") as tar:
+        add(tar, "0000.png", png(0))
+
+
+def without_images(shard):
+    with tarfile.open(shard, "w") as tar:
+        add(tar, "0000.cls", b"0")
+
+
+def compressed(shard):
+    with tarfile.open(shard, "w:gz") as tar:
+        add(tar, "0000.png", png(0))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda shard: end_in_the_middle(shard, 900), "cannot read .*00.tar as an uncompressed tar file"),
+        (lambda shard: end_in_the_middle(shard, 512 * 4), "cannot read .*00.tar as an uncompressed tar file"),
+        (lambda shard: end_in_the_middle(shard, read_shard(shard)[1][0] - 512), "it ends in the middle"),
+        (lambda shard: end_in_the_middle(shard, read_shard(shard)[1][0] - 100), "it ends in the middle"),
+        (lambda shard: shard.write_bytes(b""), "cannot read .*00.tar"),
+        (compressed, "cannot read .*00.tar as an uncompressed tar file"),
+        (without_labels, "00.tar: 0000 has no label"),
+        (without_images, "00.tar has no image"),
+        (lambda shard: write_shard(shard, range(3)), "00.tar has 3 images, but 4 according to"),
+        (
+            lambda shard: write_shard(shard, [0, 2, 4, 6]),
+            "1 classes with numbers from 0 to 0, but data.num_classes is 2",
+        ),
+    ],
+    ids=["data", "between", "header", "in header", "empty", "compressed", "no labels", "no images", "few", "classes"],
+)
+def test_shards_that_cannot_be_trained_on_are_refused(tmp_path, spoil, message):
+    settings = config(write_shards(tmp_path / "data", val=4))
+    spoil(tmp_path / "data" / "small-validation-00.tar")
+    with pytest.raises(ValueError, match=message):
+        build_validation_set(settings.data)
+
+
+def test_shuffling_by_shards_needs_shards():
+    with pytest.raises(ValueError, match=r"data\.shuffle=shards needs data\.source=webdataset, got digits"):
+        validate(small("data.shuffle=shards"))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("wds/imagenet", "data=webdataset"), ("hfids/some/name", "data.name=hfds/"), ("TFDS/imagenet2012", "convert it")],
+)
+def test_streams_are_refused_with_what_to_do_instead(name, instead):
+    settings = small("data=timm", f"data.name={name}", "data.root=x")
+    with pytest.raises(ValueError, match=f"{name} is a stream, .*{instead}"):
+        build_validation_set(settings.data)
+
+
+def parquet_folder(root, bad=None):
+    """101 images in two files for each split, as a column of bytes, with integer labels."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    root.mkdir()
+    for split in ("train", "validation"):
+        for part, numbers in enumerate((range(50), range(50, 101))):
+            images = [{"bytes": b"no image" if i == bad else png(i), "path": f"{i:04}.png"} for i in numbers]
+            table = pyarrow.table({"image": images, "label": [i % 2 for i in numbers]})
+            parquet.write_table(table, root / f"{split}-{part:05}-of-00002.parquet")
+    return root
+
+
+def parquet_config(folder, cache, *overrides):
+    name = ("data=timm", f"data.name=hfds/{folder}", f"data.root={cache}", "data.num_classes=2", "data.image_size=16")
+    return small(*name, "data.workers=0", "global_batch_size=8", *overrides)
+
+
+def test_parquet_files_are_read_by_timms_name_and_go_on_within_an_epoch(tmp_path):
+    settings = parquet_config(parquet_folder(tmp_path / "data"), tmp_path / "cache", *AUGMENTED)
+    whole = batches(settings)
+    assert len(whole) == 12
+    assert_same(batches(settings, step=5), whole[5:])
+    settings.data.workers = 2
+    assert_same(batches(settings), whole)
+    images = build_validation_set(settings.data)
+    assert [len(range(rank, len(images), 2)) for rank in range(2)] == [51, 50]
+    images.transform = images.transform.transforms[0]  # decoding alone
+    assert all(np.array_equal(np.asarray(images[i][0]), Image.open(io.BytesIO(png(i)))) for i in (0, 50, 100))
+    assert [images[i][1] for i in (0, 51, 100)] == [0, 1, 0]
+
+
+def test_a_corrupt_image_in_a_parquet_file_is_named(tmp_path):
+    settings = parquet_config(parquet_folder(tmp_path / "data", bad=60), tmp_path / "cache")
+    images = build_validation_set(settings.data)
+    (batch,) = make_loader(images, ValidationSampler(len(images), 101), seed=0, workers=0, device=CPU)
+    assert len(batch.images) == 100
+    with pytest.raises(ValueError, match=r"image 60 \(0060.png\) \(not an image\)"):
+        readable(batch)
