@@ -10,11 +10,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from sbp.training import signals
 from sbp.training.config import Config, validate
 from sbp.training.forecast import advised
 from sbp.training.run import Run
-from sbp.training.status import Preempted, RunStatus, recorded
+from sbp.training.status import RunStatus, recorded
 from scripts.launch import join_processes, run_job
 
 
@@ -31,8 +30,7 @@ def train(config: Config, folder: Path, status: RunStatus) -> dict[str, Any]:
     with run.tracker:
         if run.step == 0:
             run.log({key: run.facts[key] for key in ("saved_bytes_per_image", "effective_keep_ratio")})
-        if run.lacks_evaluation:
-            run.evaluate()
+        run.catch_up()
         while run.epoch < config.recipe.epochs:
             for step, figures, asked_to_stop in run.train_epoch():
                 if run.when.probe(step):
@@ -42,7 +40,7 @@ def train(config: Config, folder: Path, status: RunStatus) -> dict[str, Any]:
                 if asked_to_stop or run.when.save_within_epoch(step):
                     run.save()
                 if asked_to_stop:
-                    raise Preempted(f"stopped by {signals.name()} after step {step} of {run.total_steps}")
+                    raise run.preempted()
             if run.when.save(run.epoch):
                 run.save()
             if run.when.evaluate(run.epoch):

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -25,7 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed, signals
 from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig
-from sbp.training.status import EXIT_PREEMPTED, FolderTaken, Preempted, read_status, write_status
+from sbp.training.status import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    FolderTaken,
+    Preempted,
+    is_alive,
+    read_status,
+    write_status,
+)
 from sbp.training.summary import finished
 from scripts.children import RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
@@ -36,7 +44,6 @@ log = logging.getLogger(__name__)
 C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig)
 
 LONGEST_NAME = 120
-EXIT_INTERRUPTED = 130  # a shell's, for Ctrl-C
 _SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them
 _STARTED = "SBP_STARTED"
 
@@ -114,6 +121,9 @@ class Launch(Callback):
         print(f"\n{table(jobs)}\n\n{folder}: table.csv, table.md, figure.png and the runs")
         if failed := [job.name for job in jobs if job.failed_at >= self.started]:
             print("error: failed, as failure.txt in the folder says:", *failed, sep="\n  ", file=sys.stderr)
+        if taken := [job.name for job in jobs if job.state == "running"]:
+            print("error: left to another process, which still trains there:", *taken, sep="\n  ", file=sys.stderr)
+        if failed or taken:
             sys.exit(1)
 
 
@@ -160,7 +170,7 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
             sys.exit(EXIT_PREEMPTED)
     requeue = Requeue()
     before = read_status(folder)
-    if distributed.is_main():
+    if distributed.is_main() and not (before.get("state") == "running" and is_alive(before)):
         (folder / FAILURE).unlink(missing_ok=True)
     message = result = None  # an exception must not outlive its job: its frames hold the model
     try:
@@ -174,24 +184,25 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
         requeue()
         sys.exit(EXIT_PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        _leave(EXIT_INTERRUPTED)
     except FolderTaken as error:  # whatever is written there is the other process's
         message = str(error)
     except (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError) as error:
         message = _one_line(error)  # the same on all processes, unless one ran out of memory
         _write_failure(folder, _on_this_process(message) if _of_one_process(error) else message, before)
-        if sweeping and distributed.world_size() > 1 and _of_one_process(error):
-            sys.exit(f"error: {_on_this_process(message)}\n{_ALONE}")
+        if distributed.world_size() > 1 and _of_one_process(error):
+            _leave(1, f"error: {_on_this_process(message)}{_ALONE if sweeping else ''}")
     except Exception as error:
         message = f"{type(error).__name__}: {_one_line(error)}"
         _write_failure(folder, _on_this_process(message), before)
+        if distributed.world_size() > 1:
+            told = f"error: {_on_this_process(message)}{_ALONE}" if sweeping else traceback.format_exc()
+            _leave(1, told)
         if not sweeping:
             raise
-        if distributed.world_size() > 1:
-            sys.exit(f"error: {_on_this_process(message)}\n{_ALONE}")
     finally:
         if sweeping and distributed.is_main():
-            write_table(Path(hydra_config.sweep.dir))
+            _update_table(Path(hydra_config.sweep.dir))
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -237,9 +248,29 @@ def _done(folder: Path) -> str:
 
 
 _ALONE = (
-    "under one torchrun the other processes cannot go on without this one: the sweep ends here. With processes=N in "
+    "\nunder one torchrun the other processes cannot go on without this one: the sweep ends here. With processes=N in "
     "place of torchrun each job has its own, and fails alone"
 )
+
+
+def _update_table(folder: Path) -> None:
+    try:
+        write_table(folder)
+    except OSError as error:  # a full disk costs the table, not the sweep
+        log.warning("cannot write the table of %s (%s)", folder, error)
+
+
+def _leave(code: int, message: str = "") -> NoReturn:
+    """Ends this process. As one of several it does so at once: to leave them in good order waits for the others, who
+    wait for this one.
+    """
+    if distributed.world_size() == 1:
+        sys.exit(message or code)
+    print(message, file=sys.stderr)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _of_one_process(error: BaseException) -> bool:
@@ -259,13 +290,18 @@ def _one_line(error: BaseException) -> str:
 def _write_failure(folder: Path, message: str, before: dict[str, Any]) -> None:
     """Why this attempt failed; the first process that fails writes it, as the others fail in its wake.
 
-    A status that says so already stays as it is, and so does that of a complete run.
+    before: the status before this attempt. One that says so already stays as it is, and so does that of a complete run
+    and of a run that goes on there in another process.
     """
+    if before.get("state") == "running" and is_alive(before):
+        return
     try:
         with (folder / FAILURE).open("x") as file:
             file.write(f"{message}\n\n{traceback.format_exc()}")
     except FileExistsError:
         return
+    except OSError as error:
+        log.warning("cannot write %s (%s)", folder / FAILURE, error)
     status = read_status(folder)
     if status.get("state") == "running" or (status == before and status.get("state") != "completed"):
         steps = {key: status[key] for key in ("step", "total_steps") if key in status}

@@ -9,11 +9,8 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
-import socket
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from sbp.training.status import STATUS, read_status
+from sbp.training.status import STATUS, is_alive, read_json, read_status, write_text
 from sbp.training.summary import SUMMARY
 from sbp.training.table import markdown
 from sbp.training.tracking import METRICS
@@ -73,12 +70,12 @@ def read_job(folder: Path) -> Job:
     if failure.is_file():
         state, failed_at = "failed", failure.stat().st_mtime
         detail = next(iter(failure.read_text().splitlines()), "")
-    elif (folder / SUMMARY).is_file() and state in ("starting", "completed"):
-        state, summary = "done", json.loads((folder / SUMMARY).read_text())
+    elif state in ("starting", "completed") and (summary := read_json(folder / SUMMARY)):
+        state = "done"
     elif state == "failed":
         detail = next(iter(str(status.get("message") or "").splitlines()), "")
     elif state in ("running", "preempted"):
-        if state == "running" and status["host"] == socket.gethostname() and not _alive(status["pid"]):
+        if state == "running" and is_alive(status) is False:
             state = "killed"
         step = max(status.get("step") or 0, _last_step(folder / METRICS))
         detail = f"at step {step}" + (f" of {status['total_steps']}" if status.get("total_steps") else "")
@@ -133,8 +130,8 @@ def write_table(folder: Path) -> list[Job]:
     """Brings table.csv and table.md in a sweep's folder up to date; several processes may do so at once."""
     jobs = read_jobs(folder)
     if jobs:
-        _replace(folder / "table.md", table(jobs) + "\n")
-        _replace(folder / "table.csv", comma_separated(jobs))
+        write_text(folder / "table.md", table(jobs) + "\n")
+        write_text(folder / "table.csv", comma_separated(jobs))
     return jobs
 
 
@@ -173,27 +170,10 @@ def _last_step(path: Path) -> int:
     return 0
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def _sortable(text: str) -> list[tuple[int, float, str]]:
     """Numbers in a text compare by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
-
-
-def _replace(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
-    os.replace(file.name, path)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a benchmark found: JSON, a Markdown table, and a figure of memory against time."""
 
 import json
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import pairwise
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbp.training.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
+from sbp.training.status import write_text
 from sbp.training.table import markdown
 
 STYLES = {EXACT: ("#3b6fb6", "o"), DROPPING: ("#8a8a8a", "s"), SBP: ("#d1495b", "D"), RELEASE: ("#e0a030", "^")}
@@ -25,10 +25,7 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def write_report(result: dict[str, Any], folder: Path, name: str) -> None:

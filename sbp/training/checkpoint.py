@@ -38,7 +38,8 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.pt"
 
     def save(self, step: int, content: dict[str, Any]) -> Path | None:
-        """Writes a checkpoint, then removes those beyond the latest `keep`.
+        """Writes a checkpoint, then removes those beyond the latest `keep`, and those of later steps: they are damaged,
+        or what the run had done before it was sent back.
 
         Where it cannot be written (a full disk), that is a warning, the others stay, and None is returned.
         Raises ValueError when a weight is not finite: then nothing is written.
@@ -58,8 +59,10 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
             log.warning("cannot write %s (%s); the newest checkpoint is %s", path, _first_line(error), self.newest())
             return None
-        for old in self.paths()[: -self.keep]:
-            old.unlink()
+        paths = self.paths()
+        now = paths.index(path)
+        for other in (*paths[: max(now + 1 - self.keep, 0)], *paths[now + 1 :]):
+            other.unlink()
         return path
 
     def keep_best(self, step: int) -> None:
@@ -124,9 +127,10 @@ def load(path: Path) -> dict[str, Any]:
 def resume_point(resume: str, checkpoints: Checkpoints) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None to start afresh.
 
-    resume: "never", "auto" (the latest good one of this run, if any), or a path. The main process chooses, the
-    others read the same file. Raises ValueError for a path without a good checkpoint, when "never" would overwrite
-    those of an earlier run, and when "auto" finds damaged ones only.
+    resume: "never", "auto" (the latest good one of this run, if any), or a path. One that is not of this run is where
+    it starts: once it has checkpoints of its own, it goes on from those. The main process chooses, the others read the
+    same file. Raises ValueError for a path without a good checkpoint, when "never" would overwrite those of an earlier
+    run, and when there are damaged ones only.
     """
     path = distributed.only_main(lambda: _choose(resume, checkpoints))
     if path is None:
@@ -143,8 +147,10 @@ def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
             f"{checkpoints.folder} holds checkpoints of a run: resume=auto goes on with it; or take another run_dir"
         )
     if resume not in ("never", "auto"):
-        return find(Path(resume))[0]
-    found = checkpoints.latest() if resume == "auto" else None
+        path = find(Path(resume))[0]
+        if not there or path.resolve().parent == checkpoints.folder.resolve():
+            return path
+    found = None if resume == "never" else checkpoints.latest()
     if there and found is None:
         raise ValueError(f"every checkpoint in {checkpoints.folder} is damaged: remove them to start afresh")
     return found[0] if found else None

@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 
 CORRUPT_IMAGES = "corrupt_images.txt"
 SKIPPED_STEPS = "skipped_steps.jsonl"
+SMALLEST_SCALE = 1e-4  # from 65,536 down, each step that overflows halves it: 30 of them more than there are good ones
 
 
 class Incidents:
@@ -48,6 +49,14 @@ class Incidents:
                 f"data.max_corrupt_images={self.max_corrupt_images} are allowed; they are listed in {listed}"
             )
 
+    def ran_out(self, step: int, names: list[str]) -> None:
+        """Raises ValueError: some process found no readable images in the places of unreadable ones."""
+        everywhere = [name for names in distributed.gathered(names) for name in names]
+        raise ValueError(
+            f"step {step + 1}: cannot read images, nor others in their places: {'; '.join(everywhere[:10])}. "
+            f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}"
+        )
+
     def left_out(self, step: int, loss: float, images: list[str]) -> None:
         """The loss of step number `step` was not finite in some process (here it was `loss`), so it changed nothing.
 
@@ -68,9 +77,18 @@ class Incidents:
                 "What helps: a lower recipe.lr, recipe.clip_grad, amp=bfloat16"
             )
 
-    def went_well(self) -> None:
-        """A step had a finite loss."""
+    def went_well(self, step: int, scale: float) -> None:
+        """A step had a finite loss, which was multiplied by `scale` (1 but in float16) for the backward pass.
+
+        Raises ValueError when gradients have been infinite so often that float16 cannot hold them at any scale.
+        """
         self.skipped_in_a_row = 0
+        if scale < SMALLEST_SCALE:
+            raise ValueError(
+                f"the gradients stay infinite in float16: by step {step + 1} the loss scale has fallen to {scale:.1e}. "
+                f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. "
+                "What helps: amp=bfloat16, a lower recipe.lr"
+            )
 
     def figures(self) -> dict[str, float]:
         """Those to log; none while nothing has gone wrong."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 import sbp
 from sbp.training import distributed, parallel, seeding, signals
-from sbp.training.data import Images
+from sbp.training.data import Batch, Images
 from sbp.training.incidents import Incidents
 from sbp.training.preprocessing import Normalize
 from sbp.training.progress import Progress
@@ -193,28 +193,26 @@ def train_epoch(
 
     first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
     global batch, lr, images per second, share of time spent waiting for data, steps left out and images replaced.
-    Raises ValueError when more images are unreadable, or more steps in a row have no finite loss, than `incidents`
-    allows.
+    Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss,
+    than `incidents` allows.
     """
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
-        micro_batches = [progress.wait_for(batches) for _ in range(trainer.accumulation)]
-        if any(len(batch.images) < images.order.plan.micro_batch_size for batch in micro_batches):
-            tried = [name for batch in micro_batches for name in batch.unreadable]
-            raise ValueError(f"cannot read images, nor others in their places: {'; '.join(tried)}")
-        loss = trainer.backward(step, ((batch.images, batch.labels) for batch in micro_batches)).read()
-        unreadable = [name for batch in micro_batches for name in batch.unreadable]
-        stop, endless, corrupt = distributed.maxima(
-            [float(signals.received is not None), float(not math.isfinite(loss)), float(len(unreadable))]
+        taken = _Taken(trainer.accumulation, images, progress, batches)
+        loss = trainer.backward(step, taken).read()
+        stop, endless, corrupt, lacking = distributed.maxima(
+            [signals.received is not None, not math.isfinite(loss), len(taken.unreadable), taken.lacking]
         )  # one exchange a step, while the device computes the gradients
+        if lacking:
+            incidents.ran_out(step, taken.unreadable)
         if corrupt:
-            incidents.replaced(step, unreadable)
+            incidents.replaced(step, taken.unreadable)
         if endless:
             trainer.skip()
             incidents.left_out(step, loss, images.names(step))
         else:
             trainer.update(step)
-            incidents.went_well()
+            incidents.went_well(step, trainer.scaler.get_scale())
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):
@@ -222,3 +220,28 @@ def train_epoch(
             mean = distributed.sums([loss])[0] / distributed.world_size()
             figures = {"train/loss": mean, "lr": trainer.lr} | progress.read() | incidents.figures()
         yield Step(step + 1, figures, bool(stop))
+
+
+class _Taken:
+    """The micro batches of one step, each taken from the loader when its turn comes.
+
+    unreadable: images that could not be read so far. lacking: whether nothing could be read in the place of one. Then
+    images of the probe fill the batch: the other processes need this one until all of them can end together.
+    """
+
+    def __init__(self, count: int, images: Images, progress: Progress, batches: Iterator[Batch]) -> None:
+        self.count, self.images, self.progress, self.batches = count, images, progress, batches
+        self.unreadable: list[str] = []
+        self.lacking = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self.images.order.plan.micro_batch_size
+        for _ in range(self.count):
+            batch = self.progress.wait_for(self.batches)
+            self.unreadable += batch.unreadable
+            if len(batch.images) == size:
+                yield batch.images, batch.labels
+                continue
+            self.lacking = True
+            pictures, labels = self.images.probe
+            yield pictures[:1].repeat(size, 1, 1, 1), labels[:1].repeat(size)

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sbp.training import distributed, setup, summary
+from sbp.training import distributed, setup, signals, summary
 from sbp.training.checkpoint import Checkpoints, load_weights, resume_point
 from sbp.training.config import Config, check_same_run
 from sbp.training.evaluation import evaluate
@@ -100,16 +100,17 @@ class Run:
     def save(self) -> None:
         """A checkpoint of now."""
         content = self.trainer.state_dict() | {"incidents": self.incidents.state_dict()}
-        if distributed.is_main():
-            content |= {"config": asdict(self.config), "step": self.step, "run_id": self.run_id}
-            self.checkpoints.save(self.step, content)
-            self.status.update(step=self.step, checkpoint=str(self.checkpoints.newest()))
+        content |= {"config": asdict(self.config), "step": self.step, "run_id": self.run_id}
+        distributed.only_main(lambda: self.checkpoints.save(self.step, content))
+        newest = self.checkpoints.newest()
+        self.status.update(step=self.step, checkpoint=None if newest is None else str(newest))
 
-    @property
-    def lacks_evaluation(self) -> bool:
-        """Whether an interruption came between the end of an epoch and the record of its evaluation."""
+    def catch_up(self) -> None:
+        """What an interruption after the checkpoint has left undone: an evaluation, and best.pt."""
         due = self.step > 0 and self.step % self.steps_per_epoch == 0 and self.when.evaluate(self.epoch)
-        return due and not distributed.only_main(lambda: summary.is_evaluated(self.folder, self.step))
+        if due and not distributed.only_main(lambda: summary.is_evaluated(self.folder, self.step)):
+            self.evaluate()
+        self._keep_if_best()
 
     def evaluate(self) -> None:
         """Records accuracy and peak memory at the end of an epoch, and keeps the checkpoint if it is the best.
@@ -134,22 +135,34 @@ class Run:
             raise
         self.tracker.log(self.step, measured | {"epoch": self.epoch})
         self.progress.say(self.epoch, self.config.recipe.epochs, self._figures | measured)
-        if distributed.only_main(lambda: summary.best_step(self.folder)) == self.step:
+        self._keep_if_best()
+
+    def _keep_if_best(self) -> None:
+        """Makes the checkpoint of now best.pt when no evaluation on record was better."""
+        if self.step and distributed.only_main(lambda: summary.best_step(self.folder)) == self.step:
             self._ensure_saved()
             if distributed.is_main():
                 self.checkpoints.keep_best(self.step)
+
+    def preempted(self) -> Preempted:
+        """To be raised when a signal has asked to stop and the checkpoint is written."""
+        message = f"stopped by {signals.name()} after step {self.step} of {self.total_steps}"
+        if not self.checkpoints.path(self.step).is_file():
+            message += f"; no checkpoint could be written since {self.checkpoints.newest() or 'the start'}"
+        return Preempted(message)
 
     def _ensure_saved(self) -> None:
         if not distributed.only_main(lambda: self.checkpoints.path(self.step).is_file()):
             self.save()
 
     def summarise(self) -> dict[str, Any]:
-        """The figures of a run that is done, on the main process; {} on others.
+        """The figures of a run that is done.
 
         Raises ValueError when its last checkpoint could not be written.
         """
-        if not distributed.is_main():
-            return {}
+        return distributed.only_main(self._summarise)
+
+    def _summarise(self) -> dict[str, Any]:
         if not self.checkpoints.path(self.step).is_file():
             raise ValueError(
                 f"all {self.step} steps are done, but their checkpoint could not be written to "

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import wraps
@@ -24,6 +24,7 @@ T = TypeVar("T")
 STATUS = "status.json"
 LOCK = "lock"
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+EXIT_INTERRUPTED = 130  # a shell's, for Ctrl-C
 EXIT_CODES = {"completed": 0, "preempted": EXIT_PREEMPTED, "failed": 1}  # none while "running"
 _PATIENCE = 10  # seconds
 
@@ -60,6 +61,8 @@ class RunStatus:
         state = "completed" if kind is None else "preempted" if kind is Preempted else "failed"
         if error is not None:
             self.facts["message"] = str(error) or type(error).__name__
+        if kind is KeyboardInterrupt:
+            self.facts["exit_code"] = EXIT_INTERRUPTED
         self._write(state)
 
     def _write(self, state: str) -> None:
@@ -77,8 +80,8 @@ def recorded(run: Callable[[Config, Path, RunStatus], T]) -> Callable[[Config, P
     def recorded_run(config: Config, folder: Path) -> T:
         with ExitStack() as stack:
             distributed.only_main(lambda: stack.enter_context(only_run_in(folder)))
+            stack.enter_context(signals.noted())  # until the status says how it ended
             status = stack.enter_context(RunStatus(folder, enabled=distributed.is_main()))
-            stack.enter_context(signals.noted())
             return run(config, folder, status)
 
     return recorded_run
@@ -127,12 +130,38 @@ def read_status(folder: Path) -> dict[str, Any]:
     """The folder's status.json: state ("running" or one of EXIT_CODES), exit_code, step, total_steps, message, host,
     pid and time, as far as known; {} when there is none.
     """
-    path = folder / STATUS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(folder / STATUS)
+
+
+def is_alive(status: Mapping[str, Any]) -> bool | None:
+    """Whether the process that wrote this status is still there; None for one on another machine."""
+    if status.get("host") != socket.gethostname():
+        return None
+    try:
+        os.kill(status["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's content; {} when there is none, or when a power failure has left it empty or cut."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError:
+        log.warning("%s is damaged: left out", path)
+        return {}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whatever stops the process, it holds the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
+    """Replaces a file as a whole: whatever stops the process or the machine, it holds the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

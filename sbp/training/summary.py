@@ -8,7 +8,7 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.config import Config, check_same_run
-from sbp.training.status import read_status, write_text
+from sbp.training.status import read_json, read_status, write_text
 from sbp.training.tracking import METRICS, read_metrics
 
 SUMMARY = "summary.json"
@@ -27,16 +27,12 @@ def finished(folder: Path, config: Config) -> dict[str, Any] | None:
     """
     if config.resume != "auto":
         return None
-    path = folder / SUMMARY
-    summary: dict[str, Any] | None = distributed.only_main(
-        lambda: (
-            json.loads(path.read_text())
-            if path.is_file() and read_status(folder).get("state", "completed") == "completed"
-            else None
-        )
+    summary: dict[str, Any] = distributed.only_main(
+        lambda: read_json(folder / SUMMARY) if read_status(folder).get("state", "completed") == "completed" else {}
     )
-    if summary is not None:
-        check_same_run(summary["config"], config)
+    if not summary:
+        return None
+    check_same_run(summary["config"], config)
     return summary
 
 
@@ -53,15 +49,16 @@ def best_step(folder: Path) -> int | None:
 
 
 def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes folder/summary.json and returns it: `facts`, and of metrics.jsonl the last value of each accuracy and
-    memory figure, the mean gradient cosine, and the median speed.
+    """Writes folder/summary.json and returns it: `facts`, and of metrics.jsonl the last value of each accuracy, the
+    largest of each memory figure, the mean gradient cosine, and the median speed.
     """
     records = read_metrics(folder / METRICS)
 
     def values(name: str) -> list[float]:
         return [record[name] for record in records if name in record]
 
-    last = {name: value for record in records for name, value in record.items() if name.startswith(("val/", "memory/"))}
+    last = {name: value for record in records for name, value in record.items() if name.startswith("val/")}
+    memory = {name for record in records for name in record if name.startswith("memory/")}
     summary = dict(facts) | {
         "top1": last.get("val/top1"),
         "top5": last.get("val/top5"),
@@ -71,6 +68,6 @@ def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "gradient_cosine": fmean(cosines) if (cosines := values("gradient_cosine/total")) else None,
         "images_per_second": median(speeds) if (speeds := values("images_per_second")) else None,
     }
-    summary |= {name.replace("memory/", ""): value for name, value in last.items() if name.startswith("memory/")}
+    summary |= {name.removeprefix("memory/"): max(values(name)) for name in sorted(memory)}
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return summary

@@ -54,6 +54,15 @@ def test_the_latest_few_stay(tmp_path):
     assert [path.name for path in checkpoints.paths()] == ["step-00000015.pt", "step-00000100.pt"]
 
 
+def test_later_ones_go_when_the_run_was_sent_back_or_they_are_damaged(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (20, 30, 40):
+        Checkpoints(tmp_path, keep=3).save(step, CONTENT)
+    assert checkpoints.paths() == [checkpoints.path(step) for step in (20, 30, 40)]
+    checkpoints.save(25, CONTENT)
+    assert checkpoints.paths() == [checkpoints.path(25)] and checkpoints.latest() is not None
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     path = tmp_path / "step-00000001.pt"
     save(path, CONTENT)
@@ -100,6 +109,9 @@ def test_where_a_run_starts(tmp_path):
     path = checkpoints.save(3, CONTENT)
     for resume in ("auto", str(path), str(tmp_path), str(tmp_path / "checkpoints")):
         assert resume_point(resume, checkpoints)["step"] == 3
+    other = Checkpoints(tmp_path / "other").save(9, CONTENT | {"step": 9})
+    assert resume_point(str(other), checkpoints)["step"] == 3  # a restart of a run that began there
+    assert resume_point(str(other), Checkpoints(tmp_path / "new"))["step"] == 9
     with pytest.raises(ValueError, match="resume=auto goes on"):
         resume_point("never", checkpoints)
     with pytest.raises(ValueError, match="no checkpoint"):

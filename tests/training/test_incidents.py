@@ -6,9 +6,10 @@ import logging
 import pytest
 import torch
 
-from sbp.training import loop, signals
+from sbp.training import data, loop, signals
 from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
+from sbp.training.probes import PeakMemory
 from sbp.training.status import Preempted, RunStatus, only_run_in, read_status
 from sbp.training.tracking import read_metrics
 from tests.training.comparing import assert_same_run, record
@@ -38,7 +39,7 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
     nan = float("nan")
     for step in (3, 4):
         found.left_out(step, nan, ["a.png", "b.png"])
-    found.went_well()
+    found.went_well(5, scale=1.0)
     for step in (9, 10):
         found.left_out(step, float("inf"), ["c.png"])
     assert found.figures() == {"skipped_steps": 4} and "step 10 left out: its loss is inf" in caplog.text
@@ -48,6 +49,24 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
         found.left_out(11, nan, ["d.png"])
     lines = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
     assert lines[0] == {"step": 4, "loss": "nan", "images": ["a.png", "b.png"]} and len(lines) == 5
+    with pytest.raises(ValueError, match=r"infinite in float16: by step 21 the loss scale has fallen to 6\.1e-05"):
+        found.went_well(20, scale=2.0**-14)
+
+
+def test_a_batch_that_cannot_be_read_ends_the_run_after_the_step_it_was_for(tmp_path, monkeypatch):
+    """In all processes together: until then a process that lacks images takes part with others."""
+    real, count = data.SeededDataset.__getitem__, 0
+
+    def unreadable(self, where):
+        nonlocal count
+        count += 1
+        return data.Sample(None, -1, [f"image {where[1]}"]) if count > 200 else real(self, where)
+
+    monkeypatch.setattr(data.SeededDataset, "__getitem__", unreadable)
+    config = small("probe.every_steps=null", "micro_batch_size=8", "recipe.mixup=0.8")
+    with pytest.raises(ValueError, match=r"step 6: cannot read images, nor others in their places: image \d+; image"):
+        train(config, tmp_path)
+    assert read_status(tmp_path)["state"] == "failed"
 
 
 def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monkeypatch):
@@ -119,8 +138,24 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
             train(config, parts)
     assert read_status(parts)["state"] == "preempted"
     assert [line["step"] for line in record(parts)] == [0, 44]
-    train(config, parts)
+    peaks = iter([9.0, 7.0])  # a process that only evaluates has measured no training
+    monkeypatch.setattr(PeakMemory, "read", lambda self: {"memory/peak_rss": next(peaks)})
+    summary = train(config, parts)
     assert_same_run(whole, parts)
+    assert summary["peak_rss"] == 9
+
+
+def test_what_a_kill_between_two_writes_left_undone_is_done_at_the_next_start(tmp_path, monkeypatch):
+    config = small("recipe.epochs=2", "probe.every_steps=null")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "keep_best", lambda self, step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config, tmp_path)
+    best = tmp_path / "checkpoints" / "best.pt"
+    assert not best.exists() and find(tmp_path)[1]["step"] == 44
+    (tmp_path / "status.json").write_text("")  # as a power failure can leave it
+    summary = train(config, tmp_path)
+    assert torch.load(best, weights_only=True)["step"] == summary["best_step"]
 
 
 def test_what_a_folder_says_from_the_start_on(tmp_path):
