@@ -15,9 +15,11 @@ import pytest
 from sbp.training.checkpoint import Checkpoints
 from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS
 from sbp.training.status import EXIT_PREEMPTED, read_status
+from sbp.training.tracking import read_metrics
 from tests.training.comparing import assert_same_run, record
 from tests.training.configs import BACKBONES, ROOT
 from tests.training.test_data import image_folders
+from tests.training.wandb_side import WandbServer, offline_folders, wandb_history
 
 MOMENTS = ROOT / "tests" / "training" / "moments.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -222,3 +224,43 @@ def test_corrupt_images_are_replaced_in_training_and_an_error_in_evaluation(tmp_
     assert result.returncode == 1 and str(broken) in result.stderr
     assert "cannot evaluate: 1 of the images" in result.stderr
     assert Checkpoints(tmp_path / "evaluated" / "checkpoints").paths()  # the epoch before it is not lost
+
+
+def wandb_services(pid):
+    """The wandb services that a process has started and that are still there."""
+    found = subprocess.run(["pgrep", "-f", f"wandb-core .*--pid {pid}$"], capture_output=True, text=True, check=False)
+    return [int(one) for one in found.stdout.split()]
+
+
+def test_killing_wandbs_service_costs_one_warning(tmp_path, whole):
+    process = start(ROOT / "train.py", *RUN, "run_dir=run", "logger=wandb", "logger.offline=true", folder=tmp_path)
+    wait_until(lambda: read_status(tmp_path / "run").get("step", 0) > 0, process)
+    (service,) = wandb_services(process.pid)
+    os.kill(service, signal.SIGKILL)
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == 0, err
+    assert out.count("wandb could not") == 1 and "going on without it" in out
+    assert "Traceback" not in err
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "online"])
+def test_a_killed_run_goes_on_as_the_same_wandb_run_with_what_that_lacks(tmp_path, whole, offline):
+    server, logger = WandbServer(), ("logger=wandb", f"logger.offline={offline}")
+    with server.reachable():
+        for at in (("step", 6, "SIGKILL"), ("evaluate", 3, "SIGKILL"), ()):
+            script = (MOMENTS, *at) if at else (ROOT / "train.py",)
+            process = start(*script, *RUN, "run_dir=run", *logger, folder=tmp_path, **server.environment)
+            _, err = process.communicate(timeout=250)
+            assert process.returncode == (-signal.SIGKILL if at else 0), err
+            while wandb_services(process.pid):  # it notices on its own
+                time.sleep(0.02)
+    expected = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    if offline:
+        assert len({folder.name.split("-")[-1] for folder in offline_folders(tmp_path / "run")}) == 1  # the id
+        assert len(offline_folders(tmp_path / "run")) == 3 and wandb_history(tmp_path / "run") == expected
+    else:
+        (run_id,) = server.history
+        there = server.lines(run_id)
+        assert all(line in there for line in expected)
+    assert_same_run(whole, tmp_path / "run")

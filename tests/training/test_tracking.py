@@ -88,11 +88,11 @@ def attempt(folder, steps, resumed_at=0, **settings):
             tracker.log(step, {"lr": 1 / step})
 
 
-def sync(*folders, options=()):
-    """What a user types to upload."""
-    command = [sys.executable, "-m", "wandb", "sync", *options, *folders]
+def sync(*arguments, cwd):
+    """What a user types to upload; it leaves a log in `cwd`."""
+    command = [sys.executable, "-m", "wandb", "sync", *arguments]
     environment = os.environ | {"WANDB_ERROR_REPORTING": "false"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    subprocess.run(command, env=environment, cwd=cwd, capture_output=True, check=True, timeout=60)
 
 
 def test_a_resumed_online_run_gets_the_lines_that_it_lacks(tmp_path, server):
@@ -124,7 +124,7 @@ def test_a_server_lost_midway_holds_the_end_for_the_timeout_only(tmp_path, serve
     assert "wandb could not finish (Timed out" in warning
     command = re.search("`wandb sync (--include-online) (.*)`", warning)
     with server.reachable():
-        sync(command[2], options=[command[1]])
+        sync(*command.groups(), cwd=tmp_path)
     assert server.lines("abcd1234") == read_metrics(tmp_path / "metrics.jsonl")
 
 
@@ -139,7 +139,7 @@ def test_each_offline_run_has_the_whole_record_and_all_of_them_upload_as_one_run
     assert newest != first and wandb_history(tmp_path) == lines
     assert f"upload it with `wandb sync {newest}`" in caplog.text
     with server.reachable():
-        sync(newest)
+        sync(newest, cwd=tmp_path)
         assert server.lines("abcd1234") == lines
         attempt(tmp_path, [9], resumed_at=8)  # online from now on
         assert {line["step"] for line in server.lines("abcd1234")} == set(range(1, 10))
