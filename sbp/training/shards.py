@@ -95,15 +95,15 @@ class Shards(Dataset):
 
 
 def find_shards(root: Path, split: str) -> tuple[list[Path], list[int], str]:
-    """The shards of a split, how many images each has ([] if nobody says), and the key of its labels in JSON files."""
+    """The shards of a split, how many images each has ([] if nobody says), and the `label` of `read_shard`."""
     info: dict[str, Any] = next((json.loads((root / name).read_text()) for name in INFO if (root / name).is_file()), {})
     splits = info.get("splits", {})
     if split in splits:
         found = splits[split]
         paths = [root / name for name in found["filenames"]]
-        counts, label = found.get("shard_lengths", []), found.get("alt_label") or "label"
+        counts, label = found.get("shard_lengths", []), found.get("alt_label") or ""
     elif ".tar" in split:
-        paths, counts, label = [path for name in expand(split) for path in _matching(root, name)], [], "label"
+        paths, counts, label = [path for name in expand(split) for path in _matching(root, name)], [], ""
     else:
         known = f"{root} has {', '.join(splits)}" if splits else f"{root} has no {INFO[0]} that names splits"
         raise ValueError(f"no split {split}: {known}; or give a pattern such as {split}-{{0000..1023}}.tar")
@@ -158,17 +158,18 @@ def _indexed(shards: list[Path], label: str) -> Index:
 def _read_headers(shards: list[Path], label: str, stamps: np.ndarray) -> Index:
     log.info("reading the headers of %d shards in %s, once", len(shards), shards[0].parent)
     found: list[tuple[int, int, int, int]] = []
-    bar = tqdm(
-        shards, "reading the headers of the shards", unit="shard", leave=False, disable=None
-    )  # on a terminal only
+    bar = tqdm(shards, "headers of the shards", unit="shard", leave=False, disable=None)
     for number, shard in enumerate(bar):
         found += [(number, *image) for image in read_shard(shard, label)]
     shard_number, offset, size, labels = np.array(found, dtype=np.int64).reshape(-1, 4).T
     return Index(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps)
 
 
-def read_shard(shard: Path, label: str = "label") -> list[tuple[int, int, int]]:
-    """(offset, size, label) of each image. Raises ValueError as `Shards`. label: the key in the JSON files."""
+def read_shard(shard: Path, label: str = "") -> list[tuple[int, int, int]]:
+    """(offset, size, label) of each image. Raises ValueError as `Shards`.
+
+    label: the key of the label in the JSON files; "" for the .cls files or, where there is none, the key "label".
+    """
     images: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
     try:
@@ -179,9 +180,9 @@ def read_shard(shard: Path, label: str = "label") -> list[tuple[int, int, int]]:
                 key = f"{folder}/{stem}"
                 if kind.lower() in IMAGES:
                     images[key] = member.offset_data, member.size
-                elif kind in ("cls", "json") and (kind == "cls" or key not in labels):
+                elif (kind == "cls" and not label) or (kind == "json" and (label or key not in labels)):
                     content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    value = content if kind == "cls" else json.loads(content).get(label)
+                    value = content if kind == "cls" else json.loads(content).get(label or "label")
                     if value is not None:
                         labels[key] = int(value)
             end = tar.offset
@@ -189,13 +190,12 @@ def read_shard(shard: Path, label: str = "label") -> list[tuple[int, int, int]]:
             file.seek(end)
             if file.read(_HEADER) != bytes(_HEADER):  # tarfile takes some broken files for whole ones
                 raise tarfile.ReadError("it ends in the middle")
-    except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
+    except (OSError, tarfile.TarError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {shard} as an uncompressed tar file of images and labels ({error})") from None
     if not images:
         raise ValueError(f"{shard} has no image (a file that ends in {', '.join(IMAGES)})")
     bare = sorted(images.keys() - labels.keys())
     if bare:
-        raise ValueError(
-            f"{shard}: {bare[0].lstrip('/')} has no label, neither in a .cls file nor as {label} in a .json file"
-        )
+        wanted = f"{label} in a .json file" if label else "a .cls file, or label in a .json file"
+        raise ValueError(f"{shard}: {bare[0].lstrip('/')} has no label ({wanted})")
     return [(*place, labels[key]) for key, place in images.items()]

@@ -97,6 +97,24 @@ def test_shards_give_their_images_and_labels(tmp_path, label):
         assert path(train, i) == f"{tmp_path}/data/small-train-{i // 10:02}.tar:some/{i:04}.png"
 
 
+def test_the_label_that_the_info_file_names_comes_before_the_cls_files(tmp_path):
+    root = write_shards(tmp_path / "data", val=4, label="both")
+    with tarfile.open(root / "small-validation-00.tar", "w") as tar:
+        for i in range(4):
+            add(tar, f"{i}.png", png(i))
+            add(tar, f"{i}.json", json.dumps({"fine": i, "label": 7}).encode())
+            add(tar, f"{i}.cls", str(i % 2).encode())
+    settings = config(root)
+    images = build_validation_set(settings.data)
+    assert [images[i][1] for i in range(4)] == [0, 1, 0, 1]
+    info = json.loads((root / "_info.json").read_text())
+    info["splits"]["validation"]["alt_label"] = "fine"
+    (root / "_info.json").write_text(json.dumps(info))
+    settings.data.num_classes = 4
+    images = build_validation_set(settings.data)
+    assert [images[i][1] for i in range(4)] == [0, 1, 2, 3]
+
+
 def test_patterns_name_shards(tmp_path):
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{0..1}-{1..2}") == ["0-1", "0-2", "1-1", "1-2"]
