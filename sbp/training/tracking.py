@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any, Literal
 
@@ -152,7 +153,7 @@ def _end_wandb() -> None:
 
 def _sync_command(run: Any) -> str:
     """Uploads a run's folder, after what the server already has of the run."""
-    return f"wandb sync {'' if run.offline else '--include-online '}{Path(run.dir).parent}"
+    return f"wandb sync {'' if run.offline else '--include-online '}{quote(str(Path(run.dir).parent))}"
 
 
 def _log_lacking(run: Any, sent: Path, records: Sequence[Mapping[str, Any]]) -> None:
