@@ -65,8 +65,8 @@ class DataConfig:
         root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
-    decoder: "pillow", or "torchvision", which is faster for JPEGs; the images may differ by a grey level where the two
-        were built with different JPEG libraries, so it belongs to a run.
+    decoder: "pillow", or "torchvision", for a Pillow that was built without libjpeg-turbo. The images may differ by a
+        grey level, so it belongs to a run.
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
