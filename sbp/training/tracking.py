@@ -47,6 +47,7 @@ class Tracker:
     ) -> None:
         self.path = folder / METRICS
         self.enabled = enabled
+        self._unwritten = ""  # lines
         self._run: Any = None
         self._uses_wandb = enabled and settings.name == "wandb"
         if not enabled:
@@ -62,8 +63,14 @@ class Tracker:
         if not self.enabled:
             return
         record = {"step": step, **figures}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._unwritten += json.dumps(record) + "\n"
+        try:
+            with self.path.open("a") as file:
+                file.write(self._unwritten)
+            self._unwritten = ""
+        except OSError as error:  # a full disk; the next call tries again, on a new line after what may be half of one
+            log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
+            self._unwritten = "\n" + self._unwritten.lstrip("\n")
         self._try("log", lambda: self._run.log(record))
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
@@ -95,7 +102,7 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without a line that an interruption cut off; [] when there is no file."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in filter(None, path.read_text().splitlines() if path.is_file() else []):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

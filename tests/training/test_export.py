@@ -36,7 +36,8 @@ def test_timm_reads_it_both_ways_with_equal_outputs(folder, tmp_path, ema):
         assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
         assert torch.equal(model.eval()(x), plain(x))
     found = resolve_data_config(model=model)
-    assert tuple(found["input_size"]) == (3, 32, 32) and found["crop_pct"] == 1.0 and found["interpolation"] == "bicubic"
+    assert tuple(found["input_size"]) == (3, 32, 32)
+    assert found["crop_pct"] == 1.0 and found["interpolation"] == "bicubic"
     assert (tuple(found["mean"]), tuple(found["std"])) == ((0.5, 0.5, 0.5), (0.4, 0.5, 0.6))
 
 

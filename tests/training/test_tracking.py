@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +42,24 @@ def test_a_run_without_a_checkpoint_starts_with_an_empty_record(tmp_path):
         with Tracker(tmp_path, LoggerConfig(), {}, run_id="a") as tracker:
             tracker.log(0, {"lr": 1.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "lr": 1.0}]
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with Tracker(tmp_path, LoggerConfig(), {}, run_id="a") as tracker:
+        tracker.log(1, {"lr": 1.0})
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+        try:
+            tracker.log(2, {"lr": 0.5})
+            tracker.log(3, {"lr": 0.25})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
+        assert [line["step"] for line in read_metrics(path)] == [1] and "lines wait in memory" in caplog.text
+        tracker.log(4, {"lr": 0.125})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4]
 
 
 def test_other_processes_write_nothing(tmp_path):
