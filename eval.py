@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 from sbp.training import distributed, setup, signals
 from sbp.training.checkpoint import choose_weights, find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
-from sbp.training.data import ValidationSampler, make_loader
+from sbp.training.data.loading import ValidationSampler, make_loader
+from sbp.training.data.preprocessing import Normalize, Preprocessing
+from sbp.training.data.sources import build_validation_set
 from sbp.training.evaluation import evaluate
 from sbp.training.models import build_model, fit_position_embedding
-from sbp.training.preprocessing import Normalize, Preprocessing
-from sbp.training.sources import build_validation_set
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")
@@ -43,7 +43,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     load_weights(model, fit_position_embedding(model, weights))
     batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
-    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
+    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device, prefetch=config.data.prefetch)
 
     with signals.noted():
         normalize = Normalize(config.data, config.recipe).to(device)

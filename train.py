@@ -11,7 +11,7 @@ import hydra
 from omegaconf import DictConfig
 
 from sbp.training.config import Config, validate
-from sbp.training.forecast import advised
+from sbp.training.costs.forecast import advised
 from sbp.training.run import Run
 from sbp.training.status import RunStatus, recorded
 from scripts.launch import join_processes, run_job

@@ -15,9 +15,9 @@ import hydra
 from omegaconf import DictConfig
 
 from sbp.training import distributed
-from sbp.training.benchmark import benchmark
-from sbp.training.benchmark_report import table, write
 from sbp.training.config import BenchmarkConfig
+from sbp.training.costs.benchmark import benchmark
+from sbp.training.costs.benchmark_report import table, write
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("benchmark")

@@ -18,9 +18,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sbp.training import data_report, environment, signals
+from sbp.training import environment, signals
 from sbp.training.config import Config, validate
-from sbp.training.data_check import loading_speed, open_splits, read
+from sbp.training.data import findings
+from sbp.training.data.inspection import loading_speed, open_splits, read
 from sbp.training.incidents import CORRUPT_IMAGES
 from scripts.launch import join_processes, run_job
 
@@ -55,40 +56,40 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
             if train.length:
                 loading = loading_speed(train_set, config.seed, data.workers, data.prefetch)
                 if loading:
-                    log.info("loading    %s", data_report.meaning(loading, train.length))
+                    log.info("loading    %s", findings.meaning(loading, train.length))
             for split, dataset in ((val, val_set), (train, train_set)):  # the smaller one first: its digests are kept
                 if split.length and signals.received is None:
                     read(split, dataset, data, config.max_images, digests, compare=split is train)
         finally:
             stopped = signals.received
-            found = data_report.findings(train, val, data, expected)
+            found = findings.findings(train, val, data, expected)
             report = {
                 "stopped_by": stopped and stopped.name,
                 "loading": loading and loading._asdict(),
-                "splits": [data_report.summary(split) for split in (train, val)],
+                "splits": [findings.summary(split) for split in (train, val)],
                 "findings": [asdict(one) for one in found],
                 "versions": environment.versions(),
                 "config": asdict(config),
             }
             (folder / "data_check.json").write_text(json.dumps(report, indent=2) + "\n")
-            corrupt = [image for split in (train, val) for image in data_report.unreadable(split)]
+            corrupt = [image for split in (train, val) for image in findings.unreadable(split)]
             (folder / CORRUPT_IMAGES).write_text("".join(f"{image}\n" for image in corrupt))
     if train_set or val_set:
-        log.info("splits\n%s", data_report.table([train, val]))
+        log.info("splits\n%s", findings.table([train, val]))
     if found:
-        log.info("findings\n%s", data_report.listing(found))
-    log.info("%s; complete lists in %s", data_report.conclusion(found), folder / "data_check.json")
+        log.info("findings\n%s", findings.listing(found))
+    log.info("%s; complete lists in %s", findings.conclusion(found), folder / "data_check.json")
     if stopped:
         log.warning("stopped by %s: what was not read is not known", stopped.name)
         sys.exit(128 + stopped)  # as a shell has it
-    if any(one.level == data_report.ERROR for one in found):
+    if any(one.level == findings.ERROR for one in found):
         sys.exit(1)
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="check_data")
 def main(composed: DictConfig) -> None:
     imagenet = HydraConfig.get().runtime.choices.get("data") == "imagenet" and composed.data.num_classes == 1000
-    expected = data_report.IMAGENET_1K if imagenet else ()
+    expected = findings.IMAGENET_1K if imagenet else ()
     run_job(composed, CheckDataConfig, partial(check, expected=expected))
 
 

@@ -20,10 +20,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from sbp.training import environment
-from sbp.training import forecast as forecasts
 from sbp.training.config import Config, plan_batches
-from sbp.training.forecast import PARTS, TODAY, Forecast
-from sbp.training.forecast_paper import PAPER
+from sbp.training.costs import forecast as forecasts
+from sbp.training.costs.forecast import PARTS, TODAY, Forecast
+from sbp.training.costs.forecast_paper import PAPER
 from sbp.training.table import markdown
 from scripts.launch import join_processes, run_job
 

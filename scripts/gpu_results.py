@@ -17,11 +17,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from sbp.training import benchmark_report, distributed, environment
-from sbp.training.benchmark import ARMS, benchmark
-from sbp.training.benchmark_report import write_json
+from sbp.training import distributed, environment
 from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig, Config, DataConfig, SbpConfig
-from sbp.training.forecast import Rules, forecast
+from sbp.training.costs import benchmark_report
+from sbp.training.costs.benchmark import ARMS, benchmark
+from sbp.training.costs.benchmark_report import write_json
+from sbp.training.costs.forecast import Rules, forecast
 from sbp.training.table import markdown
 
 LEFT = 3  # exit code
@@ -121,7 +122,7 @@ class BenchmarkRules(Rules):
 
 
 def check_forecast(eager: str, path: Path) -> None:
-    """Beside the peaks of the eager arms what sbp/training/forecast.py says of them, which needs no GPU."""
+    """Beside the peaks of the eager arms what sbp/training/costs/forecast.py says of them, which needs no GPU."""
     result = json.loads((path.parent / f"{eager}.json").read_text())
     settings, found = result["settings"], {}
     for name, record in result["arms"].items():

@@ -17,7 +17,6 @@ DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
 SCHEDULERS = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")  # timm's that need nothing but the step's number
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-DECODERS = ("pillow", "torchvision")
 OBJECTIVES = ("top1", "top5", "top1_ema", "val_loss", "images_per_second", "saved_bytes_per_image", "peak_allocated")
 SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
 
@@ -65,8 +64,6 @@ class DataConfig:
         root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
-    decoder: "pillow", or "torchvision", for a Pillow that was built without libjpeg-turbo. The images may differ by a
-        grey level, so it belongs to a run.
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
@@ -87,7 +84,6 @@ class DataConfig:
     crop_pct: float = 0.875
     workers: int = 4
     prefetch: int = 4
-    decoder: str = "pillow"
     shuffle: str = "full"
     max_corrupt_images: int = 100
     train_images: int = 1024
@@ -283,7 +279,7 @@ class BenchmarkDataConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """One comparison of ways to train a network; the ways are the arms in sbp/training/benchmark.py.
+    """One comparison of ways to train a network; the ways are the arms in sbp/training/costs/benchmark.py.
 
     arms: null for all that the network knows.
     batch_size: images in a step of one process.
@@ -357,7 +353,6 @@ def validate(config: Config) -> Config:
     _one_of("data.source", data.source, SOURCES)
     _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
     _one_of("recipe.scheduler", recipe.scheduler, SCHEDULERS)
-    _one_of("data.decoder", data.decoder, DECODERS)
     _one_of("data.shuffle", data.shuffle, SHUFFLES)
     _one_of("parallel", config.parallel, PARALLEL)
     _one_of("amp", config.amp, AMP)

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 import sbp
 from sbp.training import distributed, parallel, signals
-from sbp.training.data import NO_IMAGES
+from sbp.training.data.loading import NO_IMAGES
+from sbp.training.data.preprocessing import Normalize
 from sbp.training.loop import autocast
-from sbp.training.preprocessing import Normalize
 from sbp.training.status import Preempted
 
 

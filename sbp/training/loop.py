@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 import sbp
 from sbp.training import distributed, parallel, seeding, signals
-from sbp.training.data import Batch, Images
+from sbp.training.data.loading import Batch, Images
+from sbp.training.data.preprocessing import Normalize
 from sbp.training.incidents import Incidents
-from sbp.training.preprocessing import Normalize
 from sbp.training.progress import Progress
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,7 +10,7 @@ import torch
 import sbp
 from sbp.training import distributed, environment, parallel, seeding
 from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
-from sbp.training.data import (
+from sbp.training.data.loading import (
     SUBSTITUTES,
     Images,
     TrainSampler,
@@ -18,13 +18,13 @@ from sbp.training.data import (
     make_loader,
     spread_samples,
 )
+from sbp.training.data.preprocessing import Normalize, Preprocessing
+from sbp.training.data.shards import Shards
+from sbp.training.data.sources import build_datasets
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
-from sbp.training.preprocessing import Normalize, Preprocessing
 from sbp.training.probes import saved_bytes_per_image
-from sbp.training.shards import Shards
-from sbp.training.sources import build_datasets
 
 log = logging.getLogger(__name__)
 

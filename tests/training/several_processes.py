@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from sbp.training import distributed, parallel, setup
 from sbp.training.config import plan_batches
-from sbp.training.data import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
+from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
+from sbp.training.data.preprocessing import Normalize
+from sbp.training.data.sources import build_datasets
 from sbp.training.evaluation import evaluate
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_optimizer, build_scheduler
-from sbp.training.preprocessing import Normalize
 from sbp.training.probes import gradient_cosines
-from sbp.training.sources import build_datasets
 from tests.training.configs import BACKBONES, small
 
 OVERRIDES = (

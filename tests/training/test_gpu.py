@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import sbp
-from sbp.training.benchmark import ARMS, Runner
 from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.costs.benchmark import ARMS, Runner
 from sbp.training.distributed import pick_device
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
 from tests.training.configs import BACKBONES, ROOT, small

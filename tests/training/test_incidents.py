@@ -6,8 +6,9 @@ import logging
 import pytest
 import torch
 
-from sbp.training import data, loop, signals
+from sbp.training import loop, signals
 from sbp.training.checkpoint import Checkpoints, find
+from sbp.training.data import loading
 from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
 from sbp.training.probes import PeakMemory
 from sbp.training.status import Preempted, RunStatus, only_run_in, read_status
@@ -55,14 +56,14 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
 
 def test_a_batch_that_cannot_be_read_ends_the_run_after_the_step_it_was_for(tmp_path, monkeypatch):
     """In all processes together: until then a process that lacks images takes part with others."""
-    real, count = data.SeededDataset.__getitem__, 0
+    real, count = loading.SeededDataset.__getitem__, 0
 
     def unreadable(self, where):
         nonlocal count
         count += 1
-        return data.Sample(None, -1, [f"image {where[1]}"]) if count > 200 else real(self, where)
+        return loading.Sample(None, -1, [f"image {where[1]}"]) if count > 200 else real(self, where)
 
-    monkeypatch.setattr(data.SeededDataset, "__getitem__", unreadable)
+    monkeypatch.setattr(loading.SeededDataset, "__getitem__", unreadable)
     config = small("probe.every_steps=null", "micro_batch_size=8", "recipe.mixup=0.8")
     with pytest.raises(ValueError, match=r"step 6: cannot read images, nor others in their places: image \d+; image"):
         train(config, tmp_path)

@@ -18,7 +18,7 @@ from sbp.training.status import EXIT_PREEMPTED, read_status
 from sbp.training.tracking import read_metrics
 from tests.training.comparing import assert_same_run, record
 from tests.training.configs import BACKBONES, ROOT
-from tests.training.test_data import image_folders
+from tests.training.data.test_loading import image_folders
 from tests.training.wandb_side import WandbServer, offline_folders, wandb_history
 
 MOMENTS = ROOT / "tests" / "training" / "moments.py"

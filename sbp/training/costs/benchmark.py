@@ -22,10 +22,10 @@ from torch._dynamo.backends.registry import lookup_backend
 import sbp
 from sbp.training import distributed, environment, parallel
 from sbp.training.config import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
+from sbp.training.costs.release import release_model
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion
-from sbp.training.release import release_model
 
 log = logging.getLogger(__name__)
 

@@ -96,8 +96,11 @@ class Shards(Dataset):
 
 def find_shards(root: Path, split: str) -> tuple[list[Path], list[int], str]:
     """The shards of a split, how many images each has ([] if nobody says), and the `label` of `read_shard`."""
-    info: dict[str, Any] = next((json.loads((root / name).read_text()) for name in INFO if (root / name).is_file()), {})
-    splits = info.get("splits", {})
+    info = next((root / name for name in INFO if (root / name).is_file()), None)
+    try:
+        splits = {} if info is None else json.loads(info.read_text()).get("splits", {})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{info} is not as timm's: {error}") from None
     if split in splits:
         found = splits[split]
         paths = [root / name for name in found["filenames"]]

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import sbp
-from sbp.training import forecast as forecasts
 from sbp.training.config import Config
-from sbp.training.forecast import (
+from sbp.training.costs import forecast as forecasts
+from sbp.training.costs.forecast import (
     PARTS,
     RECOMPUTE,
     advice,
@@ -17,7 +17,7 @@ from sbp.training.forecast import (
     largest_micro_batch,
     with_sbp,
 )
-from sbp.training.forecast_paper import PAPER
+from sbp.training.costs.forecast_paper import PAPER
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from scripts.forecast_memory import ForecastConfig, report

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sbp import convnext, masks, vit
 from sbp.training.config import Config
-from sbp.training.forecast import CudaCasts, Rules
+from sbp.training.costs.forecast import CudaCasts, Rules
 from sbp.training.models import build_model
 
 

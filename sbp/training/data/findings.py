@@ -1,4 +1,4 @@
-"""What is wrong with a data set, from what data_check.py has seen of it."""
+"""What is wrong with a data set, from what inspection.py has seen of it."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sbp.training.config import DataConfig
-from sbp.training.data_check import Loading, Split
+from sbp.training.data.inspection import Loading, Split
 from sbp.training.table import markdown
 
 ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")  # stops or spoils training; may; does not
@@ -20,7 +20,6 @@ SHOWN = 3
 
 MARKS = {
     "unreadable": (ERROR, "that cannot be read"),
-    "fatal": (ERROR, "that cannot be read nor left out: a run ends at the first"),
     "unlabelled": (ERROR, "without a label"),
     "rotated": (
         WARNING,
@@ -179,7 +178,7 @@ def meaning(loading: Loading, images: int) -> str:
 
 def unreadable(split: Split) -> list[str]:
     """With reasons."""
-    return split.marks.get("fatal", []) + split.marks.get("unreadable", [])
+    return split.marks.get("unreadable", [])
 
 
 def conclusion(found: list[Finding]) -> str:

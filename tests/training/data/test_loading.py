@@ -7,22 +7,20 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from timm.data import create_transform
-from torchvision.io import decode_jpeg
 
 from sbp.training import seeding, setup
-from sbp.training.config import DECODERS, plan_batches
-from sbp.training.data import (
+from sbp.training.config import plan_batches
+from sbp.training.data.loading import (
     TrainSampler,
     ValidationSampler,
     make_loader,
     readable,
     spread_samples,
 )
-from sbp.training.preprocessing import Normalize, decode, train_transform, validation_transform
-from sbp.training.sources import Digits, build_datasets, build_validation_set
+from sbp.training.data.preprocessing import Normalize, decode, train_transform, validation_transform
+from sbp.training.data.sources import Digits, build_datasets, build_validation_set
 from tests.training.configs import ROOT, composed, small
 
 CPU = torch.device("cpu")
@@ -170,34 +168,7 @@ def encoded(image, kind="JPEG", **options):
     return file.getvalue()
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind", "options"),
-    [
-        ("RGB", "JPEG", {}),
-        ("RGB", "JPEG", {"quality": 95, "subsampling": 0}),
-        ("RGB", "JPEG", {"progressive": True}),
-        ("L", "JPEG", {}),
-        ("CMYK", "JPEG", {}),
-        ("RGB", "PNG", {}),
-        ("P", "PNG", {}),
-        ("RGB", "WEBP", {"lossless": True}),
-    ],
-)
-def test_both_decoders_give_the_same_image(mode, kind, options):
-    content = encoded(photograph().convert(mode), kind, **options)
-    one, other = (decode(content, decoder) for decoder in DECODERS)
-    assert one.mode == other.mode == "RGB" and one.size == other.size == (260, 200)
-    difference = np.abs(np.asarray(one).astype(int) - np.asarray(other))
-    assert difference.max() <= 2 and np.asarray(one).std() > 20
-
-
-def test_torchvision_decodes_jpegs_by_itself(monkeypatch):
-    monkeypatch.setattr(Image, "open", None)
-    assert decode(encoded(photograph()), "torchvision").size == (260, 200)
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_what_no_decoder_reads_is_unreadable_with_the_same_words_each_time(decoder):
+def test_what_cannot_be_decoded_is_said_in_the_same_words_each_time():
     jpeg = encoded(photograph())
     for content, message in [
         (jpeg[:2], "not an image"),
@@ -207,26 +178,10 @@ def test_what_no_decoder_reads_is_unreadable_with_the_same_words_each_time(decod
         (b"no image", "not an image"),
     ]:
         with pytest.raises(OSError, match=message) as first:
-            decode(content, decoder)
+            decode(content)
         with pytest.raises(OSError, match=message) as second:
-            decode(content, decoder)
+            decode(content)
         assert str(first.value) == str(second.value)
-
-
-@pytest.mark.parametrize("source", ["imagenet", "timm"])
-def test_the_decoder_of_the_config_is_used(tmp_path, monkeypatch, source):
-    for split in ("train", "val"):
-        for name in "ab":
-            (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "0.jpg").write_bytes(encoded(photograph()))
-    calls = []
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *args: calls.append(1) or decode_jpeg(*args))
-    more = ("data=timm", "data.name=folder", "data.val_split=val", "data.num_classes=2") if source == "timm" else ()
-    for decoder, count in (("pillow", 0), ("torchvision", 4)):
-        config = folder_config(tmp_path, *more, f"data.decoder={decoder}")
-        for images in build_datasets(config.data, config.recipe):
-            assert [images[i][1] for i in range(2)] == [0, 1]
-        assert len(calls) == count
 
 
 def test_random_erasing_is_of_training_only_and_repeats_with_the_seed():

@@ -1,6 +1,6 @@
 """Reads every image of a data set once, as training would, and keeps what is unusual.
 
-A mark is a kind of unusual image ("unreadable", "rotated", ...); data_report.py says what each means.
+A mark is a kind of unusual image ("unreadable", "rotated", ...); findings.py says what each means.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +29,9 @@ from tqdm import tqdm
 
 from sbp.training import signals
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.data import SUBSTITUTES, SeededDataset, make_loader
-from sbp.training.preprocessing import decode, train_transform
-from sbp.training.sources import build_datasets, image_folder, path
+from sbp.training.data.loading import SUBSTITUTES, SeededDataset, make_loader
+from sbp.training.data.preprocessing import decode, train_transform
+from sbp.training.data.sources import build_datasets, image_folder, path
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +53,10 @@ _WARM_BATCHES, _TIMED_BATCHES = 2, 16  # for each loader process
 class Facts(NamedTuple):
     """One image. problem: the image and why it cannot be read, or ""; nothing else is known then.
 
-    fatal: the problem is none that training expects, so it ends there rather than taking another image.
     size: shorter side in pixels. digest: of the file's bytes, or of the pixels where there is no file.
     """
 
     problem: str = ""
-    fatal: bool = False
     label: int = -1
     format: str = ""
     mode: str = ""
@@ -101,7 +98,7 @@ class Split:
     def add(self, facts: Facts, name: str, image_size: int) -> None:
         self.read += 1
         if facts.problem:
-            self.mark("fatal" if facts.fatal else "unreadable", facts.problem)
+            self.mark("unreadable", facts.problem)
             return
         if facts.label < 0:
             self.mark("unlabelled", name)
@@ -129,7 +126,7 @@ def open_splits(data: DataConfig, recipe: RecipeConfig) -> list[tuple[Split, Any
         opened = zip(names, build_datasets(data, recipe), strict=True)
         return [(describe(name, place, dataset), dataset) for name, dataset in opened]
     splits: list[tuple[Split, Any]] = []
-    transform = Compose([partial(decode, decoder=data.decoder), train_transform(data, recipe)])
+    transform = Compose([decode, train_transform(data, recipe)])
     for name in names:
         folder = Path(data.root or "") / name
         try:
@@ -200,8 +197,8 @@ def unusual(facts: Facts, name: str, image_size: int) -> dict[str, str]:
 class Inspection(Dataset):
     """The name and the Facts of each image; the data set's own decoder and transform give way to `look`."""
 
-    def __init__(self, dataset: Any, decoder: str) -> None:
-        dataset.transform = partial(look, decoder=decoder)
+    def __init__(self, dataset: Any) -> None:
+        dataset.transform = look
         if isinstance(dataset, ImageFolder):
             dataset.loader = _read_bytes
         elif hasattr(dataset, "decode"):
@@ -212,18 +209,15 @@ class Inspection(Dataset):
         name = path(self.dataset, index)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of broken EXIF and large images
-            try:
-                sample = self.reading[0, index]
-            except Exception as error:
-                return name, Facts(problem=f"{name} ({type(error).__name__}: {error})", fatal=True)
+            sample = self.reading[0, index]
         facts: Any = sample.image
         return name, facts._replace(label=int(sample.label)) if facts else Facts(problem=sample.unreadable[0])
 
 
-def look(image: bytes | Image.Image, decoder: str) -> Facts:
+def look(image: bytes | Image.Image) -> Facts:
     """Decodes an image file's content as training does, and raises what that raises; or takes decoded pixels."""
     if isinstance(image, bytes):
-        decode(image, decoder)
+        decode(image)
     opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
     return Facts(
         format=opened.format or "",
@@ -264,7 +258,7 @@ def read(
     indices = spread(split.length, max_images)
     split.to_read = len(indices)
     loader = DataLoader(
-        Inspection(dataset, data.decoder),
+        Inspection(dataset),
         batch_size=_PER_BATCH,
         sampler=indices,
         num_workers=data.workers,
@@ -317,22 +311,6 @@ class Loading(NamedTuple):
     cores: int
 
 
-class _Forgiving(Dataset):
-    """Any error is one that the loader expects: an image that ends training must not end the measurement."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except Exception as error:
-            raise OSError(str(error)) from error
-
-
 def loading_speed(dataset: Any, seed: int, workers: int, prefetch: int) -> Loading | None:
     """Of random images, through the data set's transform and the loader that training uses; no model runs.
 
@@ -344,7 +322,7 @@ def loading_speed(dataset: Any, seed: int, workers: int, prefetch: int) -> Loadi
     order: Any = [[(0, index) for index in batch] for batch in indices]
     options: dict[str, Any] = {"seed": seed, "workers": workers, "prefetch": prefetch, "substitutes": SUBSTITUTES}
     started, images = time.perf_counter(), 0
-    for number, batch in enumerate(make_loader(_Forgiving(dataset), order, device=torch.device("cpu"), **options), 1):
+    for number, batch in enumerate(make_loader(dataset, order, device=torch.device("cpu"), **options), 1):
         images += len(batch.labels)
         if number == at_once * _WARM_BATCHES:
             started, images = time.perf_counter(), 0

@@ -9,7 +9,6 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from sbp.training.config import DataConfig, RecipeConfig
 
@@ -35,43 +34,39 @@ class Preprocessing:
         )
 
 
-def decode(content: bytes, decoder: str = "pillow") -> Image.Image:
-    """The RGB image in an image file's content.
-
-    decoder: "pillow", or "torchvision" for JPEGs, with Pillow for all that it cannot decode. Raises what Pillow raises
-    (OSError mostly) for a damaged file.
-    """
-    if decoder == "torchvision" and content.startswith(b"\xff\xd8"):
-        from torchvision.io import ImageReadMode, decode_jpeg  # deprecated, so a later release may lack it
-
-        try:
-            return to_pil_image(decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB))
-        except RuntimeError:
-            pass  # Pillow says what is wrong, or is more lenient
+def decode(content: bytes) -> Image.Image:
+    """The RGB image in an image file's content. Raises OSError for what Pillow cannot read."""
     try:
         return Image.open(io.BytesIO(content)).convert("RGB")
     except UnidentifiedImageError:
         raise OSError("not an image") from None  # Pillow's message has an address in it, another one each time
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # SyntaxError, ValueError and others, by format
+        raise OSError(str(error)) from error
 
 
 def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
     """timm's training transform, a PIL image to uint8 (3, H, W); resizing only when `recipe.augment` is false.
 
-    `Normalize` has the rest.
+    `Normalize` has the rest. Raises ValueError for a policy that timm does not know.
     """
-    return create_transform(
-        data.image_size,
-        is_training=True,
-        use_prefetcher=True,  # leaves the images uint8
-        no_aug=not recipe.augment,
-        scale=(recipe.crop_scale, 1.0),
-        hflip=recipe.flip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        interpolation=data.interpolation,
-        mean=tuple(data.mean),  # what geometric augmentations fill with
-        std=tuple(data.std),
-    )
+    try:
+        return create_transform(
+            data.image_size,
+            is_training=True,
+            use_prefetcher=True,  # leaves the images uint8
+            no_aug=not recipe.augment,
+            scale=(recipe.crop_scale, 1.0),
+            hflip=recipe.flip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            interpolation=data.interpolation,
+            mean=tuple(data.mean),  # what geometric augmentations fill with
+            std=tuple(data.std),
+        )
+    except AssertionError as error:  # which timm raises for a policy that it does not know
+        raise ValueError(f"recipe.auto_augment={recipe.auto_augment}: {error}") from None
 
 
 def validation_transform(data: DataConfig) -> Any:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sbp.training.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
+from sbp.training.costs.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
 from sbp.training.status import write_text
 from sbp.training.table import markdown
 

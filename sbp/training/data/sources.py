@@ -1,6 +1,5 @@
 """The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.preprocessing import decode, train_transform, validation_transform
-from sbp.training.shards import Shards
+from sbp.training.data.preprocessing import decode, train_transform, validation_transform
+from sbp.training.data.shards import Shards
 
 _STREAMS = {  # timm's readers without random access, and what to do instead
     "wds": "data=webdataset data.root=FOLDER reads the same shards from a disk, by random access",
@@ -49,10 +48,10 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
         return SyntheticImages(length, data.num_classes, data.image_size, transform)
     if data.source == "folder":
         assert data.root is not None
-        return image_folder(Path(data.root) / name, data.num_classes, transform, data.decoder)
+        return image_folder(Path(data.root) / name, data.num_classes, transform)
     if data.source == "webdataset":
         assert data.root is not None
-        return Shards(Path(data.root), name, data.num_classes, transform, partial(decode, decoder=data.decoder))
+        return Shards(Path(data.root), name, data.num_classes, transform, decode)
     assert data.name is not None
     prefix = data.name.partition("/")[0].lower()
     if prefix in _STREAMS:
@@ -70,13 +69,13 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     if isinstance(dataset, ImageDataset):
         dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
         dataset.load_bytes = True
-        dataset.transform = Compose([partial(decode, decoder=data.decoder), transform])
+        dataset.transform = Compose([decode, transform])
     elif isinstance(dataset, ImageFolder):
-        dataset.loader = partial(_load, decoder=data.decoder)
+        dataset.loader = _load
     return dataset
 
 
-def image_folder(folder: Path, num_classes: int, transform: Any = None, decoder: str = "pillow") -> ImageFolder:
+def image_folder(folder: Path, num_classes: int, transform: Any = None) -> ImageFolder:
     """The images in folder/class/.
 
     Raises ValueError for a folder that is missing, empty, without class folders, of one class, or of another
@@ -94,13 +93,13 @@ def image_folder(folder: Path, num_classes: int, transform: Any = None, decoder:
     if len(classes) != num_classes:
         raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
     try:
-        return ImageFolder(str(folder), transform, loader=partial(_load, decoder=decoder))
+        return ImageFolder(str(folder), transform, loader=_load)
     except FileNotFoundError as error:  # a class without images; torchvision says which
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _load(path: str, decoder: str) -> Image.Image:
-    return decode(Path(path).read_bytes(), decoder)
+def _load(path: str) -> Image.Image:
+    return decode(Path(path).read_bytes())
 
 
 class Digits(Dataset):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from sbp.training import setup, shards
+from sbp.training import setup
 from sbp.training.config import plan_batches, validate
-from sbp.training.data import TrainSampler, ValidationSampler, make_loader, readable
-from sbp.training.shards import expand, read_shard
-from sbp.training.sources import build_datasets, build_validation_set, path
+from sbp.training.data import shards
+from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.data.shards import expand, read_shard
+from sbp.training.data.sources import build_datasets, build_validation_set, path
 from tests.training.configs import small
 
 CPU = torch.device("cpu")

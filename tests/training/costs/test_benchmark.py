@@ -10,11 +10,12 @@ import torch
 from timm.layers import PatchDropout
 
 import sbp
-from sbp.training import benchmark_report, environment
-from sbp.training.benchmark import ARMS, KINDS, PARTS, Arm, Runner, benchmark, search_largest
-from sbp.training.benchmark_report import merged, pareto, table
+from sbp.training import environment
 from sbp.training.config import BenchmarkConfig
-from sbp.training.release import release_model
+from sbp.training.costs import benchmark_report
+from sbp.training.costs.benchmark import ARMS, KINDS, PARTS, Arm, Runner, benchmark, search_largest
+from sbp.training.costs.benchmark_report import merged, pareto, table
+from sbp.training.costs.release import release_model
 from scripts import gpu_results
 from scripts.gpu_results import NETWORKS, SMALL, Slice, benchmark_config
 
