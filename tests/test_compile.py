@@ -76,6 +76,7 @@ def test_contexts_and_diagnostics_take_the_compiled_model(name):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("memory_budget", [1.0, 0.25], indirect=True)
 def test_inductor(name, memory_budget):
