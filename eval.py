@@ -43,7 +43,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     load_weights(model, fit_position_embedding(model, weights))
     batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
-    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device, prefetch=config.data.prefetch)
+    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
 
     with signals.noted():
         normalize = Normalize(config.data, config.recipe).to(device)
