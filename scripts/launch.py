@@ -30,7 +30,7 @@ from sbp.training.status import (
     EXIT_PREEMPTED,
     FolderTaken,
     Preempted,
-    is_alive,
+    is_taken,
     read_status,
     write_status,
 )
@@ -169,8 +169,8 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
             log.warning("asked to stop; the same command goes on from here")
             sys.exit(EXIT_PREEMPTED)
     requeue = Requeue()
-    before = read_status(folder)
-    if distributed.is_main() and not (before.get("state") == "running" and is_alive(before)):
+    before = None if distributed.from_main(is_taken(folder)) else read_status(folder)
+    if distributed.is_main() and before is not None:
         (folder / FAILURE).unlink(missing_ok=True)
     message = result = None  # an exception must not outlive its job: its frames hold the model
     try:
@@ -287,13 +287,13 @@ def _one_line(error: BaseException) -> str:
     return str(error)
 
 
-def _write_failure(folder: Path, message: str, before: dict[str, Any]) -> None:
+def _write_failure(folder: Path, message: str, before: dict[str, Any] | None) -> None:
     """Why this attempt failed; the first process that fails writes it, as the others fail in its wake.
 
-    before: the status before this attempt. One that says so already stays as it is, and so does that of a complete run
-    and of a run that goes on there in another process.
+    before: the status before this attempt, None where a run goes on in another process, which stays as it is. So does
+    a status that says so already, and that of a complete run.
     """
-    if before.get("state") == "running" and is_alive(before):
+    if before is None:
         return
     try:
         with (folder / FAILURE).open("x") as file:

@@ -72,6 +72,8 @@ def read_job(folder: Path) -> Job:
         detail = next(iter(failure.read_text().splitlines()), "")
     elif state in ("starting", "completed") and (summary := read_json(folder / SUMMARY)):
         state = "done"
+    elif state == "completed":  # a power failure took its summary
+        state = "killed"
     elif state == "failed":
         detail = next(iter(str(status.get("message") or "").splitlines()), "")
     elif state in ("running", "preempted"):

@@ -6,7 +6,7 @@ import pickle
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.pt"
+
+    def own(self, path: Path) -> bool:
+        return path.resolve().parent == self.folder.resolve()
 
     def save(self, step: int, content: dict[str, Any]) -> Path | None:
         """Writes a checkpoint, then removes those beyond the latest `keep`, and those of later steps: they are damaged,
@@ -124,20 +127,28 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def resume_point(resume: str, checkpoints: Checkpoints) -> dict[str, Any] | None:
+class Origin(NamedTuple):
+    """Where a run goes on from: a checkpoint, whether it is the run's own (rather than another run's), its content."""
+
+    path: Path
+    own: bool
+    content: dict[str, Any]
+
+
+def resume_point(resume: str, checkpoints: Checkpoints) -> Origin | None:
     """The checkpoint to go on from, or None to start afresh.
 
-    resume: "never", "auto" (the latest good one of this run, if any), or a path. One that is not of this run is where
-    it starts: once it has checkpoints of its own, it goes on from those. The main process chooses, the others read the
-    same file. Raises ValueError for a path without a good checkpoint, when "never" would overwrite those of an earlier
-    run, and when there are damaged ones only.
+    resume: "never", "auto" (the latest good one of this run, if any), or the path of another run's, which counts as
+    long as this run has none of its own. The main process chooses, the others read the same file.
+    Raises ValueError, on all processes, for a path without a good checkpoint, when "never" would overwrite those of an
+    earlier run, for an own checkpoint that is not the latest, and when there are damaged ones only.
     """
     path = distributed.only_main(lambda: _choose(resume, checkpoints))
     if path is None:
         return None
-    content = load(path)
+    content = distributed.together(lambda: load(path))
     log.info("resuming from %s at step %d", path, content["step"])
-    return content
+    return Origin(path, checkpoints.own(path), content)
 
 
 def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
@@ -146,14 +157,18 @@ def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
         raise ValueError(
             f"{checkpoints.folder} holds checkpoints of a run: resume=auto goes on with it; or take another run_dir"
         )
-    if resume not in ("never", "auto"):
-        path = find(Path(resume))[0]
-        if not there or path.resolve().parent == checkpoints.folder.resolve():
-            return path
-    found = None if resume == "never" else checkpoints.latest()
-    if there and found is None:
+    given = None if resume in ("never", "auto") else find(Path(resume))[0]
+    if not there:
+        return given
+    found = checkpoints.latest()
+    if found is None:
         raise ValueError(f"every checkpoint in {checkpoints.folder} is damaged: remove them to start afresh")
-    return found[0] if found else None
+    if given is not None and checkpoints.own(given) and not given.samefile(found[0]):
+        raise ValueError(
+            f"resume={resume} is an earlier checkpoint of this run, which goes on from {found[0]} with resume=auto. "
+            "To try another way from there, take another run_dir; to go back, remove the later checkpoints"
+        )
+    return found[0]
 
 
 def find(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -165,7 +165,8 @@ class Config:
 
     global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
         pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
-    resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or a checkpoint's path.
+    resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or the path of another run's
+        checkpoint to start from, where amp, recipe.lr, recipe.min_lr and recipe.clip_grad may be others.
     parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
         torchrun). The result is the same, and so are the checkpoints.
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
@@ -456,13 +457,21 @@ _FREE = (
 )
 
 
-def check_same_run(stored: Mapping[str, Any], config: Config) -> None:
-    """Raises ValueError when a checkpoint's config differs from this one in what decides the result."""
+# And those that may differ between a run and another one that starts from its checkpoint: what helps one that diverged.
+_FREE_ELSEWHERE = ("amp", "recipe.lr", "recipe.min_lr", "recipe.clip_grad")
+
+
+def check_same_run(stored: Mapping[str, Any], config: Config, own: bool = True) -> None:
+    """Raises ValueError when a checkpoint's config differs from this one in what decides the result.
+
+    own: the checkpoint is of the same run, rather than where this one starts from.
+    """
     before, now = _flat(asdict(from_dict(Config, stored))), _flat(asdict(config))
+    free = _FREE if own else _FREE + _FREE_ELSEWHERE
     changed = [
         f"{key} was {before.get(key)} and is now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{one}.") for one in free)
     ]
     if changed:
         raise ValueError(f"the checkpoint to resume from is of another run: {'; '.join(changed)}")

@@ -87,6 +87,23 @@ def only_main(job: Callable[[], T]) -> T:
     return outcome
 
 
+def together(job: Callable[[], T]) -> T:
+    """What `job()` returns on this process, when it raises ValueError on none; else that error on all of them.
+
+    The job must not exchange anything with the other processes.
+    """
+    outcome, error = None, None
+    try:
+        outcome = job()
+    except ValueError as raised:
+        error = str(raised)
+    errors = gathered(error)
+    if any(one is not None for one in errors):
+        rank = next(rank for rank, one in enumerate(errors) if one is not None)
+        raise ValueError(errors[rank] if len(set(errors)) == 1 else f"on process {rank}: {errors[rank]}")
+    return outcome  # type: ignore[return-value]
+
+
 def gathered(value: Any) -> list[Any]:
     """The value of each process, in the order of their ranks; anything that can be pickled."""
     if not dist.is_initialized():

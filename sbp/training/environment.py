@@ -15,7 +15,7 @@ def versions() -> dict[str, str]:
     That of the git checkout; in a copy without one, what SBP_COMMIT says in the environment, if anything.
     """
     found = {"python": platform.python_version()}
-    for package in ("sbp", "torch", "torchvision", "timm", "numpy"):
+    for package in ("sbp", "torch", "torchvision", "timm", "numpy", "pillow"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

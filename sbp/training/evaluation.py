@@ -58,8 +58,8 @@ def evaluate(
         images, labels, cannot = next(batches, NO_IMAGES)
         unreadable += cannot
         if parallel.is_sharded(model):  # then a pass needs all processes, those too that have no images left
-            shape = next((one for one in distributed.gathered(images.shape[1:]) if one), images.shape)
-            images = images if len(images) else torch.zeros((1, *shape), dtype=torch.uint8)
+            shape = next((one for one in distributed.gathered(images.shape[1:]) if one), None)
+            images = images if len(images) or shape is None else torch.zeros((1, *shape), dtype=torch.uint8)
         if not len(images):
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)

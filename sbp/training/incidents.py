@@ -13,7 +13,8 @@ log = logging.getLogger(__name__)
 
 CORRUPT_IMAGES = "corrupt_images.txt"
 SKIPPED_STEPS = "skipped_steps.jsonl"
-SMALLEST_SCALE = 1e-4  # from 65,536 down, each step that overflows halves it: 30 of them more than there are good ones
+SMALLEST_SCALE = 1e-4  # 30 halvings of the first one; it doubles again after 2,000 good steps in a row
+REMEDY = "What helps, from there with resume=FILE in another run_dir:"
 
 
 class Incidents:
@@ -74,7 +75,7 @@ class Incidents:
                 f"the loss is {loss} in step {step + 1}; {self.skipped_in_a_row} steps in a row had to be left out "
                 f"(max_skipped_steps={self.max_skipped_steps}). Their images ({images[0]}, ...) are in {listed}. "
                 f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. "
-                "What helps: a lower recipe.lr, recipe.clip_grad, amp=bfloat16"
+                f"{REMEDY} recipe.clip_grad=1, a lower recipe.lr, amp=bfloat16"
             )
 
     def went_well(self, step: int, scale: float) -> None:
@@ -87,7 +88,7 @@ class Incidents:
             raise ValueError(
                 f"the gradients stay infinite in float16: by step {step + 1} the loss scale has fallen to {scale:.1e}. "
                 f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. "
-                "What helps: amp=bfloat16, a lower recipe.lr"
+                f"{REMEDY} amp=bfloat16, a lower recipe.lr"
             )
 
     def figures(self) -> dict[str, float]:

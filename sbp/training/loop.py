@@ -154,7 +154,8 @@ class Trainer:
         """Goes on from what `state_dict` returned to the main process, whatever the number of processes was."""
         self.model.load_state_dict(state["state_dict"])
         parallel.load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty from a run without float16
+            self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["state_dict_ema"])
 

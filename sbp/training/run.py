@@ -30,20 +30,21 @@ class Run:
         self.device = setup.pick_device(config)
         self.peak = PeakMemory(self.device)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-        resumed = resume_point(config.resume, self.checkpoints)
-        if resumed is not None:
-            check_same_run(resumed["config"], config)
+        origin = resume_point(config.resume, self.checkpoints)
+        if origin is not None:
+            check_same_run(origin.content["config"], config, own=origin.own)
 
         self.images = setup.load_images(config, self.device)
         self.trainer = setup.build_trainer(config, self.images.order, self.device)
         limits = config.data.max_corrupt_images, config.max_skipped_steps
         self.incidents = Incidents(folder, self.checkpoints, *limits)
         self.step, self.run_id = 0, new_run_id()
-        if resumed is not None:
-            load_weights(self.trainer.model, resumed["state_dict"])  # says what does not fit; then all the rest
-            self.trainer.load_state_dict(resumed)
-            self.incidents.load_state_dict(resumed["incidents"])
-            self.step, self.run_id = resumed["step"], resumed["run_id"]
+        if origin is not None:
+            content = origin.content
+            load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
+            self.trainer.load_state_dict(content)
+            self.incidents.load_state_dict(content["incidents"])
+            self.step, self.run_id = content["step"], content["run_id"] if origin.own else self.run_id
 
         self.steps_per_epoch = self.images.order.steps_per_epoch
         self.total_steps = config.recipe.epochs * self.steps_per_epoch

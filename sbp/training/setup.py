@@ -20,7 +20,7 @@ from sbp.training.data.loading import (
 )
 from sbp.training.data.preprocessing import Normalize, Preprocessing
 from sbp.training.data.shards import Shards
-from sbp.training.data.sources import build_datasets
+from sbp.training.data.sources import build_datasets, prepare
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
@@ -63,16 +63,24 @@ class Schedule:
 def pick_device(config: Config) -> torch.device:
     """The device of this process, with the number of threads and `deterministic` set.
 
-    Raises ValueError for CUDA where there is none, or too few devices.
+    Raises ValueError, on all processes, for CUDA where there is none, or too few devices.
     """
     seeding.set_deterministic(config.deterministic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return distributed.pick_device(config.device)
+    return distributed.together(lambda: distributed.pick_device(config.device))
 
 
 def load_images(config: Config, device: torch.device) -> Images:
-    """Loaders of this process's share. Raises ValueError for data or batch sizes that cannot be trained with."""
+    """Loaders of this process's share.
+
+    Raises ValueError, on all processes, for data or batch sizes that cannot be trained with.
+    """
+    distributed.only_main(lambda: prepare(config.data))
+    return distributed.together(lambda: _load_images(config, device))
+
+
+def _load_images(config: Config, device: torch.device) -> Images:
     plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
     train_set, validation_set = build_datasets(config.data, config.recipe)
     shards = train_set.counts if isinstance(train_set, Shards) and config.data.shuffle == "shards" else None

@@ -112,6 +112,18 @@ def only_run_in(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether another process is in `only_run_in(folder)`. The one that is must not ask: it would lose its lock."""
+    try:
+        with (folder / LOCK).open("r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
+
+
 def write_status(folder: Path, state: str, **facts: Any) -> None:
     """Replaces the folder's status.json. Where that fails there is a warning."""
     writer = {
@@ -160,8 +172,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_text(path: Path, text: str) -> None:
     """Replaces a file as a whole: whatever stops the process or the machine, it holds the old text or the new one."""
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

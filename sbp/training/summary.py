@@ -23,9 +23,9 @@ def record_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 def finished(folder: Path, config: Config) -> dict[str, Any] | None:
     """The summary of a run that is complete in this folder, on all processes alike, else None.
 
-    With config.resume other than "auto" always None. Raises ValueError when it is a run with other settings.
+    With config.resume="never" always None. Raises ValueError when it is a run with other settings.
     """
-    if config.resume != "auto":
+    if config.resume == "never":
         return None
     summary: dict[str, Any] = distributed.only_main(
         lambda: read_json(folder / SUMMARY) if read_status(folder).get("state", "completed") == "completed" else {}

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import wandb
 
 from sbp.training.config import LoggerConfig
-from sbp.training.status import write_text
+from sbp.training.status import read_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,14 @@ class Tracker:
             return
         record = {"step": step, **figures}
         self._unwritten += json.dumps(record) + "\n"
+        size = self.path.stat().st_size if self.path.is_file() else 0
         try:
             with self.path.open("a") as file:
                 file.write(self._unwritten)
             self._unwritten = ""
-        except OSError as error:  # a full disk; the next call tries again, on a new line after what may be half of one
+        except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
-            self._unwritten = "\n" + self._unwritten.lstrip("\n")
+            os.truncate(self.path, size)
         self._try("log", lambda: self._run.log(record))
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
@@ -102,7 +103,7 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without a line that an interruption cut off; [] when there is no file."""
     records = []
-    for line in filter(None, path.read_text().splitlines() if path.is_file() else []):
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -172,8 +173,7 @@ def _log_lacking(run: Any, sent: Path, records: Sequence[Mapping[str, Any]]) -> 
     be empty: the newest offline run is the one to upload.
     """
     there, first = run.starting_step, 0
-    if there and sent.is_file():
-        before = json.loads(sent.read_text())
+    if there and (before := read_json(sent)):
         first = max(0, min(len(records), before["first"] + there - before["there"]))
     if not run.offline:
         write_text(sent, json.dumps({"there": there, "first": first}))

@@ -13,6 +13,7 @@ import pytest
 from sbp.training.checkpoint import find
 from sbp.training.status import read_status
 from tests.training.configs import BACKBONES, ROOT
+from tests.training.data.test_loading import image_folders
 
 TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
 SWEEP = ROOT / "tests" / "scripts" / "sweep.py"
@@ -72,6 +73,17 @@ def test_failed_jobs_leave_no_model_and_the_next_start_does_the_rest(tmp_path):
     assert (tmp_path / "sweep" / "table.md").read_text().count("recipe.epochs was 20 and is now 7") == 2
     result = run(SWEEP, "-m", "seed=0,3", "run_dir=sweep", folder=tmp_path)
     assert result.returncode == 0 and begun(result) == []  # no failure from before, and the runs are as they were
+
+
+def test_what_only_one_process_cannot_find_ends_the_job_in_all_of_them(tmp_path):
+    image_folders(tmp_path / "0")
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
+    data = ("data=imagenet", "data.num_classes=2", "data.image_size=32", "data.root=${oc.env:RANK}", "data.workers=0")
+    result = run(*launch, "-m", *TINY, *data, "seed=1,2", "global_batch_size=2", "run_dir=sweep", folder=tmp_path)
+    assert result.returncode == 1
+    for seed in (1, 2):
+        failure = (tmp_path / "sweep" / f"seed-{seed}" / "failure.txt").read_text()
+        assert failure.startswith("on process 1: no folder 1/train"), result.stderr
 
 
 @pytest.mark.parametrize(("seeds", "code"), [("4,0", 130), ("5,0", 75)], ids=["Ctrl-C", "signal between jobs"])

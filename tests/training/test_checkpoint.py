@@ -108,10 +108,14 @@ def test_where_a_run_starts(tmp_path):
     assert resume_point("never", checkpoints) is None and resume_point("auto", checkpoints) is None
     path = checkpoints.save(3, CONTENT)
     for resume in ("auto", str(path), str(tmp_path), str(tmp_path / "checkpoints")):
-        assert resume_point(resume, checkpoints)["step"] == 3
+        assert resume_point(resume, checkpoints)[:2] == (path, True)
     other = Checkpoints(tmp_path / "other").save(9, CONTENT | {"step": 9})
-    assert resume_point(str(other), checkpoints)["step"] == 3  # a restart of a run that began there
-    assert resume_point(str(other), Checkpoints(tmp_path / "new"))["step"] == 9
+    assert resume_point(str(other), checkpoints).content["step"] == 3  # a restart of a run that began there
+    assert resume_point(str(other), Checkpoints(tmp_path / "new"))[:2] == (other, False)
+    checkpoints.save(4, CONTENT)
+    with pytest.raises(ValueError, match=r"is an earlier checkpoint of this run, which goes on from .*step-00000004"):
+        resume_point(str(path), checkpoints)
+    checkpoints.path(4).unlink()
     with pytest.raises(ValueError, match="resume=auto goes on"):
         resume_point("never", checkpoints)
     with pytest.raises(ValueError, match="no checkpoint"):
@@ -119,6 +123,8 @@ def test_where_a_run_starts(tmp_path):
     DAMAGES["truncated"](path)
     with pytest.raises(ValueError, match="no good checkpoint"):
         resume_point(str(tmp_path), checkpoints)
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
+        resume_point("auto", checkpoints)
 
 
 @pytest.mark.parametrize(

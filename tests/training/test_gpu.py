@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import sbp
+from sbp.training import setup
 from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.costs.benchmark import ARMS, Runner
@@ -54,10 +55,31 @@ def test_a_training_step_never_waits_for_the_device(network, arm):
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_a_step_of_a_run_waits_for_its_loss_alone():
+    """From uint8 images in pinned memory on: normalisation, erasing, mixup, gradients, clipping, averages."""
+    random = ("recipe.mixup=0.8", "recipe.ema_decay=0.9", "recipe.augment=true", "recipe.random_erasing=0.5")
+    config = small("device=cuda", "amp=bfloat16", "recipe.clip_grad=1", "channels_last=true", *random)
+    device = pick_device("cuda")
+    images = setup.load_images(config, device)
+    trainer = setup.build_trainer(config, images.order, device)
+    batch = next(iter(images.train))
+    assert batch.images.is_pinned() and batch.images.dtype == torch.uint8
+    for step in range(2):
+        trainer.step(step, [batch[:2]])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss = trainer.backward(2, [batch[:2]])
+        trainer.update(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.read() > 0
+
+
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_with_deterministic_algorithms_a_resumed_run_is_bitwise_the_same(tmp_path, backbone, amp):
     random = ("backbone.drop_path=0.1", "sbp.mask=random", "recipe.mixup=0.8", "recipe.ema_decay=0.9")
+    random += ("recipe.augment=true", "recipe.random_erasing=0.5", "channels_last=true")
     saved = ("checkpoint.every_steps=4", "checkpoint.keep=20", "probe.every_steps=6", "probe.images=8")
     config = small("device=cuda", "deterministic=true", f"amp={amp}", *random, *saved, backbone=backbone)
     whole, rest = tmp_path / "whole", tmp_path / "rest"

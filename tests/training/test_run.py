@@ -143,6 +143,19 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
     assert_equal(dict(find(tmp_path)[1]["state_dict"]), dict(before))
 
 
+def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_diverged(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    train(small("probe.every_steps=null", "checkpoint.every_steps=20", "checkpoint.keep=9"), one)
+    start = Checkpoints(one / "checkpoints").path(20)
+    overrides = ("probe.every_steps=null", f"resume={start}", "recipe.lr=1e-4", "recipe.clip_grad=1", "amp=float16")
+    train(small(*overrides), other)
+    assert min(line["step"] for line in record(other)) > 20 and record(other)[0]["lr"] < 1e-4
+    content = find(other)[1]
+    assert content["step"] == 44 and content["run_id"] != find(one)[1]["run_id"] and content["scaler"]
+    with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
+        train(small(f"resume={start}", "sbp.keep_ratio=0.25"), tmp_path / "third")
+
+
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     config = small("amp=float16", "recipe.ema_decay=0.9")
     images = setup.load_images(config, CPU)

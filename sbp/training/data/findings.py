@@ -116,7 +116,7 @@ def _of_ignored(split: Split) -> Finding:
 
 def _consequence(training: bool, count: int, allowed: int) -> str:
     if not training:
-        return "; evaluation stops at the first"
+        return "; evaluation fails"
     if count > allowed:
         return f"; training stops, as they are more than data.max_corrupt_images={allowed}"
     return f"; in training another takes the place of each (up to data.max_corrupt_images={allowed})"

@@ -13,6 +13,7 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,6 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
-
-from sbp.training import distributed
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +47,7 @@ class Shards(Dataset):
 
     split: a pattern of file names in root, with {0000..1023} or wildcards, or the name of a split in root/_info.json.
     Raises ValueError for shards that are missing, compressed or not whole, for an image without a label, and when the
-    classes are not 0 to num_classes - 1. Several processes have to make one together.
+    classes are not 0 to num_classes - 1.
     """
 
     def __init__(
@@ -61,8 +60,7 @@ class Shards(Dataset):
     ) -> None:
         self.transform, self.decode = transform, decode
         self.shards, counts, label = find_shards(root, split)
-        distributed.only_main(lambda: _indexed(self.shards, label) and None)  # one reads, then all find what it wrote
-        self.index = _indexed(self.shards, label)
+        self.index = indexed(self.shards, label)
         self.counts = np.bincount(self.index.shard, minlength=len(self.shards))  # images in each shard
         for shard, count, expected in zip(self.shards, self.counts, counts or self.counts, strict=True):
             if count != expected:
@@ -82,7 +80,7 @@ class Shards(Dataset):
         return self.transform(self.decode(content)), int(self.index.label[index])
 
     def filename(self, index: int, absolute: bool = False) -> str:
-        """shard:member, as `tar --extract --file shard member` takes them."""
+        """shard:member, as `tar --extract --file shard member` takes them; of a long name the first 100 characters."""
         shard = self.shards[self.index.shard[index]]
         header = self._read(index, self.index.offset[index] - _HEADER, _HEADER)
         member = header[:100].rstrip(b"\0").decode(errors="replace")
@@ -130,7 +128,7 @@ def _matching(root: Path, name: str) -> list[Path]:
     return sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
 
 
-def _indexed(shards: list[Path], label: str) -> Index:
+def indexed(shards: list[Path], label: str) -> Index:
     """The index of these shards: from a file if there is one and no shard has changed, else read and written there."""
     stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)])
     name = hashlib.sha256("\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode()).hexdigest()[:16]
@@ -161,9 +159,11 @@ def _indexed(shards: list[Path], label: str) -> Index:
 def _read_headers(shards: list[Path], label: str, stamps: np.ndarray) -> Index:
     log.info("reading the headers of %d shards in %s, once", len(shards), shards[0].parent)
     found: list[tuple[int, int, int, int]] = []
-    bar = tqdm(shards, "headers of the shards", unit="shard", leave=False, disable=None)
-    for number, shard in enumerate(bar):
-        found += [(number, *image) for image in read_shard(shard, label)]
+    with ThreadPoolExecutor(16) as pool:  # which wait for the disk, not for each other
+        read = pool.map(lambda shard: read_shard(shard, label), shards)
+        bar = tqdm(read, "headers of the shards", len(shards), unit="shard", leave=False, disable=None)
+        for number, images in enumerate(bar):  # disable=None: no bar in a log file
+            found += [(number, *image) for image in images]
     shard_number, offset, size, labels = np.array(found, dtype=np.int64).reshape(-1, 4).T
     return Index(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps)
 

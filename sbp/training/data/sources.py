@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform
-from sbp.training.data.shards import Shards
+from sbp.training.data.shards import Shards, find_shards, indexed
 
 _STREAMS = {  # timm's readers without random access, and what to do instead
     "wds": "data=webdataset data.root=FOLDER reads the same shards from a disk, by random access",
@@ -32,6 +32,13 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
         only = min(set(train.classes) ^ set(val.classes))
         raise ValueError(f"{train.root} and {val.root} have different classes: {only} is in one of them only")
     return train, val
+
+
+def prepare(data: DataConfig) -> None:
+    """What one process does before all of them open the data sets: finds where the images lie in tar shards."""
+    if data.source == "webdataset":
+        for split in (data.train_split, data.val_split):
+            indexed(*find_shards(Path(data.root or ""), split)[::2])
 
 
 def build_validation_set(data: DataConfig) -> Dataset:
