@@ -187,18 +187,16 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
         _leave(EXIT_INTERRUPTED)
     except FolderTaken as error:  # whatever is written there is the other process's
         message = str(error)
-    except (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError) as error:
-        message = _one_line(error)  # the same on all processes, unless one ran out of memory
-        _write_failure(folder, _on_this_process(message) if _of_one_process(error) else message, before)
-        if distributed.world_size() > 1 and _of_one_process(error):
-            _leave(1, f"error: {_on_this_process(message)}{_ALONE if sweeping else ''}")
     except Exception as error:
-        message = f"{type(error).__name__}: {_one_line(error)}"
-        _write_failure(folder, _on_this_process(message), before)
-        if distributed.world_size() > 1:
-            told = f"error: {_on_this_process(message)}{_ALONE}" if sweeping else traceback.format_exc()
-            _leave(1, told)
-        if not sweeping:
+        foreseen = isinstance(error, _FORESEEN)
+        alone = not foreseen or _ran_out_of_memory(error)  # else all processes end with the same error
+        message = _one_line(error) if foreseen else f"{type(error).__name__}: {_one_line(error)}"
+        told = _on_this_process(message) if alone else message
+        _write_failure(folder, told, before)
+        if alone and distributed.world_size() > 1:
+            told = f"error: {told}{_ALONE if sweeping else ''}"
+            _leave(1, told if foreseen or sweeping else traceback.format_exc())
+        if not (foreseen or sweeping):
             raise
     finally:
         if sweeping and distributed.is_main():
@@ -247,6 +245,7 @@ def _done(folder: Path) -> str:
     return job.status if top1 is None else f"{job.status}, top-1 {top1:.2f} %"
 
 
+_FORESEEN = (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError)
 _ALONE = (
     "\nunder one torchrun the other processes cannot go on without this one: the sweep ends here. With processes=N in "
     "place of torchrun each job has its own, and fails alone"
@@ -273,7 +272,7 @@ def _leave(code: int, message: str = "") -> NoReturn:
     os._exit(code)
 
 
-def _of_one_process(error: BaseException) -> bool:
+def _ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__cause__, torch.OutOfMemoryError)
 
 

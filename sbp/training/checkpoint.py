@@ -41,8 +41,8 @@ class Checkpoints:
         return path.resolve().parent == self.folder.resolve()
 
     def save(self, step: int, content: dict[str, Any]) -> Path | None:
-        """Writes a checkpoint, then removes those beyond the latest `keep`, and those of later steps: they are damaged,
-        or what the run had done before it was sent back.
+        """Writes a checkpoint, then removes those beyond the latest `keep`, and those of later steps, which the run has
+        not gone on from: they are damaged.
 
         Where it cannot be written (a full disk), that is a warning, the others stay, and None is returned.
         Raises ValueError when a weight is not finite: then nothing is written.

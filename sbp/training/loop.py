@@ -88,18 +88,22 @@ class Trainer:
                 self.scaler.scale(loss / self.accumulation).backward()
         return mean
 
-    def update(self, step: int) -> None:
-        """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones."""
+    def update(self, step: int) -> float:
+        """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones.
+
+        Returns the scale of the next loss: 1 but in float16, where a gradient that was not finite has halved it.
+        """
         if self.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        scale = self.scaler.get_scale()
+        before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        skipped = self.scaler.get_scale() < scale  # the gradient was not finite, so the weights are as before
-        if self.ema is not None and not skipped:
+        scale = self.scaler.get_scale()
+        if self.ema is not None and scale >= before:  # else the weights are as before
             self.ema.update(self.model, step=step + 1)
+        return scale
 
     def skip(self) -> None:
         """Forgets the gradients: the weights stay, only the schedule goes on."""
@@ -212,8 +216,7 @@ def train_epoch(
             trainer.skip()
             incidents.left_out(step, loss, images.names(step))
         else:
-            trainer.update(step)
-            incidents.went_well(step, trainer.scaler.get_scale())
+            incidents.went_well(step, trainer.update(step))
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):

@@ -35,9 +35,7 @@ def noted() -> Iterator[None]:
 def listen() -> dict[signal.Signals, Any]:
     """Notes signals from now on; returns who got them before, {} where nothing changes."""
     global _owner
-    if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
-        return {}
-    if listening():
+    if listening() or threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
         return {}
     remember(None)
     _owner = os.getpid()

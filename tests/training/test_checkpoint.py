@@ -54,7 +54,7 @@ def test_the_latest_few_stay(tmp_path):
     assert [path.name for path in checkpoints.paths()] == ["step-00000015.pt", "step-00000100.pt"]
 
 
-def test_later_ones_go_when_the_run_was_sent_back_or_they_are_damaged(tmp_path):
+def test_later_ones_that_the_run_did_not_go_on_from_are_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (20, 30, 40):
         Checkpoints(tmp_path, keep=3).save(step, CONTENT)

@@ -12,7 +12,7 @@ import time
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from sbp.training import signals
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.data.loading import SUBSTITUTES, SeededDataset, make_loader
+from sbp.training.data.loading import SUBSTITUTES, SeededDataset, make_loader, spread
 from sbp.training.data.preprocessing import decode, train_transform
 from sbp.training.data.sources import build_datasets, image_folder, path
 
@@ -234,13 +234,6 @@ def _orientation(image: Image.Image) -> int:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # Pillow raises several for broken EXIF, which training does not read
         return 1
-
-
-def spread(length: int, count: int | None) -> Sequence[int]:
-    """`count` indices at equal distances; all of them when there are fewer, or for None."""
-    if count is None or count >= length:
-        return range(length)
-    return [int(index) for index in np.linspace(0, length - 1, count).round()]
 
 
 def read(

@@ -226,15 +226,21 @@ def readable(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch.images, batch.labels
 
 
+def spread(length: int, count: int | None) -> Sequence[int]:
+    """`count` indices at equal distances; all of them when there are fewer, or for None."""
+    if count is None or count >= length:
+        return range(length)
+    return [int(index) for index in np.linspace(0, length - 1, count).round()]
+
+
 def spread_samples(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """`count` images and labels at equal distances in the data set (all of it when it has fewer).
 
     Others take the places of unreadable ones. Raises ValueError where those cannot be read either.
     """
-    length = len(dataset)  # type: ignore[arg-type]
     seeded = SeededDataset(dataset, seed, SUBSTITUTES)
-    indices = np.linspace(0, length - 1, min(count, length)).round().astype(int)
-    batch = collate([seeded[0, int(index)] for index in indices])
+    indices = spread(len(dataset), count)  # type: ignore[arg-type]
+    batch = collate([seeded[0, index] for index in indices])
     if len(batch.images) < len(indices):
         raise ValueError(f"cannot read images, nor others in their places: {'; '.join(batch.unreadable)}")
     return batch.images, batch.labels

@@ -38,7 +38,8 @@ def prepare(data: DataConfig) -> None:
     """What one process does before all of them open the data sets: finds where the images lie in tar shards."""
     if data.source == "webdataset":
         for split in (data.train_split, data.val_split):
-            indexed(*find_shards(Path(data.root or ""), split)[::2])
+            shards, _, label = find_shards(Path(data.root or ""), split)
+            indexed(shards, label)
 
 
 def build_validation_set(data: DataConfig) -> Dataset:

@@ -19,7 +19,8 @@ from torch.utils.data import Dataset
 from sbp.training.config import DataConfig
 from sbp.training.data import inspection
 from sbp.training.data.findings import IMAGENET_1K, findings, meaning
-from sbp.training.data.inspection import Split, describe, loading_speed, read, spread
+from sbp.training.data.inspection import Split, describe, loading_speed, read
+from sbp.training.data.loading import spread
 from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import ROOT, composed
 
