@@ -5,7 +5,7 @@ the dropped ones is saved (Fang et al., "An In-depth Study of Stochastic Backpro
 """
 
 from sbp import masks
-from sbp.diagnostics import GradientCosine, gradient_cosine
+from sbp.diagnostics import GradientCosine, compare_gradients, gradient, gradient_cosine
 from sbp.flops import Flops, count_flops
 from sbp.functional import keep_gradient
 from sbp.memory import saved_bytes
@@ -25,10 +25,12 @@ __all__ = [
     "Flops",
     "GradientCosine",
     "apply",
+    "compare_gradients",
     "count_flops",
     "disabled",
     "effective_keep_ratio",
     "fixed_mask",
+    "gradient",
     "gradient_cosine",
     "hold_mask",
     "keep_gradient",

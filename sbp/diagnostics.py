@@ -12,16 +12,21 @@ from torch.nn.parallel import DistributedDataParallel
 from sbp.patch import disabled
 from sbp.state import states
 
+Gradient = dict[str, Tensor | None]  # by timm's own names; None where the loss does not depend on a parameter
+
 
 @dataclass(frozen=True)
 class GradientCosine:
-    """Cosine similarity of the SBP gradient to the exact one, in [-1, 1].
+    """How near one gradient is to another, such as that of SBP to the exact one.
 
-    total: of all parameters together. per_layer: of each block, downsampling layer and other part by itself.
+    total: cosine similarity of all parameters together, in [-1, 1]. per_layer: of each block, downsampling layer and
+    other part by itself. norm_ratio, norm_ratio_per_layer: the length of the one over that of the other.
     """
 
     total: float
     per_layer: dict[str, float]
+    norm_ratio: float
+    norm_ratio_per_layer: dict[str, float]
 
 
 def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> GradientCosine:
@@ -36,39 +41,58 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
     own = states(model)
     if not model.training:
         raise ValueError("gradient_cosine needs training mode: in evaluation mode nothing is dropped")
-    named = {name: p for name, p in _plain_names(model) if p.requires_grad}
-    if not named:
-        raise ValueError("gradient_cosine needs a gradient: no parameter of the model requires one")
-    parameters = list(named.values())
-
-    def gradient() -> Sequence[Tensor | None]:
-        with _undisturbed(model), torch.enable_grad():
-            if any(isinstance(p, DTensor) for p in parameters):
-                return _sharded_gradient(compute_loss, parameters)
-            return torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
-
     before = [(state.draw, state.current) for state in own]
     try:
-        kept = gradient()
+        kept = gradient(model, compute_loss)
         with disabled(model):
-            full = gradient()
+            full = gradient(model, compute_loss)
     finally:
         for state, (draw, current) in zip(own, before, strict=True):
             state.draw, state.current = draw, current
+    return compare_gradients(kept, full)
 
-    products: dict[str, Tensor] = {}  # layer -> (kept * full, kept * kept, full * full)
-    for name, a, b in zip(named, kept, full, strict=True):
-        if a is None or b is None:
+
+def gradient(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gradient:
+    """The gradient of `compute_loss()`, a scalar that the model, patched or not, gives.
+
+    Gradients, buffers and random number generators are left as they were; masks are drawn. Raises ValueError when no
+    parameter requires a gradient.
+    """
+    named = {name: p for name, p in _plain_names(model) if p.requires_grad}
+    if not named:
+        raise ValueError("there is no gradient to compare: no parameter of the model requires one")
+    parameters = list(named.values())
+    with _undisturbed(model), torch.enable_grad():
+        if any(isinstance(p, DTensor) for p in parameters):
+            found: Sequence[Tensor | None] = _sharded_gradient(compute_loss, parameters)
+        else:
+            found = torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
+    return dict(zip(named, found, strict=True))
+
+
+def compare_gradients(one: Gradient, other: Gradient) -> GradientCosine:
+    """`one` as seen from `other`, two gradients of the same model, over the parameters for which both have one."""
+    products: dict[str, Tensor] = {}  # layer -> (one * other, one * one, other * other)
+    for name, x in one.items():
+        y = other[name]
+        if x is None or y is None:
             continue
-        a, b = _whole(a).double(), _whole(b).double()
+        a, b = _whole(x).double(), _whole(y).double()
         three = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
         layer = _layer_of(name)
         products[layer] = products[layer] + three if layer in products else three
     table = torch.stack([*products.values(), torch.stack(list(products.values())).sum(0)])
-    lengths = (table[:, 1] * table[:, 2]).sqrt()
-    equal = (table[:, 1] == table[:, 2]).double()  # where there is no gradient: 1 when neither has one, else 0
-    cosines = torch.where(lengths > 0, table[:, 0] / lengths, equal).tolist()
-    return GradientCosine(cosines[-1], dict(zip(products, cosines, strict=False)))
+    product, first, second = table.unbind(1)
+    lengths = (first * second).sqrt()
+    equal = (first == second).double()  # where there is no gradient: 1 when neither has one, else 0
+    cosines = torch.where(lengths > 0, product / lengths, equal).tolist()
+    ratios = torch.where(first == second, 1.0, (first / second).sqrt()).tolist()  # inf where the other has none
+    return GradientCosine(
+        cosines[-1],
+        dict(zip(products, cosines, strict=False)),
+        ratios[-1],
+        dict(zip(products, ratios, strict=False)),
+    )
 
 
 def _sharded_gradient(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor | None]:

@@ -36,6 +36,28 @@ def test_cosines_are_those_of_the_two_gradients(make):
         ours, exact = flat(model, compute(model), layer_names), flat(plain, compute(plain), layer_names)
         assert cosine == pytest.approx(float(nn.functional.cosine_similarity(ours, exact, 0)), abs=1e-12)
         assert 0 < cosine < 1
+    assert found.norm_ratio == pytest.approx(float(ours_norm(model, plain, names)), abs=1e-12)
+    assert found.norm_ratio_per_layer.keys() == found.per_layer.keys()
+
+
+def ours_norm(model, plain, names):
+    sbp.set_draw(model, 0)
+    return flat(model, compute(model), names).norm() / flat(plain, compute(plain), names).norm()
+
+
+@make
+def test_gradients_of_other_losses_compare_as_well(make):
+    """Those of parts of a batch: their mean is that of the batch."""
+    model = make()
+    x = images(32 if make is small_vit else 64)[:2]
+    parts = [sbp.gradient(model, lambda p=p: model(p).square().mean()) for p in (x[:1], x[1:])]
+    whole = sbp.gradient(model, lambda: model(x).square().mean())
+    mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in whole}
+    found = sbp.compare_gradients(mean, whole)
+    assert found.total == pytest.approx(1, abs=1e-12) and found.norm_ratio == pytest.approx(1, abs=1e-12)
+    assert sbp.compare_gradients(parts[0], whole).total < 1
+    doubled = {name: 2 * grad for name, grad in whole.items()}
+    assert set(sbp.compare_gradients(doubled, whole).norm_ratio_per_layer.values()) == {2.0}
 
 
 @make
@@ -59,7 +81,7 @@ def test_keep_ratio_1_has_a_cosine_of_1(make):
 def test_no_gradient_at_all_is_no_difference():
     model = sbp.apply(small_vit())
     found = sbp.gradient_cosine(model, lambda: model(images()).sum() * 0)
-    assert found.total == 1 and set(found.per_layer.values()) == {1.0}
+    assert found.total == found.norm_ratio == 1 and set(found.per_layer.values()) == {1.0}
 
 
 @make

@@ -95,7 +95,8 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> f
 
 
 def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int) -> dict[str, float]:
-    """gradient_cosine/total and gradient_cosine/<layer> on these images, with mask number `draw` of the main process.
+    """gradient_cosine/total, gradient_cosine/<layer> and gradient_norm_ratio (of the gradient with SBP to the exact
+    one) on these images, with mask number `draw` of the main process.
 
     A sharded model needs all processes for it, with the same images; else any one can do it alone. What is found
     depends on the weights, the images, the run's seed and `draw` only.
@@ -116,4 +117,4 @@ def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int
         cosine = sbp.gradient_cosine(trainer.model, loss)
     sbp.load_mask_state(trainer.model, own)
     layers = {f"gradient_cosine/{name}": value for name, value in cosine.per_layer.items()}
-    return {"gradient_cosine/total": cosine.total} | layers
+    return {"gradient_cosine/total": cosine.total, "gradient_norm_ratio": cosine.norm_ratio} | layers
