@@ -25,11 +25,17 @@ T = TypeVar("T")
 
 @dataclass
 class BackboneConfig:
-    """A timm model. kwargs go to `timm.create_model` as they are."""
+    """A timm model. kwargs go to `timm.create_model` as they are.
+
+    pretrained: the weights that training starts from: a file (of timm, of train.py, or of the network's authors),
+        "timm" for timm's default ones, or one of its tags or full names, such as augreg_in21k_ft_in1k or
+        vit_tiny_patch16_224.augreg_in21k_ft_in1k. Not read again when a run goes on; null for random weights.
+    """
 
     name: str = "???"  # has to be given
     drop_path: float = 0.0
     kwargs: dict[str, Any] = field(default_factory=dict)
+    pretrained: str | None = None
 
 
 @dataclass
@@ -97,6 +103,8 @@ class RecipeConfig:
 
     lr: the peak learning rate at a global batch of lr_base_batch_size, scaled linearly to the actual one;
         absolute when lr_base_batch_size is null.
+    layer_decay: the learning rate of each layer is that of the next one times this, counted from the classifier down
+        to the stem, each block a layer; null for one rate.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
     mixup, cutmix: alphas, 0 for none.
@@ -108,6 +116,7 @@ class RecipeConfig:
     lr: float = 4e-3
     lr_base_batch_size: int | None = None
     weight_decay: float = 0.05
+    layer_decay: float | None = None
     scheduler: str = "cosine"
     warmup_epochs: int = 20
     warmup_lr: float = 1e-6
@@ -391,6 +400,8 @@ def validate(config: Config) -> Config:
         )
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
         raise ValueError(f"recipe.ema_decay must be null or lie in (0, 1), got {recipe.ema_decay}")
+    if recipe.layer_decay is not None and not 0 < recipe.layer_decay <= 1:
+        raise ValueError(f"recipe.layer_decay must be null or lie in (0, 1], got {recipe.layer_decay}")
     for key in ("label_smoothing", "flip", "random_erasing", "mixup_switch"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")

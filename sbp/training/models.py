@@ -1,5 +1,7 @@
 """timm models by name, with SBP."""
 
+from typing import Any
+
 import timm
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -14,16 +16,7 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
     Raises ValueError for a name or argument that timm does not know, for an image size that the model cannot
     take, and for SBP settings that do not fit the model.
     """
-    if not timm.is_model(backbone.name):
-        family = backbone.name.split("_")[0]
-        near = ", ".join(timm.list_models(f"*{family}*")[:8]) or "see timm.list_models()"
-        raise ValueError(f"backbone.name={backbone.name} is no timm model; near it: {near}")
-    try:
-        model = timm.create_model(
-            backbone.name, num_classes=num_classes, drop_path_rate=backbone.drop_path, **backbone.kwargs
-        )
-    except TypeError as error:
-        raise ValueError(f"timm cannot make {backbone.name} with {backbone.kwargs}: {error}") from None
+    model = create(backbone, num_classes)
     _check_image_size(model, image_size)
     if settings.enabled:
         sbp.apply(
@@ -38,6 +31,25 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
             recompute=settings.recompute,
         )
     return model
+
+
+def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, **options: Any) -> nn.Module:
+    """The plain timm model. name: in place of the backbone's, with another tag. Raises ValueError as `build_model`."""
+    name = backbone.name if name is None else name
+    check_name(name)
+    arguments = {"num_classes": num_classes, "drop_path_rate": backbone.drop_path} | options
+    try:
+        return timm.create_model(name, **arguments, **backbone.kwargs)
+    except TypeError as error:
+        raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {error}") from None
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that timm does not know."""
+    if not timm.is_model(name):
+        family = name.split("_")[0]
+        near = ", ".join(timm.list_models(f"*{family}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"backbone.name={name} is no timm model; near it: {near}")
 
 
 def fit_position_embedding(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,9 +13,18 @@ from sbp.training.config import RecipeConfig
 
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimizer:
-    """Without weight decay on norms, biases, layer scale, class token and position embedding."""
+    """Without weight decay on norms, biases, layer scale, class token and position embedding.
+
+    With recipe.layer_decay a parameter group for each layer, as timm counts them, whose lr_scale the scheduler heeds.
+    """
     try:
-        return create_optimizer_v2(model, opt=recipe.optimizer, lr=lr, weight_decay=recipe.weight_decay)
+        return create_optimizer_v2(
+            model,
+            opt=recipe.optimizer,
+            lr=lr,
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+        )
     except ValueError as error:
         raise ValueError(f"recipe.optimizer={recipe.optimizer}: {error}") from None
 

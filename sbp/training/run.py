@@ -12,6 +12,7 @@ from sbp.training.config import Config, check_same_run
 from sbp.training.evaluation import evaluate
 from sbp.training.incidents import Incidents
 from sbp.training.loop import Step, train_epoch
+from sbp.training.pretrained import starting_weights
 from sbp.training.probes import PeakMemory, gradient_cosines
 from sbp.training.progress import Progress
 from sbp.training.status import Preempted, RunStatus
@@ -33,9 +34,10 @@ class Run:
         origin = resume_point(config.resume, self.checkpoints)
         if origin is not None:
             check_same_run(origin.content["config"], config, own=origin.own)
+        weights = starting_weights(config.backbone, config.data) if origin is None else None
 
         self.images = setup.load_images(config, self.device)
-        self.trainer = setup.build_trainer(config, self.images.order, self.device)
+        self.trainer = setup.build_trainer(config, self.images.order, self.device, weights)
         limits = config.data.max_corrupt_images, config.max_skipped_steps
         self.incidents = Incidents(folder, self.checkpoints, *limits)
         self.step, self.run_id = 0, new_run_id()

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sbp
 from sbp.training import distributed, environment, parallel, seeding
@@ -24,6 +25,7 @@ from sbp.training.data.sources import build_datasets, prepare
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
+from sbp.training.pretrained import load_starting_weights
 from sbp.training.probes import saved_bytes_per_image
 
 log = logging.getLogger(__name__)
@@ -107,14 +109,18 @@ def _load_images(config: Config, device: torch.device) -> Images:
     )
 
 
-def build_trainer(config: Config, order: TrainSampler, device: torch.device) -> Trainer:
-    """Model, optimizer and all else that a step needs, with weights drawn from the run's seed.
+def build_trainer(
+    config: Config, order: TrainSampler, device: torch.device, weights: dict[str, Tensor] | None = None
+) -> Trainer:
+    """Model, optimizer and all else that a step needs. Weights that are not given are drawn from the run's seed.
 
     Raises ValueError for settings that do not fit the model, and for `parallel=fsdp` without torchrun.
     """
     recipe, plan, sharded = config.recipe, order.plan, config.parallel == "fsdp"
     seeding.seed_everything(config.seed, seeding.WEIGHTS)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size)
+    if weights is not None:
+        load_starting_weights(model, weights)
     if not sharded:
         model = model.to(device)
     if config.channels_last and not sharded:  # which takes contiguous weights only; the images are channels-last
@@ -195,5 +201,7 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
         facts["steps_per_epoch"],
     )
     origin = "absolute" if base is None else f"{facts['base_lr']:g} for a batch of {base}"
-    log.info("lr            %g (%s)", facts["lr"], origin)
+    decay = config.recipe.layer_decay
+    layers = "" if decay is None else f", of the classifier; times {decay:g} for each layer below it"
+    log.info("lr            %g (%s)%s", facts["lr"], origin, layers)
     log.info("device        %s, amp %s", facts["device"], facts["amp"])

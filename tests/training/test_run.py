@@ -98,6 +98,7 @@ class Interruption(BaseException):
 RANDOM = (
     *("recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random"),
     *("recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9"),
+    "recipe.layer_decay=0.7",
     *("global_batch_size=128", "micro_batch_size=64", "checkpoint.every_steps=4", "checkpoint.keep=20"),
     *("probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1"),
 )
