@@ -144,20 +144,27 @@ class SBPBlock(Block):
         return self.sbp_state.describe(self.sbp_index)
 
     def run(self, x: Streams, prefix_only: bool = False) -> Streams:
-        read = self.sbp_state.prefix if prefix_only else None
-        if self.sbp_state.recomputes(self) != "block":
-            return self._branches(*x, read=read)
-        return recompute.block(partial(self._branches, read=read), *x)
+        state = self.sbp_state
+        branches = partial(  # all of the pass is read here: when a block runs again it may not be the last one any more
+            self._branches,
+            read=state.prefix if prefix_only else None,
+            key=state.running.key if state.mhsa_drop == "head" and x.dropped is not None else None,
+        )
+        return branches(*x) if state.recomputes(self) != "block" else recompute.block(branches, *x)
 
-    def _branches(self, kept: Tensor, dropped: Tensor | None, read: int | None, again: bool = False) -> Streams:
+    def _branches(
+        self, kept: Tensor, dropped: Tensor | None, read: int | None, key: Tensor | None, again: bool = False
+    ) -> Streams:
         """read: how many of the kept tokens are wanted, None for all. again: the values of dropped ones are not.
+
+        key: the random number that some heads are drawn by; None where all run.
 
         The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
         same ones whether or not the dropped stream follows.
         """
         if self.sbp_state.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
-        attend = _attend_with_some_heads if self._drops_heads else _attend
+        attend = _attend if key is None else partial(_attend_with_some_heads, key=key)
         branch, dropped_branch = attend(self, Streams(kept, dropped), read)
         scale1 = _drop_path_scale(self.drop_path1, kept)
         kept = _add(kept[:, :read], branch, scale1)
@@ -165,16 +172,12 @@ class SBPBlock(Block):
         branch = mlp(kept)
         scale2 = _drop_path_scale(self.drop_path2, kept)
         kept = _add(kept, branch, scale2)
-        if dropped is None or read is not None or (again and not self._drops_heads):
+        if dropped is None or read is not None or (again and key is None):
             return Streams(kept, None)
         dropped = _add(dropped, dropped_branch(), scale1)
         with torch.no_grad():
             branch = mlp(dropped)
         return Streams(kept, _add(dropped, branch, scale2))
-
-    @property
-    def _drops_heads(self) -> bool:
-        return self.sbp_state.mhsa_drop == "head" and self.sbp_index is not None
 
     def sbp_linear(self, layer: nn.Module, *before: nn.Module, scale: Tensor | None = None) -> Function:
         return recompute.linear(layer, *before, cheap=self.sbp_state.recomputes(self) == "cheap", scale=scale)
@@ -261,12 +264,12 @@ def _attend(block: SBPBlock, x: Streams, read: int | None) -> Branch:
     return project(_attention(attn, q[:, :, :read], k, v), x.kept[:, :read]), dropped_branch
 
 
-def _attend_with_some_heads(block: SBPBlock, x: Streams, read: int | None) -> Branch:
+def _attend_with_some_heads(block: SBPBlock, x: Streams, read: int | None, key: Tensor) -> Branch:
     """head: some heads run with gradient at all tokens, the others without; the projection's bias keeps its own."""
     attn, state, index = block.attn, block.sbp_state, block.sbp_index
     assert index is not None and x.dropped is not None  # only "qkv" skips it
     count = kept_heads(attn.num_heads, state.keep_ratios[index])
-    order = torch.argsort(masks.hashed_scores(state.running.key, attn.num_heads, stream=1 + index))
+    order = torch.argsort(masks.hashed_scores(key, attn.num_heads, stream=1 + index))
     tokens = block.norm1(torch.cat([x.kept, x.dropped], 1))  # (B, P + K + D, C)
     weight = attn.qkv.weight.unflatten(0, (3, attn.num_heads, -1))  # (3, h, d, C)
     bias = None if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, (3, attn.num_heads, -1))

@@ -99,6 +99,28 @@ def test_gradients_on_other_ways_through_the_model(name, mode, how):
 
 
 @pytest.mark.parametrize("mode", ["cheap", "block"])
+def test_heads_where_nothing_is_dropped(mode):
+    expected = gradients(small_vit(), images())
+    everything = sbp.apply(small_vit(), keep_ratio=1, mhsa_drop="head", recompute=mode)
+    assert_same_gradients(gradients(everything, images()), expected)
+    half = sbp.apply(small_vit(), mhsa_drop="head", recompute=mode)
+    with sbp.disabled(half):
+        assert_same_gradients(gradients(half, images()), expected)
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("name", ["vit", "convnext"])
+def test_two_forward_passes_before_one_backward(name, mode):
+    def run(recompute):
+        model = sbp.apply(MODELS[name](), mhsa_drop="head", mask="random", keep_ratio=0.4, recompute=recompute)
+        forward = model.forward
+        model.forward = lambda x: (forward(x), forward(x))
+        return gradients(model, images(size_of(model)))
+
+    assert_same_gradients(run(mode), run("none"))
+
+
+@pytest.mark.parametrize("mode", ["cheap", "block"])
 def test_frozen_parts_get_no_gradient_and_the_others_theirs(mode):
     def run(how):
         model = sbp.apply(small_vit(), recompute=how)
