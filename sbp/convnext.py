@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sbp import recompute
 from sbp.backbone import Backbone, only
-from sbp.functional import Streams, join, kept_gradient, split
+from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
 from sbp.state import LayerMap, Shape, State
@@ -107,7 +107,7 @@ class ConvNeXtState(State):
         if not all(sizes[last]):
             raise ValueError(f"a map of {tuple(x.shape[-2:])} is too small for the SBP stages of this ConvNeXt")
         maps = tuple(LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages)
-        self.begin(Shape(sizes[last], maps), x.device)
+        self.begin(Shape(sizes[last], maps, len(x)), x.device)
 
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
@@ -131,7 +131,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
             streams = recompute.block(partial(self._pointwise, where), recompute.lowered(x))
         else:
             streams = self._pointwise(where, x)
-        y = streams.kept if where is None else join(streams, *where)  # (B, N, C)
+        y = _joined(self, streams, where)  # (B, N, C)
         out = self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
         self.sbp_state.watch(out)
         return out
@@ -200,10 +200,18 @@ class SBPDownsample(nn.Sequential):
             cheap=again != "none",
         )
         streams = kept_gradient(to_output, streams)
-        y = streams.kept if where is None else join(streams, *where)
+        y = _joined(self, streams, where)
         out = y.transpose(1, 2).unflatten(2, (height, width))
         self.sbp_state.watch(out)
         return out
+
+
+def _joined(layer: Any, streams: Streams, where: Positions | None) -> Tensor:
+    """The branch of all positions, (B, N, C), from that of kept and dropped ones."""
+    if where is None:
+        return streams.kept
+    kept = rescale_gradient(streams.kept, layer.sbp_state.gradient_scale(layer, layer.sbp_index))
+    return join(Streams(kept, streams.dropped), *where)
 
 
 def _normed(norm: nn.Module, positions: Tensor) -> Tensor:
@@ -214,11 +222,11 @@ def _normed(norm: nn.Module, positions: Tensor) -> Tensor:
 
 
 def patch_pixels(patches: Tensor, patches_per_row: int, size: int) -> Tensor:
-    """Flat indices (n * size * size,) of the pixels of n patches, patch by patch, row by row within a patch."""
+    """Flat indices (..., n * size * size) of the pixels of patches (..., n), patch by patch, row by row within one."""
     width = patches_per_row * size
     first = patches // patches_per_row * (size * width) + patches % patches_per_row * size
     side = torch.arange(size, device=patches.device)
-    return (first[:, None] + (side[:, None] * width + side).flatten()).flatten()
+    return (first[..., None] + (side[:, None] * width + side).flatten()).flatten(-2)
 
 
 SBP_CLASSES = {ConvNeXtBlock: SBPConvNeXtBlock, nn.Sequential: SBPDownsample}

@@ -6,6 +6,9 @@
 
 Split and join are permutations, so both have an exact and cheap inverse: their backward passes are copies,
 where autograd's own (index_add into zeros) would accumulate.
+
+keep and drop: int64 index tensors (K,) and (D,) that together hold 0..N-1; or (B, K) and (B, D), for each image its
+own, along dim 1 alone.
 """
 
 from collections.abc import Callable
@@ -30,20 +33,23 @@ def keep_gradient(f: Callable[[Tensor], Tensor], x: Tensor, keep: Tensor, drop: 
     """f(x), whose gradient is that of the kept positions alone (Algorithm 1 of Fang et al., NeurIPS 2022).
 
     f: any function that treats the positions along `dim` independently and keeps their number.
-    x: tensor with N positions along `dim`. keep, drop: int64 index tensors that together hold 0..N-1.
+    x: tensor with N positions along `dim`. keep, drop: int64 index tensors (K,), (D,) that together hold 0..N-1, or
+    (B, K), (B, D) with dim=1, for each image its own.
     Nothing is saved for the backward pass at dropped positions. Raises ValueError when keep and drop do not
-    add up to N.
+    add up to N, or are not for the images of x.
     """
-    if keep.numel() + drop.numel() != x.shape[dim]:
+    if keep.shape[-1] + drop.shape[-1] != x.shape[dim]:
         raise ValueError(
-            f"keep ({keep.numel()}) and drop ({drop.numel()}) must together be the {x.shape[dim]} positions "
+            f"keep ({keep.shape[-1]}) and drop ({drop.shape[-1]}) must together be the {x.shape[dim]} positions "
             f"of dimension {dim} of x"
         )
     return join(kept_gradient(f, split(x, keep, drop, dim)), keep, drop, dim)
 
 
 def split(x: Tensor, keep: Tensor, drop: Tensor, dim: int = 1) -> Streams:
-    """Both streams carry gradient back to x."""
+    """Both streams carry gradient back to x. Raises ValueError for indices of another number of images."""
+    if keep.ndim == 2 and (len(keep) != len(x) or dim != 1):
+        raise ValueError(f"positions of {len(keep)} images along dimension 1 cannot split {len(x)} along {dim}")
     return Streams(*_Split.apply(x, keep, drop, dim))
 
 
@@ -67,13 +73,32 @@ def kept_gradient(f: Callable[[Tensor], Tensor], streams: Streams) -> Streams:
         return Streams(kept, f(streams.dropped))
 
 
+def rescale_gradient(x: Tensor, scale: float, prefix: int = 0) -> Tensor:
+    """x (B, n, C), whose gradient is multiplied by `scale`, but for the first `prefix` positions."""
+    return x if scale == 1 else _Rescale.apply(x, scale, prefix)
+
+
+class _Rescale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, prefix: int) -> Tensor:
+        ctx.scale, ctx.prefix = scale, prefix
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        scaled = grad * ctx.scale
+        scaled[:, : ctx.prefix] = grad[:, : ctx.prefix]
+        return scaled, None, None
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, drop: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(keep, drop)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
-        return x.index_select(dim, keep), x.index_select(dim, drop)
+        return _take(x, keep, dim), _take(x, drop, dim)
 
     @staticmethod
     @once_differentiable
@@ -96,8 +121,8 @@ class _Join(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         keep, drop = ctx.saved_tensors
-        kept = grad.index_select(ctx.dim, keep) if ctx.needs_input_grad[0] else None
-        dropped = grad.index_select(ctx.dim, drop) if ctx.needs_input_grad[1] else None
+        kept = _take(grad, keep, ctx.dim) if ctx.needs_input_grad[0] else None
+        dropped = _take(grad, drop, ctx.dim) if ctx.needs_input_grad[1] else None
         return kept, dropped, None, None, None
 
 
@@ -106,11 +131,23 @@ def _scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Te
     some = kept if kept is not None else dropped
     assert some is not None
     shape = list(some.shape)
-    shape[dim] = keep.numel() + drop.numel()
+    shape[dim] = keep.shape[-1] + drop.shape[-1]
     whole = kept is not None and dropped is not None
     out = some.new_empty(shape) if whole else some.new_zeros(shape)
-    if kept is not None:
-        out.index_copy_(dim, keep, kept)
-    if dropped is not None:
-        out.index_copy_(dim, drop, dropped)
+    for part, index in ((kept, keep), (dropped, drop)):
+        if part is not None and index.ndim == 1:
+            out.index_copy_(dim, index, part)
+        elif part is not None:
+            out.flatten(0, 1).index_copy_(0, _in_batch(index, shape[1]), part.flatten(0, 1))
     return out
+
+
+def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    if index.ndim == 1:
+        return x.index_select(dim, index)
+    return x.flatten(0, 1).index_select(0, _in_batch(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _in_batch(index: Tensor, positions: int) -> Tensor:
+    """(B, K) among each image's positions to (B * K,) among all: whole rows are copied, where gather takes numbers."""
+    return (index + positions * torch.arange(len(index), device=index.device)[:, None]).flatten()

@@ -1,8 +1,8 @@
 """Which positions keep their gradient: pure functions of a grid, a ratio and one number.
 
-A mask is a bool tensor (H, W), True where the gradient is kept. How many positions it keeps depends on the
-grid and the ratio alone, so every shape is known before the mask is drawn: nothing here waits for a device,
-and all of it can be traced into a compiled graph.
+A mask is a bool tensor (H, W), True where the gradient is kept; masks of several images are (B, H, W). How many
+positions it keeps depends on the grid and the ratio alone, so every shape is known before the mask is drawn: nothing
+here waits for a device, and all of it can be traced into a compiled graph.
 
 Grid masks: Fang et al., NeurIPS 2022, "Gradient Keep Mask". Sources of everything else are named where used.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("grid", "random")
+PER = ("batch", "half", "sample")  # what has a mask of its own
 
 _LARGEST_PERIOD = 64  # of a grid pattern; finer ratios are met by the exact count
 _WORD = 0xFFFFFFFF
@@ -24,7 +25,7 @@ _WORD = 0xFFFFFFFF
 class Positions(NamedTuple):
     """The two halves of a set of positions, each ascending.
 
-    keep: (K,) int64, where the gradient is kept. drop: (D,) int64, all other positions.
+    keep: (K,) or (B, K) int64, where the gradient is kept. drop: (D,) or (B, D) int64, all other positions.
     """
 
     keep: Tensor
@@ -52,19 +53,19 @@ def kept_count(kind: str, positions: int, keep_ratio: float) -> int:
 
 
 def grid_mask(height: int, width: int, keep_ratio: float, offset: int | Tensor = 0) -> Tensor:
-    """A regular mask of diagonals, bool (height, width).
+    """A regular mask of diagonals, bool (..., height, width).
 
     Keeps (i, j) when (i + j) mod n = offset for a ratio of 1/n, drops it for 1 - 1/n: the published formula.
     Other ratios p/q keep p of q diagonals, as evenly spread as whole diagonals can be; then single positions
     are added or taken away until exactly `kept_count("grid", ...)` are kept, whatever the offset. Offsets beyond
     n or q repeat the pattern with other single positions.
 
-    offset: int, or an int64 tensor without dimensions, on whose device the mask is then made.
+    offset: int, or an int64 tensor (...), on whose device as many masks are then made.
     Raises ValueError for a ratio outside (0, 1].
     """
     keep_ratio = check_keep_ratio(keep_ratio)
-    scores = _grid_scores(height, width, keep_ratio, offset)
-    return _lowest(scores, kept_count("grid", height * width, keep_ratio)).view(height, width)
+    scores = _grid_scores(height, width, keep_ratio, torch.as_tensor(offset))
+    return _lowest(scores, kept_count("grid", height * width, keep_ratio)).unflatten(-1, (height, width))
 
 
 def random_mask(height: int, width: int, keep_ratio: float, generator: torch.Generator | None = None) -> Tensor:
@@ -78,11 +79,22 @@ def random_mask(height: int, width: int, keep_ratio: float, generator: torch.Gen
     return _lowest(scores, kept_count("random", height * width, keep_ratio)).view(height, width)
 
 
-def nested_masks(kind: str, height: int, width: int, keep_ratios: list[float], key: Tensor) -> dict[float, Tensor]:
-    """One drawn mask, bool (height, width), for each different ratio; a smaller one lies within a larger one.
+def nested_masks(
+    kind: str,
+    height: int,
+    width: int,
+    keep_ratios: list[float],
+    key: Tensor,
+    mask_per: str = "batch",
+    images: int = 1,
+) -> dict[float, Tensor]:
+    """What one draw gives each different ratio: bool (height, width), or (images, height, width) for other `mask_per`.
 
-    key: the random number of this draw, from `draw_key`.
+    A smaller mask lies within a larger one. key: the random number of this draw, from `draw_key`. mask_per: "batch";
+    "half" (of an odd number of images the first half is the larger); or "sample".
     """
+    if mask_per == "sample":
+        key = hashed_scores(key, images, stream=-1)
     masks: dict[float, Tensor] = {}
     inner = None
     for keep_ratio in sorted(set(keep_ratios)):
@@ -90,31 +102,41 @@ def nested_masks(kind: str, height: int, width: int, keep_ratios: list[float], k
             scores = _grid_scores(height, width, keep_ratio, key)
         else:
             scores = hashed_scores(key, height * width)
+        if mask_per == "half":  # ranks, as equal scores would be the lowest of both
+            ranks = scores.argsort(stable=True).argsort()
+            scores = torch.stack([ranks, -ranks])
         if inner is not None:
-            scores = scores.masked_fill(inner, scores.new_tensor(torch.iinfo(scores.dtype).min))
+            limits = torch.iinfo(scores.dtype)
+            if mask_per == "half":  # what the other half keeps comes last
+                scores = scores.masked_fill(inner.flip(0), scores.new_tensor(limits.max))
+            scores = scores.masked_fill(inner, scores.new_tensor(limits.min))
         inner = _lowest(scores, kept_count(kind, height * width, keep_ratio))
-        masks[keep_ratio] = inner.view(height, width)
+        masks[keep_ratio] = inner.unflatten(-1, (height, width))
+    if mask_per == "half":
+        half = (2 * torch.arange(images, device=key.device) >= images + images % 2).long()
+        masks = {ratio: two.index_select(0, half) for ratio, two in masks.items()}
     return masks
 
 
 def enlarge(mask: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """The mask of a finer map, bool (height, width): blocks of factor x factor follow one base position.
+    """The masks (..., H, W) of a finer map, bool (..., height, width): factor x factor follow one base position.
 
     Rows and columns past the last whole block follow the last base row and column.
     """
-    rows = (torch.arange(height, device=mask.device) // factor).clamp(max=mask.shape[0] - 1)
-    columns = (torch.arange(width, device=mask.device) // factor).clamp(max=mask.shape[1] - 1)
-    return mask[rows[:, None], columns]
+    rows = (torch.arange(height, device=mask.device) // factor).clamp(max=mask.shape[-2] - 1)
+    columns = (torch.arange(width, device=mask.device) // factor).clamp(max=mask.shape[-1] - 1)
+    return mask[..., rows[:, None], columns]
 
 
 def positions(mask: Tensor, count: int, prefix: int = 0) -> Positions:
-    """The kept and the dropped positions of a flattened mask of which `count` are kept.
+    """The kept and the dropped positions of flattened masks (..., H, W), of which each keeps `count`.
 
     prefix: number of positions in front of the mask that are always kept (class and register tokens).
     """
-    order = torch.argsort(~mask.flatten(), stable=True) + prefix
-    always = torch.arange(prefix, device=mask.device)
-    return Positions(torch.cat([always, order[:count]]), order[count:])
+    order = torch.argsort(~mask.flatten(-2), dim=-1, stable=True) + prefix
+    always = torch.arange(prefix, device=mask.device).expand(*order.shape[:-1], prefix)
+    order = torch.cat([always, order], -1)
+    return Positions(order[..., : prefix + count], order[..., prefix + count :])
 
 
 def draw_key(seed: int, rank: int, draw: Tensor) -> Tensor:
@@ -127,9 +149,9 @@ def draw_key(seed: int, rank: int, draw: Tensor) -> Tensor:
 
 
 def hashed_scores(key: Tensor, count: int, stream: int = 0) -> Tensor:
-    """`count` random numbers, int64 (count,), in [0, 2^32), different for each key and stream."""
+    """`count` random numbers, int64 (..., count), in [0, 2^32), different for each key of (...) and stream."""
     numbers = torch.arange(count, device=key.device)
-    return _hash(_hash(key ^ _hash(stream + 1)) + numbers)
+    return _hash(_hash(key ^ _hash(stream + 1))[..., None] + numbers)
 
 
 def _hash(x):
@@ -144,20 +166,20 @@ def _hash(x):
     return x ^ (x >> 15)
 
 
-def _grid_scores(height: int, width: int, keep_ratio: float, offset: int | Tensor) -> Tensor:
-    """Scores (H*W,) int64, all different: the k lowest are the grid mask that keeps k positions."""
+def _grid_scores(height: int, width: int, keep_ratio: float, offset: Tensor) -> Tensor:
+    """Scores (..., H*W) int64, all different: the k lowest are the grid mask that keeps k positions."""
     if keep_ratio == 1:
-        return torch.arange(height * width, device=offset.device if isinstance(offset, Tensor) else None)
+        return torch.arange(height * width, device=offset.device).expand(*offset.shape, -1)
     if keep_ratio > 0.5:  # published: the same pattern, of dropped positions
         return -_diagonal_scores(height, width, 1 - keep_ratio, offset)
     return _diagonal_scores(height, width, keep_ratio, offset)
 
 
-def _diagonal_scores(height: int, width: int, ratio: float, offset: int | Tensor) -> Tensor:
+def _diagonal_scores(height: int, width: int, ratio: float, offset: Tensor) -> Tensor:
     kept, period, diagonal, row_step, tie_step = _pattern(height, width, ratio)
-    device = offset.device if isinstance(offset, Tensor) else None
-    i = torch.arange(height, device=device)[:, None]
-    j = torch.arange(width, device=device)
+    offset = offset[..., None, None]
+    i = torch.arange(height, device=offset.device)[:, None]
+    j = torch.arange(width, device=offset.device)
     # Each round of offsets starts from another place, lest the odd ones out be the same for ever.
     turn = offset // period
     rolled_i, rolled_j = (i + turn) % height, (j + turn // height) % width
@@ -167,7 +189,7 @@ def _diagonal_scores(height: int, width: int, ratio: float, offset: int | Tensor
     phase = ((j - offset % period) * kept + i * row_step) % period
     # Within a phase rows are taken in strides, lest the odd ones out lie side by side.
     order = rolled_i * tie_step % height * width + rolled_j
-    return (phase * (height * width) + order).flatten()
+    return (phase * (height * width) + order).flatten(-2)
 
 
 @torch.compiler.assume_constant_result
@@ -192,6 +214,6 @@ def _golden_section(length: int) -> int:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Bool (N,): True at the `count` lowest scores."""
-    chosen = torch.argsort(scores, stable=True)[:count]
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, chosen, True)
+    """Bool (..., N): True at the `count` lowest scores (..., N)."""
+    chosen = torch.argsort(scores, dim=-1, stable=True)[..., :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, chosen, True)

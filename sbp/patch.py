@@ -34,6 +34,8 @@ def apply(
     rank: int | None = None,
     evaluation: str = "exact",
     recompute: str = "none",
+    mask_per: str = "batch",
+    rescale: bool = False,
 ) -> Model:
     """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
 
@@ -62,6 +64,15 @@ def apply(
         than called: hooks on them do not run. torch.compile makes this choice by itself.
         "block": whole blocks (activation checkpointing), of an SBP block only the kept part.
         keep_ratio=1 with "cheap" or "block" is exact training with less memory.
+    mask_per: what has a mask of its own; all keep the same number of positions (not in the paper, but for "batch"):
+        "batch": all images of a forward pass have one mask.
+        "half": the second half of the images keeps what the first half drops, at a ratio of 0.5 exactly so; at lower
+        ones they share nothing, at higher ones as little as possible.
+        "sample": each image, a pure function of (seed, rank, number of the draw, place in the batch).
+        The heads of mhsa_drop="head" stay those of the batch. Maps of a ConvNeXt have to be multiples of the mask grid.
+    rescale: in the backward pass, multiply the gradient that enters a branch at a kept position by N / K (N positions
+        of the grid, K of them kept; for the heads of "head" by all heads / kept ones), so that of each branch alone the
+        weight gradient is an unbiased estimate of the exact one. That of prefix tokens, always kept, stays.
 
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """
@@ -70,6 +81,7 @@ def apply(
     _check_choice("mhsa_drop", mhsa_drop, vit.MHSA_DROPS)
     _check_choice("evaluation", evaluation, EVALUATIONS)
     _check_choice("recompute", recompute, MODES)
+    _check_choice("mask_per", mask_per, masks.PER)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
@@ -86,6 +98,8 @@ def apply(
         rank=rank,
         evaluation=evaluation,
         recompute=recompute,
+        mask_per=mask_per,
+        rescale=rescale,
     )
     state.members = [backbone.layers[name] for name in names]
     for name, layer in backbone.layers.items():
@@ -122,7 +136,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fixed_mask(model: nn.Module, keep: Tensor) -> Iterator[None]:
-    """Every SBP layer uses this mask inside, whatever its keep ratio. Takes the model wrapped or not.
+    """Every SBP layer uses this mask inside, for all images, whatever its keep ratio and `mask_per`.
+
+    Takes the model wrapped or not.
 
     keep: bool (H, W), True where the gradient is kept, on the model's mask grid: the tokens of a ViT; the
     map of the last SBP stage of a ConvNeXt. Raises ValueError for another dtype or number of dimensions, or a

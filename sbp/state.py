@@ -31,12 +31,14 @@ class LayerMap(NamedTuple):
 class Shape(NamedTuple):
     """What a family's hook knows of a forward pass.
 
-    grid: (H, W) of the mask. maps: the map of each SBP layer. prefix_only: the loss will read nothing but prefix
-    tokens. skips_dropped: nor will anything that it reads have read a dropped token.
+    grid: (H, W) of the mask. maps: the map of each SBP layer. images: how many, 1 where all have one mask.
+    prefix_only: the loss will read nothing but prefix tokens. skips_dropped: nor will anything that it reads have read
+    a dropped token.
     """
 
     grid: Grid
     maps: tuple[LayerMap, ...]
+    images: int
     prefix_only: bool = False
     skips_dropped: bool = False
 
@@ -70,6 +72,8 @@ class State:
         rank: int,
         evaluation: str,
         recompute: str,
+        mask_per: str,
+        rescale: bool,
         prefix: int = 0,
     ) -> None:
         self.layers = list(layers)
@@ -80,6 +84,8 @@ class State:
         self.rank = rank
         self.evaluation = evaluation
         self.recompute = recompute
+        self.mask_per = mask_per
+        self.rescale = rescale
         self.prefix = prefix
         self.members: list[nn.Module] = []  # the SBP layers themselves
         self.enabled = True
@@ -135,13 +141,23 @@ class State:
         where = self.current.positions[index]
         if where is None:
             return 1.0
-        kept = len(where.keep) - self.prefix
-        return kept / (kept + len(where.drop))
+        kept = where.keep.shape[-1] - self.prefix
+        return kept / (kept + where.drop.shape[-1])
+
+    def gradient_scale(self, module: nn.Module, index: int | None) -> float:
+        """What multiplies the gradient that enters the branches of SBP layer `index` at kept positions."""
+        if not self.rescale or index is None or self.positions(module, index) is None:
+            return 1.0
+        return 1 / self.keep_ratio(index)
 
     def describe(self, index: int | None) -> str:
         """The settings of SBP layer `index` (None: of a layer that only recomputes), as its `repr` shows them."""
-        sbp = [] if index is None else [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={self.mask}"]
-        return ", ".join([*sbp, *([f"recompute={self.recompute}"] if self.recompute != "none" else [])])
+        settings: list[str] = []
+        if index is not None:
+            settings += [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={self.mask}"]
+            settings += [f"mask_per={self.mask_per}"] if self.mask_per != "batch" else []
+            settings += ["rescale=True"] if self.rescale else []
+        return ", ".join(settings + ([f"recompute={self.recompute}"] if self.recompute != "none" else []))
 
     # -- one forward pass
 
@@ -152,6 +168,8 @@ class State:
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
             return
+        if self.mask_per == "batch":
+            shape = shape._replace(images=1)
         if self.draw.device != device:
             self.draw = self.draw.to(device)
         origin = (self.draw, self.fixed)
@@ -165,7 +183,7 @@ class State:
         if self.fixed is not None:
             chosen = self._fixed_masks(shape.grid, device)
         else:
-            chosen = self._drawn_masks(shape.grid, key)
+            chosen = self._drawn_masks(shape, key)
         known: dict[tuple[float, LayerMap], Positions | None] = {}
         for ratio, layer_map in zip(self.keep_ratios, shape.maps, strict=True):
             if (ratio, layer_map) not in known:
@@ -173,10 +191,11 @@ class State:
         positions = [known[pair] for pair in zip(self.keep_ratios, shape.maps, strict=True)]
         self.current = Pass(origin, shape, positions, key)
 
-    def _drawn_masks(self, grid: Grid, key: Tensor) -> dict[float, tuple[Tensor, int]]:
-        """For each ratio a mask on the grid and how many positions it keeps."""
-        drawn = masks.nested_masks(self.mask, *grid, self.keep_ratios, key)
-        return {ratio: (mask, masks.kept_count(self.mask, mask.numel(), ratio)) for ratio, mask in drawn.items()}
+    def _drawn_masks(self, shape: Shape, key: Tensor) -> dict[float, tuple[Tensor, int]]:
+        """For each ratio a mask on the grid, or one for each image, and how many positions it keeps."""
+        height, width = shape.grid
+        drawn = masks.nested_masks(self.mask, height, width, self.keep_ratios, key, self.mask_per, shape.images)
+        return {ratio: (mask, masks.kept_count(self.mask, height * width, ratio)) for ratio, mask in drawn.items()}
 
     def _fixed_masks(self, grid: Grid, device: torch.device) -> dict[float, tuple[Tensor, int]]:
         assert self.fixed is not None
@@ -186,12 +205,19 @@ class State:
         return dict.fromkeys(self.keep_ratios, (mask.to(device), count))
 
     def _enlarged(self, mask: Tensor, count: int, layer_map: LayerMap) -> Positions | None:
-        if count == mask.numel():
+        rows, columns = mask.shape[-2:]
+        if count == rows * columns:
             return None
         height, width, factor = layer_map
         fine = masks.enlarge(mask, height, width, factor)
-        if (height, width) == (mask.shape[0] * factor, mask.shape[1] * factor):
+        if (height, width) == (rows * factor, columns * factor):
             count *= factor**2
+        elif mask.ndim == 3:
+            raise ValueError(
+                f"mask_per={self.mask_per!r} needs maps that are a multiple of the mask grid, as the images would keep "
+                f"different numbers of positions: got a map of {height} x {width} and {factor} times a grid of "
+                f"{rows} x {columns}; take another image size, or mask_per='batch'"
+            )
         else:
             count = int(fine.sum())  # the border cuts blocks: only the mask itself knows
         return masks.positions(fine, count, self.prefix)

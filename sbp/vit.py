@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sbp import masks, recompute
 from sbp.backbone import Backbone, only
-from sbp.functional import Streams, join, split
+from sbp.functional import Streams, join, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
 from sbp.state import Grid, LayerMap, Shape, State
@@ -97,7 +97,7 @@ class ViTState(State):
                 f"{patch_height} x {patch_width} patches"
             )
         maps = (LayerMap(height, width),) * len(self.layers)
-        self.begin(Shape((height, width), maps, *reading), images.device)
+        self.begin(Shape((height, width), maps, len(images), *reading), images.device)
 
 
 class SBPBlock(Block):
@@ -149,27 +149,38 @@ class SBPBlock(Block):
             self._branches,
             read=state.prefix if prefix_only else None,
             key=state.running.key if state.mhsa_drop == "head" and x.dropped is not None else None,
+            scale=state.gradient_scale(self, self.sbp_index),
         )
         return branches(*x) if state.recomputes(self) != "block" else recompute.block(branches, *x)
 
     def _branches(
-        self, kept: Tensor, dropped: Tensor | None, read: int | None, key: Tensor | None, again: bool = False
+        self,
+        kept: Tensor,
+        dropped: Tensor | None,
+        read: int | None,
+        key: Tensor | None,
+        scale: float,
+        again: bool = False,
     ) -> Streams:
         """read: how many of the kept tokens are wanted, None for all. again: the values of dropped ones are not.
 
-        key: the random number that some heads are drawn by; None where all run.
+        key: the random number that some heads are drawn by; None where all run. scale: of the gradient that enters at
+        kept tokens but prefix tokens.
 
         The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
         same ones whether or not the dropped stream follows.
         """
         if self.sbp_state.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
-        attend = _attend if key is None else partial(_attend_with_some_heads, key=key)
-        branch, dropped_branch = attend(self, Streams(kept, dropped), read)
+        if key is None:
+            branch, dropped_branch = _attend(self, Streams(kept, dropped), read)
+            branch = rescale_gradient(branch, scale, self.sbp_state.prefix)
+        else:
+            branch, dropped_branch = _attend_with_some_heads(self, Streams(kept, dropped), read, key)
         scale1 = _drop_path_scale(self.drop_path1, kept)
         kept = _add(kept[:, :read], branch, scale1)
         mlp = self.sbp_mlp()
-        branch = mlp(kept)
+        branch = rescale_gradient(mlp(kept), scale, self.sbp_state.prefix)
         scale2 = _drop_path_scale(self.drop_path2, kept)
         kept = _add(kept, branch, scale2)
         if dropped is None or read is not None or (again and key is None):
@@ -227,7 +238,7 @@ class SBPBlocks(nn.Sequential):
 
 def split_tokens(x: Tensor, where: Positions) -> Streams:
     """Tokens (B, N, C) to streams (B, P + K, C) and (B, D, C)."""
-    tokens = len(where.keep) + len(where.drop)
+    tokens = where.keep.shape[-1] + where.drop.shape[-1]
     if x.shape[1] != tokens:
         raise ValueError(f"an SBP block got {x.shape[1]} tokens, but its mask is for {tokens}")
     return split(x, *where)
@@ -283,7 +294,7 @@ def _attend_with_some_heads(block: SBPBlock, x: Streams, read: int | None, key: 
         out = _attention(attn, attn.q_norm(q[:, :, :read]), attn.k_norm(k), v).transpose(1, 2).flatten(2)
         return F.linear(out, proj.index_select(1, heads).flatten(1))
 
-    out = run(tokens, order[:count])
+    out = rescale_gradient(run(tokens, order[:count]), attn.num_heads / count if state.rescale else 1.0)
     if count < attn.num_heads:
         with torch.no_grad():
             rest = run(tokens, order[count:])

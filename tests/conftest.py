@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import sbp
+from sbp.masks import Positions
+
 torch.set_num_threads(1)
 
 
@@ -51,18 +54,40 @@ def images(height: int = 32, width: int | None = None, batch: int = 3) -> Tensor
     return torch.randn(batch, 3, height, width or height, generator=generator, dtype=torch.float64)
 
 
-def gradients(model: nn.Module, x: Tensor, seed: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a forward pass and the gradient of every parameter and of the input ("input")."""
+def gradients(model: nn.Module, x: Tensor, seed: int = 3, only: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a forward pass and the gradient of every parameter and of the input ("input").
+
+    only: the loss reads this image alone; of all of them it is the sum of those.
+    """
     model.zero_grad()
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)  # drop path, dropout
     out = model(x)
     outs = out if isinstance(out, (list, tuple)) else [out]
     weights = [torch.linspace(-1, 2, one.numel(), dtype=one.dtype).view_as(one) for one in outs]
+    if only is not None:
+        rows = torch.arange(len(x)) == only
+        weights = [weight * rows.view(-1, *[1] * (weight.ndim - 1)) for weight in weights]
     loss = sum((one * weight).sum() for one, weight in zip(outs, weights, strict=True))
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), found | {"input": x.grad}
+
+
+def gradients_image_by_image(model: nn.Module, x: Tensor, masks: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """`gradients` of a patched model in which each image has the mask of its own (B, H, W), one after the other."""
+    results = []
+    for image, mask in enumerate(masks):
+        with sbp.fixed_mask(model, mask):
+            results.append(gradients(model, x, only=image))
+    return sum(loss for loss, _ in results), {name: sum(found[name] for _, found in results) for name in results[0][1]}
+
+
+def masks_of(where: Positions, height: int, width: int, prefix: int = 0) -> Tensor:
+    """The masks (B, H, W), or one mask (H, W), of kept positions."""
+    kept = where.keep[..., prefix:] - prefix
+    empty = torch.zeros(*kept.shape[:-1], height * width, dtype=torch.bool)
+    return empty.scatter(-1, kept, True).unflatten(-1, (height, width))
 
 
 def assert_same_gradients(a: tuple, b: tuple, tolerance: float = 1e-10) -> None:

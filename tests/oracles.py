@@ -17,19 +17,26 @@ def install(model: nn.Module, layers: list[str], forward, *args) -> nn.Module:
     return model
 
 
-def only_kept(x: Tensor, kept: Tensor) -> Tensor:
-    """x whose gradient is cut where kept (broadcast) is False."""
-    return torch.where(kept, x, x.detach())
+def only_kept(x: Tensor, kept: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """x whose gradient is cut where kept (broadcast) is False, and multiplied by scale elsewhere."""
+    return torch.where(kept, x.detach() + scale * (x - x.detach()), x.detach())
 
 
-def vit_block(block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None) -> Tensor:
+def vit_block(
+    block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None, rescale=False
+) -> Tensor:
     """One timm `Block` on tokens (B, N, C). heads: bool (h,), the kept ones, for mhsa_drop="head"."""
     kept = torch.cat([torch.ones(prefix, dtype=torch.bool), grid_mask.flatten()])  # (N,)
-    x = x + block.drop_path1(_attention(block, x, kept, mhsa_drop, heads))
-    return x + block.drop_path2(only_kept(block.ls2(block.mlp(block.norm2(x))), kept[:, None]))
+    scale = torch.ones(len(kept), 1).to(x)
+    if rescale:
+        scale[prefix:] = grid_mask.numel() / int(grid_mask.sum())
+    x = x + block.drop_path1(_attention(block, x, kept, mhsa_drop, heads, scale))
+    return x + block.drop_path2(only_kept(block.ls2(block.mlp(block.norm2(x))), kept[:, None], scale))
 
 
-def _attention(block: nn.Module, x: Tensor, kept: Tensor, mhsa_drop: str, heads: Tensor | None) -> Tensor:
+def _attention(
+    block: nn.Module, x: Tensor, kept: Tensor, mhsa_drop: str, heads: Tensor | None, scale: Tensor
+) -> Tensor:
     attn = block.attn
     images, tokens, _ = x.shape
     qkv = attn.qkv(block.norm1(x)).reshape(images, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
@@ -38,7 +45,8 @@ def _attention(block: nn.Module, x: Tensor, kept: Tensor, mhsa_drop: str, heads:
         out = _softmax_attention(attn, q, k, v)
         weight = attn.proj.weight.unflatten(1, (attn.num_heads, -1))
         per_head = torch.einsum("bhnd,chd->bhnc", out, weight)
-        return block.ls1(only_kept(per_head, heads[:, None, None]).sum(1) + attn.proj.bias)
+        head_scale = len(heads) / int(heads.sum()) if (scale != 1).any() else 1.0
+        return block.ls1(only_kept(per_head, heads[:, None, None], head_scale).sum(1) + attn.proj.bias)
     if mhsa_drop == "qkv":
         only_kept_keys = torch.where(kept[:, None] & ~kept, -torch.inf, 0.0)  # a kept query sees kept keys
         out = _softmax_attention(attn, q, k, v, only_kept_keys.to(q))
@@ -47,7 +55,7 @@ def _attention(block: nn.Module, x: Tensor, kept: Tensor, mhsa_drop: str, heads:
     if mhsa_drop == "qkv_exact":
         out = _softmax_attention(attn, q, only_kept(k, kept[:, None]), only_kept(v, kept[:, None]))
     out = block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
-    return only_kept(out, kept[:, None])
+    return only_kept(out, kept[:, None], scale)
 
 
 def _softmax_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | float = 0.0) -> Tensor:
@@ -60,7 +68,7 @@ def drop_tokens(block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int) -> 
     return type(block).forward(block, x[:, kept] if x.shape[1] == len(kept) else x)
 
 
-def convnext_block(block: nn.Module, x: Tensor, base_mask: Tensor) -> Tensor:
+def convnext_block(block: nn.Module, x: Tensor, base_mask: Tensor, rescale: bool = False) -> Tensor:
     """One timm `ConvNeXtBlock` on a map (B, C, H, W)."""
     y = block.conv_dw(x)
     mask = block_mask(base_mask, *y.shape[-2:])
@@ -74,12 +82,17 @@ def convnext_block(block: nn.Module, x: Tensor, base_mask: Tensor) -> Tensor:
     y = y if block.use_conv_mlp else y.permute(0, 3, 1, 2)
     if block.gamma is not None:
         y = y * block.gamma[:, None, None]
-    return block.drop_path(only_kept(y, mask)) + block.shortcut(x)
+    return block.drop_path(only_kept(y, mask, _scale(mask, rescale))) + block.shortcut(x)
 
 
-def convnext_downsample(downsample: nn.Sequential, x: Tensor, base_mask: Tensor) -> Tensor:
+def convnext_downsample(downsample: nn.Sequential, x: Tensor, base_mask: Tensor, rescale: bool = False) -> Tensor:
     y = downsample[1](downsample[0](x))
-    return only_kept(y, block_mask(base_mask, *y.shape[-2:]))
+    mask = block_mask(base_mask, *y.shape[-2:])
+    return only_kept(y, mask, _scale(mask, rescale))
+
+
+def _scale(mask: Tensor, rescale: bool) -> float:
+    return mask.numel() / int(mask.sum()) if rescale else 1.0
 
 
 def block_mask(base: Tensor, height: int, width: int) -> Tensor:

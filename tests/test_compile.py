@@ -20,8 +20,16 @@ MODELS = {
     "vit qkv_exact, cheap": lambda: sbp.apply(small_vit(init_values=0.5), mhsa_drop="qkv_exact", recompute="cheap"),
     "vit query, block": lambda: sbp.apply(small_vit(), mhsa_drop="query", recompute="block"),
     "convnext, block": lambda: sbp.apply(small_convnext(), recompute="block"),
+    "vit query, sample": lambda: sbp.apply(small_vit(), mhsa_drop="query", mask_per="sample", rescale=True),
+    "vit head, half, rescaled": lambda: sbp.apply(
+        small_vit(global_pool="avg"), mhsa_drop="head", mask="random", mask_per="half", rescale=True
+    ),
+    "vit, half, ratios": lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3], mask_per="half"),
+    "vit, sample, block": lambda: sbp.apply(small_vit(), mask_per="sample", rescale=True, recompute="block"),
+    "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext", 0.25), ("convnext, block", 1.0)]
+DEFAULT += [("vit query, sample", 0.25)]
 CASES = [
     pytest.param(name, budget, marks=() if (name, budget) in DEFAULT else pytest.mark.slow)
     for name in MODELS

@@ -7,7 +7,14 @@ import torch
 import sbp
 from sbp.convnext import patch_pixels
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    gradients_image_by_image,
+    images,
+    masks_of,
+    small_convnext,
+)
 
 FORMS = [
     {"name": "convnext_tiny", "conv_mlp": False},
@@ -22,23 +29,44 @@ BLOCKS = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages
 DOWNSAMPLES = ["stages.1.downsample", "stages.2.downsample"]
 
 
-def oracle(model, mask, blocks=BLOCKS, downsamples=DOWNSAMPLES):
-    model = oracles.install(copy.deepcopy(model), blocks, oracles.convnext_block, mask)
-    return oracles.install(model, downsamples, oracles.convnext_downsample, mask)
+def oracle(model, mask, blocks=BLOCKS, downsamples=DOWNSAMPLES, rescale=False):
+    model = oracles.install(copy.deepcopy(model), blocks, oracles.convnext_block, mask, rescale)
+    return oracles.install(model, downsamples, oracles.convnext_downsample, mask, rescale)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("size", [(64, 64), (72, 40), (93, 64)], ids=str)
-def test_gradients_equal_the_oracle(form, size):
+def test_gradients_equal_the_oracle(form, size, rescale):
     if form.get("stem_type") == "overlap_tiered" and size == (93, 64):
         size = (92, 64)
     model = small_convnext(**form)
     downsamples = [*DOWNSAMPLES, "stages.0.downsample"] if form.get("patch_size") == 2 else DOWNSAMPLES
     mask = torch.rand(size[0] // 16, size[1] // 16, generator=torch.Generator().manual_seed(0)) < 0.5
-    expected = gradients(oracle(model, mask, downsamples=downsamples), images(*size))
-    sbp.apply(model)
+    expected = gradients(oracle(model, mask, downsamples=downsamples, rescale=rescale), images(*size))
+    sbp.apply(model, rescale=rescale)
     with sbp.fixed_mask(model, mask):
         assert_same_gradients(gradients(model, images(*size)), expected)
+
+
+@pytest.mark.parametrize("mask_per", ["half", "sample"])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_images_with_masks_of_their_own(form, mask_per):
+    """The gradient is the sum of those that each image gives with its mask alone, which has an oracle."""
+    model = sbp.apply(small_convnext(**form), mask="random", mask_per=mask_per)
+    found = gradients(model, images(64))
+    masks = masks_of(model.stages[2].blocks[0].sbp_state.current.positions[-1], 4, 4)
+    assert len(masks.unique(dim=0)) == (2 if mask_per == "half" else 3) and (masks.sum((1, 2)) == 8).all()
+    assert_same_gradients(found, gradients_image_by_image(model, images(64), masks))
+
+
+@pytest.mark.parametrize("mask_per", ["half", "sample"])
+def test_images_with_masks_of_their_own_need_whole_blocks(mask_per):
+    model = sbp.apply(small_convnext(), mask_per=mask_per)
+    with pytest.raises(ValueError, match=rf"mask_per='{mask_per}' needs maps .* got a map of 18 x 16 .* 4 x 4"):
+        model(images(72, 64))
+    with sbp.fixed_mask(model, sbp.masks.grid_mask(4, 4, 0.5)):
+        gradients(model, images(72, 64))
 
 
 @pytest.mark.parametrize("mask", ["grid", "random"])
@@ -106,6 +134,23 @@ def test_kept_and_dropped_parts_sum_to_the_full_gradient_of_a_layer():
         assert not torch.allclose(halves[0][name], full[name])
 
 
+@pytest.mark.parametrize("layer", ["stages.0.blocks.1", "stages.2.downsample", "stages.2.blocks.1"])
+@pytest.mark.parametrize("masks", [2, 4])
+def test_rescaled_gradients_have_the_exact_mean_over_the_masks(layer, masks):
+    """With one SBP layer every gradient of the model is linear in the mask."""
+    model = small_convnext(drop_path_rate=0.3)
+    expected = gradients(model, images(64))
+    sbp.apply(model, layers=[layer], rescale=True)
+    results = []
+    grid = 16 if layer.startswith("stages.0") else 4
+    for offset in range(masks):
+        with sbp.fixed_mask(model, sbp.masks.grid_mask(grid, grid, 1 / masks, offset)):
+            results.append(gradients(model, images(64))[1])
+    mean = {name: sum(found[name] for found in results) / masks for name in results[0]}
+    assert_same_gradients((expected[0], mean), expected)
+    assert not torch.allclose(results[0]["stem.0.weight"], expected[1]["stem.0.weight"])
+
+
 def test_features_only():
     model = small_convnext(features_only=True, out_indices=(1, 2))
     mask = sbp.masks.random_mask(4, 4, 0.5)
@@ -116,16 +161,18 @@ def test_features_only():
         assert_same_gradients(gradients(model, images(64)), expected)
 
 
-def test_checkpointing_changes_nothing():
-    expected = gradients(sbp.apply(small_convnext(drop_path_rate=0.3)), images(64))
-    model = sbp.apply(small_convnext(drop_path_rate=0.3))
+@pytest.mark.parametrize("settings", [{}, {"mask_per": "sample", "rescale": True}], ids=str)
+def test_checkpointing_changes_nothing(settings):
+    expected = gradients(sbp.apply(small_convnext(drop_path_rate=0.3), **settings), images(64))
+    model = sbp.apply(small_convnext(drop_path_rate=0.3), **settings)
     model.set_grad_checkpointing()
     assert_same_gradients(gradients(model, images(64)), expected, tolerance=0)
 
 
-def test_channels_last():
-    expected = gradients(sbp.apply(small_convnext()), images(64))
-    model = sbp.apply(small_convnext()).to(memory_format=torch.channels_last)
+@pytest.mark.parametrize("mask_per", ["batch", "sample"])
+def test_channels_last(mask_per):
+    expected = gradients(sbp.apply(small_convnext(), mask_per=mask_per), images(64))
+    model = sbp.apply(small_convnext(), mask_per=mask_per).to(memory_format=torch.channels_last)
     actual = gradients(model, images(64).to(memory_format=torch.channels_last))
     assert_same_gradients(actual, expected)
 
@@ -142,6 +189,7 @@ def test_published_layers():
 def test_pixels_of_patches():
     mask = patch_pixels(torch.tensor([1, 4]), 3, 2)  # of a 4 x 6 map in 2 x 2 patches, 3 a row
     assert mask.tolist() == [2, 3, 8, 9, 14, 15, 20, 21]
+    assert patch_pixels(torch.tensor([[1], [4]]), 3, 2).tolist() == [[2, 3, 8, 9], [14, 15, 20, 21]]
 
 
 def test_other_convnexts_are_refused():

@@ -59,16 +59,79 @@ def test_random_masks_drop_the_published_number(ratio):
     assert torch.equal(first, masks.random_mask(14, 14, ratio, torch.Generator().manual_seed(0)))
 
 
+@pytest.mark.parametrize("mask_per", masks.PER)
 @pytest.mark.parametrize("kind", masks.KINDS)
-def test_drawn_masks_are_nested(kind):
+def test_drawn_masks_are_nested(kind, mask_per):
     ratios = [0.6, 0.25, 0.5, 0.75, 0.25, 1.0, 0.1]
     for draw in range(20):
         key = masks.draw_key(0, 0, torch.tensor(draw))
-        drawn = masks.nested_masks(kind, 14, 14, ratios, key)
+        drawn = masks.nested_masks(kind, 14, 14, ratios, key, mask_per, images=5)
         assert sorted(drawn) == sorted(set(ratios))
+        assert all(mask.shape == ((14, 14) if mask_per == "batch" else (5, 14, 14)) for mask in drawn.values())
         for small, large in zip(sorted(drawn), sorted(drawn)[1:], strict=False):
             assert not (drawn[small] & ~drawn[large]).any()
-            assert drawn[large].sum() == masks.kept_count(kind, 196, large)
+            assert (drawn[large].sum((-2, -1)) == masks.kept_count(kind, 196, large)).all()
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("size", [(14, 14), (7, 9)])
+@pytest.mark.parametrize("ratios", [[0.1], [0.4], [0.5], [0.6], [0.9], [1.0], [0.2, 0.3, 0.5], [0.3, 0.7, 0.8, 0.95]])
+def test_the_halves_of_a_batch_share_as_little_as_they_can(kind, size, ratios):
+    for draw in range(10):
+        key = masks.draw_key(0, 0, torch.tensor(draw))
+        halves = masks.nested_masks(kind, *size, ratios, key, "half", images=5)
+        alone = masks.nested_masks(kind, *size, ratios[:1], key)[ratios[0]]
+        for ratio, (first, second, third, fourth, fifth) in halves.items():
+            assert torch.equal(first, second) and torch.equal(first, third) and torch.equal(fourth, fifth)
+            positions, kept = math.prod(size), masks.kept_count(kind, math.prod(size), ratio)
+            assert (first & fourth).sum() == max(0, 2 * kept - positions)
+        assert torch.equal(halves[ratios[0]][0], alone)  # what the whole batch would have
+
+
+def test_the_halves_of_a_batch_are_complementary_where_scores_are_equal(monkeypatch):
+    monkeypatch.setattr(masks, "hashed_scores", lambda key, count, stream=0: torch.arange(count) // 4)
+    first, second = masks.nested_masks("random", 5, 6, [0.5], torch.tensor(0), "half", images=2)[0.5]
+    assert torch.equal(first, ~second)
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_the_mask_of_an_image_depends_on_its_place_and_not_on_the_others(kind):
+    key = masks.draw_key(3, 1, torch.tensor(7))
+    many, few = (masks.nested_masks(kind, 14, 14, [0.2, 0.5], key, "sample", images) for images in (32, 5))
+    for ratio, mask in few.items():
+        assert torch.equal(many[ratio][:5], mask)
+    assert len(many[0.2].unique(dim=0)) >= (5 if kind == "grid" else 32)
+    other = masks.nested_masks(kind, 14, 14, [0.2], masks.draw_key(3, 2, torch.tensor(7)), "sample", 32)
+    assert not torch.equal(other[0.2], many[0.2])
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_every_image_keeps_every_position_about_as_often(kind):
+    """Over draws, whatever its place; and two places agree as often as chance has it."""
+    drawn = torch.stack(
+        [
+            masks.nested_masks(kind, 4, 4, [0.25], masks.draw_key(0, 0, torch.tensor(draw)), "sample", 3)[0.25]
+            for draw in range(1000)
+        ]
+    ).double()  # (1000, 3, 4, 4)
+    assert (drawn.sum(0) - 250).abs().max() < 5 * math.sqrt(1000 * 0.25 * 0.75)
+    both = (drawn[:, 0] * drawn[:, 1]).sum(0)
+    assert (both - 1000 / 16).abs().max() < 5 * math.sqrt(1000 / 16)
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.25, 0.4, 0.75, 1.0])
+def test_masks_of_several_keys_are_those_of_each(ratio):
+    keys = masks.hashed_scores(torch.tensor(5), 6)
+    grids = masks.grid_mask(5, 7, ratio, keys)
+    fine = masks.enlarge(grids, 11, 15, 2)
+    count = masks.kept_count("grid", 35, ratio)
+    keep, drop = masks.positions(grids, count, prefix=1)
+    for i, key in enumerate(keys):
+        assert torch.equal(grids[i], masks.grid_mask(5, 7, ratio, int(key)))
+        assert torch.equal(fine[i], masks.enlarge(grids[i], 11, 15, 2))
+        alone = masks.positions(grids[i], count, prefix=1)
+        assert torch.equal(keep[i], alone.keep) and torch.equal(drop[i], alone.drop)
+        assert torch.equal(masks.hashed_scores(keys, 9)[i], masks.hashed_scores(key, 9))
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)

@@ -59,6 +59,32 @@ def test_keep_ratio_1_saves_what_the_plain_model_saves():
         assert bytes_per_image(plain, size) == bytes_per_image(patched, size)
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+@pytest.mark.parametrize("mhsa_drop", ["qkv", "query", "head", "qkv_exact"])
+def test_rescaling_saves_nothing_in_a_vit(mhsa_drop, recompute):
+    make = vit(global_pool="avg", drop_path_rate=0.1)
+    settings = {"mhsa_drop": mhsa_drop, "recompute": recompute}
+    off, on = (sbp.apply(make(), rescale=rescale, **settings) for rescale in (False, True))
+    assert bytes_per_image(on, 64) == bytes_per_image(off, 64)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+@pytest.mark.parametrize("use_grn", [False, True])
+def test_rescaling_saves_nothing_in_a_convnext(use_grn, recompute):
+    off, on = (
+        sbp.apply(small_convnext(use_grn=use_grn).float(), rescale=rescale, recompute=recompute)
+        for rescale in (False, True)
+    )
+    assert bytes_per_image(on, 64) == bytes_per_image(off, 64)
+
+
+def test_masks_of_each_image_save_their_positions_and_nothing_else():
+    """8 bytes for each token, once; in a ConvNeXt for each position of a stage's map and each pixel downsampled."""
+    for make, size, positions in [(vit(), 64, 65), (lambda: small_convnext().float(), 64, 2 * (256 + 64) + 16)]:
+        one, each = (sbp.apply(make(), mask_per=mask_per) for mask_per in ("batch", "sample"))
+        assert bytes_per_image(each, size) - bytes_per_image(one, size) == 8 * positions
+
+
 def test_a_storage_counts_once_and_parameters_do_not():
     weight = torch.nn.Parameter(torch.ones(8, 8))
     x = torch.ones(4, 8, requires_grad=True)

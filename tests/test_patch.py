@@ -47,7 +47,7 @@ def test_names_identity_and_values_stay(make):
     "evaluate", [nn.Module.eval, lambda model: torch.no_grad().__enter__()], ids=["eval", "no_grad"]
 )
 def test_evaluation_is_the_plain_model_bit_for_bit(make, evaluate):
-    plain, model = make(), sbp.apply(make(), layers="all")
+    plain, model = make(), sbp.apply(make(), layers="all", mask_per="sample", rescale=True)
     x = images(32 if hasattr(model, "blocks") else 64)
     with torch.autograd.graph.save_on_cpu(), torch.set_grad_enabled(True):
         for one in (plain, model):
@@ -150,6 +150,32 @@ def test_a_held_mask_lasts_for_all_forward_passes_inside():
     assert torch.equal(draws(model, 3), torch.cat([one, held[:1], after]))
 
 
+@pytest.mark.parametrize("mask_per", ["half", "sample"])
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_held_masks_are_those_of_the_place_in_the_batch(make, mask_per):
+    """The last micro batch may be smaller."""
+    model = sbp.apply(make(), mask="random", mask_per=mask_per)
+    size = 32 if make is small_vit else 64
+
+    def kept(images_in_batch):
+        model(images(size, batch=images_in_batch))
+        return next(m for m in model.modules() if hasattr(m, "sbp_state")).sbp_state.current.positions[-1].keep
+
+    with sbp.hold_mask(model):
+        four, two, again = kept(4), kept(2), kept(4)
+    assert torch.equal(four, again)
+    assert torch.equal(two, four[:2] if mask_per == "sample" else four[1:3])
+    after = kept(4)
+    assert not torch.equal(after, four) and sbp.mask_state(model)["draw"] == 2
+    sbp.set_draw(model, 0)
+    assert torch.equal(kept(4), four) and torch.equal(kept(4), after)
+
+
+def test_a_batch_of_one_image_has_the_mask_of_a_batch():
+    batch, half = (sbp.apply(small_vit(), mask="random", mask_per=per) for per in ("batch", "half"))
+    assert_same_gradients(gradients(half, images(batch=1)), gradients(batch, images(batch=1)))
+
+
 def test_within_a_held_mask_one_can_fix_or_set_it():
     model = sbp.apply(small_vit(), mask="random", keep_ratio=0.25)
     third = draws(model, 3)[2]
@@ -164,8 +190,9 @@ def test_within_a_held_mask_one_can_fix_or_set_it():
 
 
 @each_model
-def test_evaluation_draws_nothing(make):
-    model = sbp.apply(make())
+@pytest.mark.parametrize("mask_per", ["batch", "sample"])
+def test_evaluation_draws_nothing(make, mask_per):
+    model = sbp.apply(make(), mask_per=mask_per)
     x = images(32 if hasattr(model, "blocks") else 64)
     with torch.no_grad():
         model(x)
@@ -178,11 +205,12 @@ def test_evaluation_draws_nothing(make):
     assert sbp.mask_state(model)["draw"] == 1
 
 
+@pytest.mark.parametrize("mask_per", ["batch", "half", "sample"])
 @pytest.mark.parametrize("make", [small_vit, small_convnext])
-def test_effective_keep_ratio(make):
+def test_effective_keep_ratio(make, mask_per):
     size = 32 if make is small_vit else 64  # both have a 4 x 4 mask grid
     for requested, effective in [(0.5, 0.5), (0.4, 6 / 16), (0.36, 6 / 16), (1, 1.0), (0.01, 1 / 16)]:
-        model = sbp.apply(make(), keep_ratio=requested)
+        model = sbp.apply(make(), keep_ratio=requested, mask_per=mask_per)
         with pytest.raises(RuntimeError, match="no mask was drawn yet"):
             sbp.effective_keep_ratio(model)
         model(images(size))
@@ -237,6 +265,7 @@ def test_a_backbone_within_another_model():
         ({"keep_ratio": [0.5, 0.5, 0.5, 2]}, r"keep_ratio must be a number in \(0, 1\], got 2"),
         ({"mask": "checker"}, "mask must be one of grid, random, got 'checker'"),
         ({"mhsa_drop": "key"}, "mhsa_drop must be one of qkv, query, head, qkv_exact, got 'key'"),
+        ({"mask_per": "image"}, "mask_per must be one of batch, half, sample, got 'image'"),
         ({"evaluation": "partial"}, "evaluation must be one of exact, published, got 'partial'"),
         ({"layers": []}, "layers must be None, 'all' or names of layers"),
         ({"layers": "blocks.1"}, "layers must be None, 'all' or names of layers"),

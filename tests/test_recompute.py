@@ -72,6 +72,14 @@ def test_gradients_of_every_attention_method(name, mode, mhsa_drop):
     assert_same_gradients(found, expected)
 
 
+@pytest.mark.parametrize("settings", [{"mask_per": "half"}, {"mask_per": "sample", "rescale": True}], ids=str)
+@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("name", [*BITWISE, "convnext", "convnext v2", "dilated convnext"])
+def test_gradients_with_masks_of_each_image_and_rescaled(name, mode, settings):
+    expected, found = without_and_with(name, mode, mask="random", keep_ratio=0.3, **settings)
+    assert_same_gradients(found, expected)
+
+
 @pytest.mark.parametrize("mode", ["cheap", "block"])
 @pytest.mark.parametrize("name", ["vit with layer scale", "convnext", "convnext v2"])
 @pytest.mark.parametrize("how", ["timm's checkpointing", "forward_intermediates", "disabled", "fixed mask", "held"])
@@ -112,7 +120,8 @@ def test_heads_where_nothing_is_dropped(mode):
 @pytest.mark.parametrize("name", ["vit", "convnext"])
 def test_two_forward_passes_before_one_backward(name, mode):
     def run(recompute):
-        model = sbp.apply(MODELS[name](), mhsa_drop="head", mask="random", keep_ratio=0.4, recompute=recompute)
+        settings = {"mask": "random", "mask_per": "sample", "rescale": True, "keep_ratio": 0.4}
+        model = sbp.apply(MODELS[name](), mhsa_drop="head", recompute=recompute, **settings)
         forward = model.forward
         model.forward = lambda x: (forward(x), forward(x))
         return gradients(model, images(size_of(model)))

@@ -51,8 +51,9 @@ def test_reentrant_checkpointing_of_one_layer_is_refused(make):
 
 
 @make
-def test_two_forward_passes_before_one_backward(make):
-    model = sbp.apply(make(), mask="random")
+@pytest.mark.parametrize("mask_per", ["batch", "sample"])
+def test_two_forward_passes_before_one_backward(make, mask_per):
+    model = sbp.apply(make(), mask="random", mask_per=mask_per, rescale=True, keep_ratio=0.3)
 
     def two():
         return loss(model) + loss(model, 2.0)
@@ -94,3 +95,7 @@ def test_blocks_before_any_mask():
     model(images())
     with pytest.raises(ValueError, match="got 5 tokens, but its mask is for 17"):
         model.blocks[2](torch.zeros(1, 5, 24, dtype=torch.float64))
+    model = sbp.apply(small_vit(), mask_per="sample")
+    model(images(batch=3))
+    with pytest.raises(ValueError, match="positions of 3 images along dimension 1 cannot split 1"):
+        model.blocks[2](torch.zeros(1, 17, 24, dtype=torch.float64))

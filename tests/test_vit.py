@@ -10,19 +10,26 @@ from torch.utils.checkpoint import checkpoint
 import sbp
 from sbp.vit import SBPBlock, kept_heads
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_vit
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    gradients_image_by_image,
+    images,
+    masks_of,
+    small_vit,
+)
 
 METHODS = ("qkv", "query", "head", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(2, 6)]  # the last two thirds of six
 MASK = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
 
 
-def oracle(model, mhsa_drop, mask=MASK, layers=LAYERS):
+def oracle(model, mhsa_drop, mask=MASK, layers=LAYERS, rescale=False):
     heads = None
     if mhsa_drop == "head":
         heads = torch.tensor([True, False, True])
     return oracles.install(
-        copy.deepcopy(model), layers, oracles.vit_block, mask, model.num_prefix_tokens, mhsa_drop, heads
+        copy.deepcopy(model), layers, oracles.vit_block, mask, model.num_prefix_tokens, mhsa_drop, heads, rescale
     )
 
 
@@ -30,6 +37,7 @@ def keep_heads_0_and_2(monkeypatch):
     monkeypatch.setattr("sbp.masks.hashed_scores", lambda key, count, stream=0: torch.tensor([0, 2, 1]))
 
 
+@pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("mhsa_drop", METHODS)
 @pytest.mark.parametrize(
     "kwargs",
@@ -44,13 +52,51 @@ def keep_heads_0_and_2(monkeypatch):
     ],
     ids=str,
 )
-def test_gradients_equal_the_oracle(mhsa_drop, kwargs, monkeypatch):
+def test_gradients_equal_the_oracle(mhsa_drop, kwargs, rescale, monkeypatch):
     keep_heads_0_and_2(monkeypatch)
     model = small_vit(**kwargs)
-    expected = gradients(oracle(model, mhsa_drop), images())
-    sbp.apply(model, mhsa_drop=mhsa_drop)
-    with sbp.fixed_mask(model, MASK):
+    mask = MASK.clone()
+    mask[3, 1] = False  # 7 of 16
+    expected = gradients(oracle(model, mhsa_drop, mask, rescale=rescale), images())
+    sbp.apply(model, mhsa_drop=mhsa_drop, rescale=rescale)
+    with sbp.fixed_mask(model, mask):
         assert_same_gradients(gradients(model, images()), expected)
+
+
+@pytest.mark.parametrize("mask_per", ["half", "sample"])
+@pytest.mark.parametrize("mhsa_drop", METHODS)
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"drop_path_rate": 0.3, "reg_tokens": 2},
+        {"global_pool": "avg", "drop_path_rate": 0.3},
+        {"global_pool": "avg", "class_token": False},
+    ],
+    ids=str,
+)
+def test_images_with_masks_of_their_own(kwargs, mhsa_drop, mask_per, monkeypatch):
+    """The gradient is the sum of those that each image gives with its mask alone, which has an oracle."""
+    monkeypatch.setattr("sbp.masks.draw_key", lambda seed, rank, draw: torch.tensor(5))  # of the heads
+    model = sbp.apply(small_vit(**kwargs), mhsa_drop=mhsa_drop, mask="random", mask_per=mask_per)
+    found = gradients(model, images())
+    masks = masks_of(model.blocks[5].sbp_state.current.positions[-1], 4, 4, model.num_prefix_tokens)
+    assert len(masks.unique(dim=0)) == (2 if mask_per == "half" else 3) and (masks.sum((1, 2)) == 8).all()
+    assert_same_gradients(found, gradients_image_by_image(model, images(), masks))
+
+
+@pytest.mark.parametrize("mhsa_drop", ["query", "qkv_exact"])
+def test_rescaled_gradients_of_complementary_masks_have_the_exact_mean(mhsa_drop):
+    """Of the MLP weights of one block: its input and its output gradient are those of the plain model."""
+    model = small_vit(global_pool="avg", class_token=False, drop_path_rate=0.3)
+    expected = gradients(model, images())[1]
+    sbp.apply(model, layers=["blocks.3"], mhsa_drop=mhsa_drop, rescale=True)
+    found = []
+    for offset in (0, 1):
+        with sbp.fixed_mask(model, sbp.masks.grid_mask(4, 4, 0.5, offset)):
+            found.append(gradients(model, images())[1])
+    for name in [name for name in expected if "blocks.3.mlp" in name or "blocks.3.norm2" in name]:
+        torch.testing.assert_close((found[0][name] + found[1][name]) / 2, expected[name], rtol=1e-10, atol=1e-10)
+        assert not torch.allclose(found[0][name], expected[name])
 
 
 @pytest.mark.parametrize("mhsa_drop", METHODS)
@@ -76,9 +122,11 @@ def test_class_token_qkv_equals_dropping_the_tokens():
         assert_same_gradients(gradients(model, images()), expected)
 
 
-def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it():
+@pytest.mark.parametrize("mask_per", ["batch", "half", "sample"])
+def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it(mask_per):
     def tokens_seen(call, keep_ratio=0.5, layers=None, mhsa_drop="qkv", **kwargs):
-        model = sbp.apply(small_vit(**kwargs), keep_ratio=keep_ratio, layers=layers, mhsa_drop=mhsa_drop)
+        settings = {"keep_ratio": keep_ratio, "layers": layers, "mhsa_drop": mhsa_drop, "mask_per": mask_per}
+        model = sbp.apply(small_vit(**kwargs), **settings)
         seen = []
         for block in model.blocks:
             block.mlp.fc1.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
@@ -144,13 +192,14 @@ def test_the_forward_pass_is_the_plain_models(mhsa_drop, global_pool):
     torch.testing.assert_close(model(images()), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("settings", [{}, {"mask_per": "sample", "rescale": True}], ids=str)
 @pytest.mark.parametrize("global_pool", ["token", "avg"])
 @pytest.mark.parametrize("mhsa_drop", METHODS)
-def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, global_pool, monkeypatch):
+def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, global_pool, settings, monkeypatch):
     """The split-once path, blocks run one by one, checkpointed segments, and the model checkpointed as a whole."""
 
     def run(prepare):
-        model = sbp.apply(small_vit(global_pool=global_pool, drop_path_rate=0.3), mhsa_drop=mhsa_drop)
+        model = sbp.apply(small_vit(global_pool=global_pool, drop_path_rate=0.3), mhsa_drop=mhsa_drop, **settings)
         prepare(model)
         return gradients(model, images())
 
@@ -279,4 +328,6 @@ def test_other_transformers_are_refused():
 
 def test_blocks_say_what_they_do():
     model = sbp.apply(small_vit(), keep_ratio=0.25)
-    assert isinstance(model.blocks[3], SBPBlock) and "keep_ratio=0.25, mask=grid" in repr(model)
+    assert isinstance(model.blocks[3], SBPBlock) and "keep_ratio=0.25, mask=grid\n" in repr(model)
+    model = sbp.apply(small_vit(), mask_per="half", rescale=True)
+    assert "keep_ratio=0.5, mask=grid, mask_per=half, rescale=True\n" in repr(model)

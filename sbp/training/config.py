@@ -44,9 +44,10 @@ class SbpConfig:
 
     enabled: False trains the plain timm model.
     hold_mask: one mask for a whole optimizer step instead of one for each micro batch.
-    shared_mask: one mask for all processes instead of one for each. With both, a global batch has the same gradient
-        however it is split over processes and micro batches.
+    shared_mask: one mask for all processes instead of one for each. With both, and mask_per "batch", a global batch has
+        the same gradient however it is split over processes and micro batches.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
+    mask_per: with "half" or "sample", whose place in the batch is that in a micro batch of one process.
     """
 
     enabled: bool = True
@@ -59,6 +60,8 @@ class SbpConfig:
     shared_mask: bool = False
     eval: str = "exact"
     recompute: str = "none"
+    mask_per: str = "batch"
+    rescale: bool = False
 
 
 @dataclass
@@ -361,6 +364,7 @@ def validate(config: Config) -> Config:
     _one_of("sbp.mhsa_drop", sbp.mhsa_drop, MHSA_DROPS)
     _one_of("sbp.eval", sbp.eval, EVALUATIONS)
     _one_of("sbp.recompute", sbp.recompute, MODES)
+    _one_of("sbp.mask_per", sbp.mask_per, masks.PER)
     _one_of("data.source", data.source, SOURCES)
     _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
     _one_of("recipe.scheduler", recipe.scheduler, SCHEDULERS)

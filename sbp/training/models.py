@@ -29,6 +29,8 @@ def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int,
             rank=0 if settings.shared_mask else None,
             evaluation=settings.eval,
             recompute=settings.recompute,
+            mask_per=settings.mask_per,
+            rescale=settings.rescale,
         )
     return model
 

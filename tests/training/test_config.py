@@ -76,6 +76,7 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
             "sbp.keep_ratio=half",
             "sbp.keep_ratio=[0.5,2]",
             "sbp.mask=stripes",
+            "sbp.mask_per=image",
         ),
         *("sbp.mhsa_drop=v", "sbp.eval=never", "amp=float8", "device=tpu", "data.source=web", "logger.name=mlflow"),
         *("recipe.epochs=0", "recipe.warmup_epochs=20", "recipe.lr=0", "recipe.label_smoothing=2", "data.mean=[0.5]"),
@@ -113,6 +114,11 @@ def test_a_config_survives_json_and_names_what_it_does_not_know():
 def test_resuming_another_run_is_refused_but_moving_the_data_is_not():
     config = small()
     check_same_run(asdict(small("data.root=elsewhere", "data.workers=2", "logger=wandb")), config)
+    older = asdict(config)
+    del older["sbp"]["mask_per"], older["sbp"]["rescale"]  # which it did not know
+    check_same_run(older, config)
+    with pytest.raises(ValueError, match=r"sbp\.mask_per was batch and is now half; sbp\.rescale was False and is"):
+        check_same_run(older, small("sbp.mask_per=half", "sbp.rescale=true"))
     with pytest.raises(ValueError, match=r"recipe\.epochs was 2 and is now 1"):
         check_same_run(asdict(small("recipe.epochs=2")), config)
 

@@ -33,9 +33,9 @@ def parameters(config) -> int:
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])
-@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.mask=random"])
+@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.mask=random", "sbp.mask_per=sample"])
 def test_it_saves_what_a_real_step_saves(backbone, override):
-    config = small(override, backbone=backbone)
+    config = small(override, "sbp.rescale=true", backbone=backbone)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).train()
     images, labels = torch.randn(64, 3, 32, 32), torch.zeros(64, dtype=torch.int64)
     real = sbp.saved_bytes(lambda: F.cross_entropy(model(images), labels, label_smoothing=0.1))
@@ -126,7 +126,7 @@ def test_the_rules_of_the_paper_give_its_figures(experiment, published):
     assert forecast(config, config.micro_batch_size, rules=PAPER).peak / MIB == pytest.approx(published, rel=0.02)
 
 
-@pytest.mark.parametrize("key", ["mhsa_drop=head", "layers=all", "keep_ratio=[0.5,0.5]"])
+@pytest.mark.parametrize("key", ["mhsa_drop=head", "layers=all", "keep_ratio=[0.5,0.5]", "mask_per=half"])
 def test_the_rules_of_the_paper_know_its_layers_only(key):
     with pytest.raises(ValueError, match=key.split("=")[0]):
         forecast(composed("experiment=table1/vit_tiny_sbp", f"sbp.{key}"), 2, rules=PAPER)
