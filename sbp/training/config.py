@@ -9,7 +9,7 @@ from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
 from sbp.vit import MHSA_DROPS
 
-SOURCES = ("digits", "synthetic", "folder", "webdataset", "timm")
+SOURCES = ("digits", "cluttered_digits", "synthetic", "folder", "webdataset", "timm")
 SHUFFLES = ("full", "shards")
 AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
@@ -59,7 +59,8 @@ class SbpConfig:
 class DataConfig:
     """Where the images come from, and how they are brought to the size and range that the network sees.
 
-    source: "digits" (scikit-learn's, no download), "synthetic" (generated), "folder" (root/split/class/image),
+    source: "digits" (scikit-learn's, no download), "cluttered_digits" (a digit among pieces of others, generated),
+        "synthetic" (generated noise), "folder" (root/split/class/image),
         "webdataset" (tar shards in root; the splits are patterns such as train-{0000..1023}.tar, or names from
         root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
@@ -67,7 +68,7 @@ class DataConfig:
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
-    train_images, val_images: how many a synthetic data set has.
+    train_images, val_images: how many a generated data set has.
     """
 
     source: str = "digits"

@@ -12,6 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
+from sbp.training.data.cluttered import ClutteredDigits
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform
 from sbp.training.data.shards import Shards, find_shards, indexed
 
@@ -51,8 +52,11 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     name = data.train_split if split == "train" else data.val_split
     if data.source == "digits":
         return Digits(split, transform)
+    length = data.train_images if split == "train" else data.val_images
+    if data.source == "cluttered_digits":
+        sources, stream = Digits(split, None), 0 if split == "train" else 1
+        return ClutteredDigits(sources.pixels, sources.labels, stream, length, data.image_size, transform)
     if data.source == "synthetic":
-        length = data.train_images if split == "train" else data.val_images
         return SyntheticImages(length, data.num_classes, data.image_size, transform)
     if data.source == "folder":
         assert data.root is not None
