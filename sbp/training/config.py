@@ -46,6 +46,8 @@ class SbpConfig:
     hold_mask: one mask for a whole optimizer step instead of one for each micro batch.
     shared_mask: one mask for all processes instead of one for each. With both, and mask_per "batch", a global batch has
         the same gradient however it is split over processes and micro batches.
+    fixed_mask: one mask for the whole run (of each process, without shared_mask) instead of fresh ones.
+    exact_epochs: so many epochs at the end of the run use exact backpropagation.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
     mask_per: with "half" or "sample", whose place in the batch is that in a micro batch of one process.
     """
@@ -58,6 +60,8 @@ class SbpConfig:
     seed: int = 0
     hold_mask: bool = False
     shared_mask: bool = False
+    fixed_mask: bool = False
+    exact_epochs: int = 0
     eval: str = "exact"
     recompute: str = "none"
     mask_per: str = "batch"
@@ -72,6 +76,8 @@ class DataConfig:
         "synthetic" (generated noise), "folder" (root/split/class/image),
         "webdataset" (tar shards in root; the splits are patterns such as train-{0000..1023}.tar, or names from
         root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
+    train_image_size: of training images, where it is not image_size, that of evaluation and of the model; a ViT needs
+        backbone.kwargs.dynamic_img_size=true for it.
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
@@ -88,6 +94,7 @@ class DataConfig:
     download: bool = False
     num_classes: int = 10
     image_size: int = 224
+    train_image_size: int | None = None
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: str = "bicubic"
@@ -98,6 +105,10 @@ class DataConfig:
     max_corrupt_images: int = 100
     train_images: int = 1024
     val_images: int = 256
+
+    @property
+    def size_in_training(self) -> int:
+        return self.image_size if self.train_image_size is None else self.train_image_size
 
 
 @dataclass
@@ -394,13 +405,19 @@ def validate(config: Config) -> Config:
     _at_least(config, 1, "processes")
     _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
-    _at_least(config, 1, "data.image_size", "data.train_images", "data.val_images")
+    _at_least(config, 1, "data.image_size", "data.train_image_size", "data.train_images", "data.val_images")
     _at_least(config, 2, "data.num_classes")
     _at_least(config, SLOPE_IMAGES, "probe.images")
     _above_zero(config, "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(
             f"recipe.warmup_epochs must be less than recipe.epochs, got {recipe.warmup_epochs} and {recipe.epochs}"
+        )
+    if not 0 <= sbp.exact_epochs <= recipe.epochs:
+        raise ValueError(f"sbp.exact_epochs must lie in [0, {recipe.epochs}] (recipe.epochs), got {sbp.exact_epochs}")
+    if sbp.exact_epochs and not sbp.enabled:
+        raise ValueError(
+            f"sbp.exact_epochs={sbp.exact_epochs} needs sbp.enabled=true; without SBP all epochs are exact"
         )
     if recipe.ema_decay is not None and not 0 < recipe.ema_decay < 1:
         raise ValueError(f"recipe.ema_decay must be null or lie in (0, 1), got {recipe.ema_decay}")

@@ -34,6 +34,7 @@ class Trainer:
     of a step depends on the state of the trainer, the number of the step and its images alone: random erasing, mixup,
     drop path and masks take their random numbers from (seed, step, micro batch, process).
     normalize: what uint8 images go through on the device; None for images that the model takes as they are.
+    fixed_mask: mask number 0 in every step. exact_from: the step from which backpropagation is exact; None for never.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Trainer:
         accumulation: int = 1,
         patched: bool = True,
         hold_mask: bool = False,
+        fixed_mask: bool = False,
+        exact_from: int | None = None,
         channels_last: bool = False,
         seed: int = 0,
     ) -> None:
@@ -58,6 +61,7 @@ class Trainer:
         self.criterion, self.mixup, self.ema = criterion, mixup, ema
         self.amp, self.clip_grad, self.accumulation = amp, clip_grad, accumulation
         self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
+        self.fixed_mask, self.exact_from = fixed_mask, exact_from
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.normalize = None if normalize is None else normalize.to(self.device)
@@ -81,7 +85,9 @@ class Trainer:
             with ExitStack() as stack:
                 if not last:
                     stack.enter_context(parallel.no_sync(self.wrapped))
-                loss = self._loss(step if self.hold_mask else step * self.accumulation + micro, images, labels)
+                if self.patched and self.exact_from is not None and step >= self.exact_from:
+                    stack.enter_context(sbp.disabled(self.model))  # for the backward pass too, which may recompute
+                loss = self._loss(self._draw(step, micro), images, labels)
                 total += loss.detach() / self.accumulation
                 if last:
                     mean = OnItsWay(total)
@@ -108,6 +114,12 @@ class Trainer:
     def skip(self) -> None:
         """Forgets the gradients: the weights stay, only the schedule goes on."""
         self.optimizer.zero_grad()
+
+    def _draw(self, step: int, micro: int) -> int:
+        """The number of a micro batch's mask."""
+        if self.fixed_mask:
+            return 0
+        return step if self.hold_mask else step * self.accumulation + micro
 
     def _loss(self, draw: int, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self.to_device(images, labels, erase=True)

@@ -10,14 +10,23 @@ import sbp
 from sbp.training.config import BackboneConfig, SbpConfig
 
 
-def build_model(backbone: BackboneConfig, settings: SbpConfig, num_classes: int, image_size: int) -> nn.Module:
+def build_model(
+    backbone: BackboneConfig,
+    settings: SbpConfig,
+    num_classes: int,
+    image_size: int,
+    train_image_size: int | None = None,
+) -> nn.Module:
     """The timm model, patched when `settings.enabled`; on the CPU, weights drawn from torch's generator.
 
-    Raises ValueError for a name or argument that timm does not know, for an image size that the model cannot
-    take, and for SBP settings that do not fit the model.
+    train_image_size: of images that it is to take besides those of image_size. Raises ValueError for a name or
+    argument that timm does not know, for an image size that the model cannot take, and for SBP settings that do not
+    fit the model.
     """
     model = create(backbone, num_classes)
-    _check_image_size(model, image_size)
+    _check_image_size(model, "data.image_size", image_size, "backbone.kwargs.img_size to data.image_size")
+    if train_image_size is not None:
+        _check_image_size(model, "data.train_image_size", train_image_size, "backbone.kwargs.dynamic_img_size=true")
     if settings.enabled:
         sbp.apply(
             model,
@@ -64,16 +73,13 @@ def fit_position_embedding(model: nn.Module, weights: dict[str, Tensor]) -> dict
     return weights | {"pos_embed": resample_abs_pos_embed(stored, new_size=list(grid), num_prefix_tokens=prefix)}  # type: ignore[arg-type]
 
 
-def _check_image_size(model: nn.Module, image_size: int) -> None:
+def _check_image_size(model: nn.Module, key: str, image_size: int, remedy: str) -> None:
     patch_embed = getattr(model, "patch_embed", None)
     patch = getattr(patch_embed, "patch_size", None)
     if patch is None:
         return
     if any(image_size % side for side in patch):
-        raise ValueError(f"data.image_size={image_size} leaves no whole grid of {patch[0]} x {patch[1]} px patches")
+        raise ValueError(f"{key}={image_size} leaves no whole grid of {patch[0]} x {patch[1]} px patches")
     own = getattr(patch_embed, "img_size", None)
     if getattr(patch_embed, "strict_img_size", False) and own is not None and own != (image_size, image_size):
-        raise ValueError(
-            f"data.image_size={image_size}, but the model is made for {own[0]} x {own[1]} px; "
-            "set backbone.kwargs.img_size to data.image_size"
-        )
+        raise ValueError(f"{key}={image_size}, but the model is made for {own[0]} x {own[1]} px; set {remedy}")

@@ -98,7 +98,8 @@ class Run:
         if not (distributed.is_main() or self.trainer.sharded):
             return {}
         with self.peak.excluded():
-            return gradient_cosines(self.trainer, *self.images.probe, draw=self.step)
+            draw = 0 if self.trainer.fixed_mask else self.step
+            return gradient_cosines(self.trainer, *self.images.probe, draw=draw)
 
     def save(self) -> None:
         """A checkpoint of now."""

@@ -117,8 +117,10 @@ def build_trainer(
     Raises ValueError for settings that do not fit the model, and for `parallel=fsdp` without torchrun.
     """
     recipe, plan, sharded = config.recipe, order.plan, config.parallel == "fsdp"
+    exact = recipe.epochs - config.sbp.exact_epochs  # the first epoch that is
     seeding.seed_everything(config.seed, seeding.WEIGHTS)
-    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size)
+    data = config.data
+    model = build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
     if weights is not None:
         load_starting_weights(model, weights)
     if not sharded:
@@ -144,6 +146,8 @@ def build_trainer(
         accumulation=plan.accumulation,
         patched=config.sbp.enabled,
         hold_mask=config.sbp.hold_mask,
+        fixed_mask=config.sbp.fixed_mask,
+        exact_from=exact * order.steps_per_epoch if config.sbp.exact_epochs else None,
         channels_last=config.channels_last,
         seed=config.seed,
     )
@@ -193,8 +197,16 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
         )
     else:
         log.info("sbp           off: exact backpropagation")
+    if config.sbp.exact_epochs:
+        log.info(
+            "exact         in the last %d of %d epochs, which need more memory",
+            config.sbp.exact_epochs,
+            facts["epochs"],
+        )
     log.info("saved         %.2f MiB of activations per image", facts["saved_bytes_per_image"] / 2**20)
     log.info("images        %d, preprocessing: %s", facts["train_images"], Preprocessing.of(config.data))
+    if config.data.train_image_size is not None:
+        log.info("              training at %d px", config.data.train_image_size)
     log.info(
         "global batch  %d = %d processes x %d images x %d accumulated; %d steps per epoch",
         *(facts[key] for key in ("global_batch_size", "world_size", "micro_batch_size", "accumulation")),

@@ -31,7 +31,8 @@ DAMAGES = {
 
 def model(num_classes=10, *overrides):
     config = small(*overrides)
-    return build_model(config.backbone, config.sbp, num_classes, config.data.image_size)
+    data = config.data
+    return build_model(config.backbone, config.sbp, num_classes, data.image_size, data.train_image_size)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
@@ -134,6 +135,8 @@ def test_where_a_run_starts(tmp_path):
         (("+backbone.kwargs.wings=2",), "cannot make vit_tiny_patch16_224 with"),
         (("data.image_size=36",), "leaves no whole grid of 8 x 8 px patches"),
         (("data.image_size=64", "backbone.kwargs.img_size=32"), "the model is made for 32 x 32 px"),
+        (("data.train_image_size=36", "+backbone.kwargs.dynamic_img_size=true"), "train_image_size=36 leaves no whole"),
+        (("data.train_image_size=16",), r"train_image_size=16, but .* set backbone\.kwargs\.dynamic_img_size=true"),
         (("sbp.layers=[blocks.9]",), "layers must be"),
     ],
 )

@@ -81,12 +81,19 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
         *("sbp.mhsa_drop=v", "sbp.eval=never", "amp=float8", "device=tpu", "data.source=web", "logger.name=mlflow"),
         *("recipe.epochs=0", "recipe.warmup_epochs=20", "recipe.lr=0", "recipe.label_smoothing=2", "data.mean=[0.5]"),
         *("global_batch_size=0", "micro_batch_size=0", "recipe.ema_decay=1", "data.num_classes=1", "seed=-1"),
-        *("recipe.scheduler=step", "data.interpolation=cubic"),
+        *("recipe.scheduler=step", "data.interpolation=cubic", "data.train_image_size=0"),
+        *("sbp.exact_epochs=-1", "sbp.exact_epochs=21"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_rejected_by_name(override):
     with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
         validate(composed("data=digits", "recipe=demo", override))
+
+
+def test_exact_epochs_need_sbp_in_the_others():
+    assert validate(small("sbp.exact_epochs=1")).sbp.exact_epochs == 1
+    with pytest.raises(ValueError, match=r"sbp\.exact_epochs=1 needs sbp\.enabled=true"):
+        validate(small("sbp=none", "sbp.exact_epochs=1"))
 
 
 @pytest.mark.parametrize("option", ["data=imagenet", "data=timm"])
@@ -121,6 +128,15 @@ def test_resuming_another_run_is_refused_but_moving_the_data_is_not():
         check_same_run(older, small("sbp.mask_per=half", "sbp.rescale=true"))
     with pytest.raises(ValueError, match=r"recipe\.epochs was 2 and is now 1"):
         check_same_run(asdict(small("recipe.epochs=2")), config)
+
+
+def test_a_checkpoint_from_before_a_key_was_there_has_its_default():
+    stored = asdict(small())
+    for group, key in (("sbp", "exact_epochs"), ("sbp", "fixed_mask"), ("data", "train_image_size")):
+        del stored[group][key]
+    check_same_run(stored, small())
+    with pytest.raises(ValueError, match=r"sbp\.fixed_mask was False and is now True"):
+        check_same_run(stored, small("sbp.fixed_mask=true"))
 
 
 def test_an_evaluation_changes_what_it_names_and_nothing_else():

@@ -25,6 +25,7 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 

@@ -204,7 +204,8 @@ class Rules:
     bytes_per_parameter = 0  # of whatever else is held throughout
 
     def build(self, config: Config) -> nn.Module:
-        return build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size)
+        data = config.data
+        return build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
 
     def keeps_gradients(self, config: Config, micro_batch_size: int, world_size: int) -> bool:
         """Whether gradients are there already when a forward pass starts: those of the micro batch before, or DDP's."""
@@ -220,6 +221,8 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
     Raises ValueError for what a run with this config would raise it for, data sets aside.
     """
     _check(config, micro_batch_size)
+    if config.sbp.exact_epochs:  # whose steps need most
+        config = with_sbp(config, keep_ratio=1.0)
     recipe, data = config.recipe, config.data
     criterion = build_criterion(recipe)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -253,7 +256,8 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         allocations.note(held, "gradients")
 
         model.train()
-        images = torch.empty(micro_batch_size, 3, data.image_size, data.image_size, memory_format=memory_format)
+        size = data.size_in_training
+        images = torch.empty(micro_batch_size, 3, size, size, memory_format=memory_format)
         labels = (
             torch.empty(micro_batch_size, data.num_classes) if _mixes(config) else torch.empty(micro_batch_size).long()
         )
@@ -411,8 +415,8 @@ def _fake_cuda(casts: CudaCasts) -> Iterator[Allocations]:
                 yield allocations
             except DataDependentOutputException as error:
                 raise ValueError(
-                    "no forecast for this data.image_size: it cuts mask blocks at the border, and how many pixels are "
-                    "kept then differs from step to step; take a multiple of 32"
+                    "no forecast for this size of training images: it cuts mask blocks at the border, and how many "
+                    "pixels are kept then differs from step to step; take a multiple of 32"
                 ) from error
 
 

@@ -53,7 +53,7 @@ def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
     """
     try:
         return create_transform(
-            data.image_size,
+            data.size_in_training,
             is_training=True,
             use_prefetcher=True,  # leaves the images uint8
             no_aug=not recipe.augment,

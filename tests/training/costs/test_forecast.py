@@ -42,6 +42,13 @@ def test_it_saves_what_a_real_step_saves(backbone, override):
     assert forecast(config, 64).saved == pytest.approx(real, rel=0.005)
 
 
+def test_the_step_is_that_of_the_training_size_and_of_the_exact_epochs():
+    whole, smaller = small(), small("data.train_image_size=16", "+backbone.kwargs.dynamic_img_size=true")
+    assert forecast(smaller, 64).saved == forecast(small("data.image_size=16"), 64).saved < forecast(whole, 64).saved
+    exact = forecast(small("sbp.exact_epochs=1"), 64).saved
+    assert forecast(whole, 64).saved < exact == pytest.approx(forecast(small("sbp=none"), 64).saved, rel=1e-3)
+
+
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
 def test_the_parts_are_those_of_adamw_and_add_up(amp):
     config = small(f"amp={amp}", "global_batch_size=64", "recipe.ema_decay=0.99")
