@@ -55,7 +55,7 @@ def _read(backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor]:
         log.info("weights       %s; a new classifier for %d classes (%s)", source, data.num_classes, before)
     preprocessing: Any = _preprocessing_beside(path) if path.is_file() else trained.pretrained_cfg
     for difference in preprocessing_differences(preprocessing, data):
-        log.warning("the weights of backbone.pretrained=%s were trained with %s", backbone.pretrained, difference)
+        log.warning("backbone.pretrained=%s was trained with %s", backbone.pretrained, difference)
     return weights
 
 
@@ -133,7 +133,7 @@ def _preprocessing_beside(path: Path) -> dict[str, Any]:
 
 
 def preprocessing_differences(trained: dict[str, Any], data: DataConfig) -> list[str]:
-    """What differs from `data`, as "data.mean=[...]; this run has ..."."""
+    """What differs from `data`, as "data.mean=[0.5,0.5,0.5], and this run has ...", with what to set instead."""
     differences = []
     for key in ("mean", "std", "interpolation"):
         there, here = trained.get(key), getattr(data, key)
@@ -146,4 +146,4 @@ def preprocessing_differences(trained: dict[str, Any], data: DataConfig) -> list
 def _shortened(error: Exception) -> str:
     """One line: of each line of the message, such as torch's of missing and of unexpected names, the beginning."""
     lines = [" ".join(line.split()) for line in str(error).splitlines()] or [type(error).__name__]
-    return " ".join(line if len(line) <= 200 else f"{line[:200]} ..." for line in lines[:6])
+    return " ".join(line if len(line) <= 200 else f"{line[:200]} ..." for line in lines[:4])

@@ -109,7 +109,10 @@ def test_what_does_not_fit_is_named_with_the_file(tmp_path, backbone):
             start(config, path)
         text = str(caught.value)
         assert f"backbone.pretrained={path} cannot be loaded into {config.backbone.name}" in text
-        assert "\n" not in text and len(text) < 1500
+        assert "\n" not in text and len(text) < 1200
+    lacking = {name: value for name, value in state.items() if name != first}
+    with pytest.raises(ValueError, match=rf"missing {re.escape(first)}"):
+        pretrained.load_starting_weights(create(config.backbone, 10), lacking)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
