@@ -17,10 +17,10 @@ SMALLEST = 16  # px; below it a digit has fewer pixels than its source
 CLASSES = 10
 PIECES = 4  # in an image
 WINDOW = 4  # a piece is so many pixels wide and high, of a digit's 8
-SIZES = 15 / 32, 20 / 32  # of a digit's sides, as a share of the image's
+SIZES = 16 / 32, 20 / 32  # of the 8 x 8 px that a digit is drawn in, its empty border too, as a share of the image
 TILT = 0.1  # radians, largest rotation either way
-DIMMING = 0.5  # brightness of a piece, as a share of a digit's: at its full brightness a small ViT learns little
-NOISE = 12.0  # standard deviation, of 255
+DIMMING = 0.4  # brightness of a piece, as a share of a digit's: at its full brightness a small ViT learns little
+NOISE = 8.0  # standard deviation, of 255
 _CHUNK = 256  # images at a time: bounds the memory that generating takes
 
 

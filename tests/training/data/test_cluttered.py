@@ -42,7 +42,7 @@ def test_every_class_is_there_as_often_and_images_have_the_size_of_the_config(si
     assert (image == torch.from_numpy(val.pixels[13])).all()  # grey, and as generated
     ink = (train.pixels > 128).mean((1, 2))
     assert ink.min() > 0.02 and ink.max() < 0.3  # a digit is in each, of which others are not a part
-    assert (train.pixels > 128).any(0).mean() > 0.8  # anywhere but in the corners
+    assert (train.pixels > 64).any(0).mean() > 0.9  # anywhere
 
 
 def test_train_and_validation_images_are_made_of_different_digits(monkeypatch):
