@@ -97,7 +97,9 @@ def _from_file(backbone: BackboneConfig, path: Path) -> tuple[nn.Module, str]:
         state = load_state_dict(str(path))
     except Exception as error:  # of pickle, zipfile, safetensors and torch
         raise ValueError(f"backbone.pretrained={path} cannot be read: {_shortened(error)}") from None
-    names = (f"{name}weight" for name in (*_classifiers(create(backbone, 0)), "head."))
+    known = timm.get_pretrained_cfg(split_model_name_tag(backbone.name)[0])
+    own = _prefixes(known.classifier if known else None)
+    names = (f"{name}weight" for name in (*own, "head."))  # "head." is the authors' of ConvNeXt
     classifier = next((state[name] for name in names if name in state), None)
     classes = 0 if classifier is None else len(classifier)
     return _trained(backbone, backbone.name, classes, {"state_dict": state, "num_classes": classes}), str(path)
@@ -118,8 +120,11 @@ def _trained(backbone: BackboneConfig, name: str, num_classes: int, overlay: dic
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
     """What the names of the classifier's parameters begin with."""
-    names = model.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    return _prefixes(model.pretrained_cfg.get("classifier"))  # type: ignore[union-attr, operator]
+
+
+def _prefixes(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names or ()))
 
 
 def _preprocessing_beside(path: Path) -> dict[str, Any]:
