@@ -41,7 +41,7 @@ class SbpConfig:
     shared_mask: one mask for all processes instead of one for each. With both, and mask_per "batch", a global batch has
         the same gradient however it is split over processes and micro batches.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
-    mask_per: with "half" or "sample", whose place in the batch is that in a micro batch of one process.
+    mask_per: "half" and "sample" go by an image's place in its micro batch, which is one process's.
     """
 
     enabled: bool = True
