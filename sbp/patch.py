@@ -72,7 +72,8 @@ def apply(
         The heads of mhsa_drop="head" stay those of the batch. Maps of a ConvNeXt have to be multiples of the mask grid.
     rescale: in the backward pass, multiply the gradient that enters a branch at a kept position by N / K (N positions
         of the grid, K of them kept; for the heads of "head" by all heads / kept ones), so that of each branch alone the
-        weight gradient is an unbiased estimate of the exact one. That of prefix tokens, always kept, stays.
+        weight gradient is an unbiased estimate of the exact one. That of prefix tokens, always kept, stays. What passes
+        through several SBP branches or downsampling layers is multiplied in each of them.
 
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """

@@ -49,7 +49,7 @@ class SbpConfig:
     fixed_mask: one mask for the whole run (of each process, without shared_mask) instead of fresh ones.
     exact_epochs: so many epochs at the end of the run use exact backpropagation.
     eval: "exact", or "published" for the authors' evaluation with masks and partial attention.
-    mask_per: with "half" or "sample", whose place in the batch is that in a micro batch of one process.
+    mask_per: "half" and "sample" go by an image's place in its micro batch, which is one process's.
     """
 
     enabled: bool = True
