@@ -1,6 +1,7 @@
 """Every shipped config composes and validates; what is wrong is said by name, before anything is built."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training.config import (
+    BatchPlan,
     Config,
     EvalConfig,
     check_same_run,
@@ -23,6 +25,12 @@ from tests.training.configs import ROOT, composed, small
 GROUPS = ("backbone", "sbp", "data", "recipe", "logger")
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((ROOT / "configs" / group).glob("*.yaml"))]
 EXPERIMENTS = sorted((ROOT / "configs" / "experiment" / "table1").glob("*.yaml"))
+TABLE_1 = {  # nodes, batch, lr, drop path; top-1 % and MB per GPU without SBP, and with it
+    "vit_tiny": (1, "8 GPUs x 256 images x 1 accumulated = 2048", 2e-3, 0.0, ("73.68", 8248), ("73.09", 5587)),
+    "vit_base": (4, "32 GPUs x 64 images x 2 accumulated = 4096", 4e-3, 0.3, ("81.22", 10083), ("80.62", 7436)),
+    "convnext_tiny": (1, "8 GPUs x 128 images x 4 accumulated = 4096", 4e-3, 0.1, ("82.1", 12134), ("81.61", 7059)),
+    "convnext_base": (4, "32 GPUs x 64 images x 2 accumulated = 4096", 4e-3, 0.3, ("83.8", 14130), ("83.27", 8758)),
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -40,19 +48,25 @@ def test_any_timm_model_by_name():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_each_experiment_is_that_of_table_1(path):
+    network, arm = path.stem.rsplit("_", 1)
+    nodes, batch, lr, drop_path, *figures = TABLE_1[network]
+    gpus, micro, accumulation, images = map(int, re.findall(r"\d+", batch))
     config = validate(composed(f"experiment=table1/{path.stem}", "data.root=somewhere"))
-    text = path.read_text()
-    assert f"experiment=table1/{path.stem} data.root=" in text and "top-1" in text and "MB per GPU" in text
-    assert config.sbp.enabled == path.stem.endswith("_sbp") and config.sbp.keep_ratio == 0.5
-    tiny_vit = path.stem.startswith("vit_tiny")
-    assert config.global_batch_size == (2048 if tiny_vit else 4096)
-    assert scaled_lr(config.recipe, config.global_batch_size) == (2e-3 if tiny_vit else 4e-3)
-    gpus = 32 if "nnodes=4" in text else 8
-    plan = plan_batches(config.global_batch_size, config.micro_batch_size, gpus)
-    assert (
-        plan.accumulation
-        == {"vit_tiny": 1, "vit_base": 2, "convnext_tiny": 4, "convnext_base": 2}[path.stem.rsplit("_", 1)[0]]
+    recipe = config.recipe
+    assert (config.sbp.enabled, config.sbp.keep_ratio, config.sbp.mask) == (arm == "sbp", 0.5, "grid")
+    assert plan_batches(config.global_batch_size, config.micro_batch_size, gpus) == BatchPlan(
+        images, micro, gpus, accumulation
     )
+    assert scaled_lr(recipe, images) == lr and config.backbone.drop_path == drop_path
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.weight_decay, recipe.min_lr) == (300, 20, 0.05, 1e-6)
+    assert (config.amp, recipe.mixup, recipe.cutmix, recipe.ema_decay) == ("float16", 0.8, 1.0, 0.9999)
+
+    text = path.read_text()
+    top1, memory = figures[arm == "sbp"]
+    assert batch in text and f"top-1 {top1} % and {memory} MB per GPU" in text
+    assert arm == "baseline" or f"({memory / figures[0][1]:.2f}x that without SBP)" in text
+    launcher = f"torchrun --nnodes={nodes} --nproc_per_node=8" if nodes > 1 else "torchrun --nproc_per_node=8"
+    assert launcher in text and f"experiment=table1/{path.stem} data.root=" in text
 
 
 def test_there_are_eight_experiments():
