@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
-from sbp.training.config import BatchPlan, Config, plan_batches, validate
+from sbp.training.config import BatchPlan, Config, plan_batches
 from sbp.training.costs.forecast import forecast
 from sbp.training.data.loading import TrainSampler
 from sbp.training.loop import Trainer
 from sbp.training.setup import build_trainer
 from sbp.training.table import markdown
-from scripts.launch import typed
+from scripts.launch import composed
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAIN_IMAGES = 1281167  # of ImageNet
@@ -122,12 +121,6 @@ def command(name: str, plan: BatchPlan, nodes: int, seed: int = 0) -> str:
         rendezvous = [f"--rdzv_id={name}", "--rdzv_backend=c10d", "--rdzv_endpoint=HOST:29500"]
         launcher = [f"--nnodes={nodes}", *launcher, *rendezvous]
     return " ".join(["torchrun", *launcher, "train.py", *arguments(name, plan, seed)])
-
-
-def composed(overrides: Sequence[str]) -> Config:
-    """The config that `python train.py *overrides` runs with, validated."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return validate(typed(compose("train", list(overrides)), Config))
 
 
 def built(config: Config, plan: BatchPlan) -> Recipe:
@@ -275,14 +268,14 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="experiment", help="of configs/experiment/table1; all by default")
     parser.add_argument("--gpus", type=int, default=8, help="in all, over all nodes (default: 8)")
     parser.add_argument("--nodes", type=int, default=1, help="that the GPUs are on, equally many each (default: 1)")
     parser.add_argument("--memory-gib", type=float, help="of a GPU: shrinks the micro batch until its forecast fits")
     parser.add_argument("--seed", type=int, default=0, help="of the runs (default: 0)")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     rows = dry_run(options.names or experiments(), options.gpus, options.nodes, options.memory_gib, options.seed)
     print(table(rows))
     if options.nodes > 1:

@@ -9,12 +9,13 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed, signals
-from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig
+from sbp.training.config import BenchmarkConfig, Config, EvalConfig, ExportConfig, validate
 from sbp.training.status import (
     EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
@@ -35,7 +36,7 @@ from sbp.training.status import (
     write_status,
 )
 from sbp.training.summary import finished
-from scripts.children import RunFailed, quoted, run_children, torchrun
+from scripts.children import ROOT, RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
 from scripts.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
 
@@ -144,16 +145,22 @@ def make_folder(folder: Path) -> float:
         sys.exit(f"error: run_dir={folder} cannot be written to: {error.strerror}{at}")
 
 
-def typed(composed: DictConfig, kind: type[C]) -> C:
+def typed(given: DictConfig, kind: type[C]) -> C:
     """The composed config as plain dataclasses. Raises OmegaConf's errors for a key or value the schema lacks.
 
     Hydra lets `+sbp.typo=1` through, even into a typed config; merging into the schema once more does not.
     """
-    plain = OmegaConf.to_container(composed, resolve=True)
+    plain = OmegaConf.to_container(given, resolve=True)
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), plain))  # type: ignore[return-value]
 
 
-def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> float | list[float] | None:
+def composed(overrides: Sequence[str]) -> Config:
+    """The config that `python train.py *overrides` runs with, validated."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return validate(typed(compose("train", list(overrides)), Config))
+
+
+def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> float | list[float] | None:
     """Runs `job(config, output folder)`; of a training run, returns what config.objective names, for a sampler.
 
     A training run that is complete in its folder is not run again. What the user got wrong ends with one line and exit
@@ -174,7 +181,7 @@ def run_job(composed: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) 
         (folder / FAILURE).unlink(missing_ok=True)
     message = result = None  # an exception must not outlive its job: its frames hold the model
     try:
-        config: Any = typed(composed, kind)
+        config: Any = typed(given, kind)
         if kind is Config:
             result = _objective(_train(config, folder, job), config)
         else:

@@ -1,0 +1,120 @@
+"""What lies in the folder of a setting's results, and what it says of a claim."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import nan, sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from sbp.training.status import read_json
+from sbp.training.study.claims import ARMS, NULLS, Claim, Setting, exists
+from sbp.training.study.verdicts import Cost, Difference, difference, not_dominated, together
+
+BySeed = Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a claim's verdict. what: who against whom, in words."""
+
+    what: str
+    measure: str
+    found: Difference
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """folder: of `setting` in the results of a scale."""
+
+    setting: Setting
+    folder: Path
+
+    @cached_property
+    def training(self) -> dict[str, dict[str, Any]]:
+        """Records of trained arms, by arm."""
+        return self._records("training")
+
+    @cached_property
+    def gradients(self) -> dict[str, dict[str, Any]]:
+        """Records of gradient similarities, by arm, and under "nulls"."""
+        return self._records("gradients")
+
+    @cached_property
+    def costs(self) -> dict[str, Any]:
+        return read_json(self.folder / "costs.json")
+
+    @cached_property
+    def published(self) -> dict[str, Any]:
+        """Of the evaluation with partial attention."""
+        return self._records("published").get("sbp", {})
+
+    def _records(self, kind: str) -> dict[str, dict[str, Any]]:
+        return {path.stem: json.loads(path.read_text()) for path in sorted((self.folder / kind).glob("*.json"))}
+
+    def trained(self, arm: str, figure: str) -> BySeed:
+        """A figure of an arm's runs after the last epoch."""
+        record = self.training.get(ARMS[arm].same_as or arm, {})
+        return {run["seed"]: run[figure] for run in record.get("runs", [])}
+
+    def cosines(self, method: str, stages: tuple[str, ...] = ("middle", "late"), figure: str = "cosine") -> BySeed:
+        """Mean over the checkpoints of these stages."""
+        record = self.gradients.get("nulls" if method in NULLS else method, {})
+        runs = [run for run in record.get("runs", []) if run["stage"] in stages]
+        return {
+            seed: fmean(run["found"][method][figure] for run in runs if run["seed"] == seed)
+            for seed in sorted({run["seed"] for run in runs})
+        }
+
+    def layers(self, method: str) -> dict[str, float]:
+        """The cosine of each layer at the end of training, mean over the seeds."""
+        record = self.gradients.get("nulls" if method in NULLS else method, {})
+        late = [run["found"][method]["per_layer"] for run in record.get("runs", []) if run["stage"] == "late"]
+        return {name: fmean(one[name] for one in late) for name in (late[0] if late else {})}
+
+    def cost(self, arm: str) -> Cost | None:
+        """Of a whole training; None where it was not measured."""
+        found, record = self.costs.get("arms", {}).get(arm), self.training.get(ARMS[arm].same_as or arm)
+        if found is None or record is None:
+            return None
+        steps = record["epochs"] * record["steps_per_epoch"]
+        return Cost(found.get("peak_allocated", found["memory"]), found["step_ms"] / 1000 * steps)
+
+    def findings(self, claim: Claim) -> list[Finding]:
+        """What decides the claim, in this setting; without what does not exist here."""
+        found = []
+        for one in claim.comparisons:
+            if not all(arm in NULLS or exists(arm, self.setting) for arm in (one.better, one.worse)):
+                continue
+            what = f"{label(one.better)} against {label(one.worse)}"
+            if one.measure == "cosine":
+                gap = difference(self.cosines(one.better), self.cosines(one.worse))
+            else:
+                gap = difference(self.trained(one.worse, "val_loss"), self.trained(one.better, "val_loss"))
+            found.append(Finding(what, one.measure, gap, gap.verdict))
+        own = self.cost("sbp")
+        for arm in claim.dominated_by:
+            if not exists(arm, self.setting):
+                continue
+            gap = difference(self.trained(arm, "val_loss"), self.trained("sbp", "val_loss"))
+            other = self.cost(arm)
+            if own is None or other is None:
+                gap = Difference(gap.mean, gap.low, gap.high, 0)
+                other = own = own or other or Cost(nan, nan)
+            found.append(Finding(f"not dominated by {label(arm)}", "val_loss", gap, not_dominated(gap, own, other)))
+        return found
+
+    def verdict(self, claim: Claim) -> str:
+        return together([one.verdict for one in self.findings(claim)])
+
+
+def label(arm: str) -> str:
+    return ARMS[arm].label if arm in ARMS else NULLS[arm]
+
+
+def standard_error(values: BySeed) -> float:
+    """Of the mean; nan for fewer than two."""
+    return stdev(values.values()) / sqrt(len(values)) if len(values) > 1 else nan

@@ -1,0 +1,187 @@
+"""RESULTS.md: every claim with its command, what the talk says, what came out, and the verdict."""
+
+from collections.abc import Iterator
+from math import isfinite
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from sbp.training.status import read_json
+from sbp.training.study import verdicts
+from sbp.training.study.claims import ANSWERED, ARMS, CLAIMS, NULLS, STAGES, Claim, arms_of, gradients_of
+from sbp.training.study.evidence import Evidence, Finding, label, standard_error
+from sbp.training.study.settings import SCALES
+from sbp.training.table import markdown
+
+MIB = 2**20
+WHY = "why.yaml"  # in the folder of results: why we think that a claim came out as it did, in words without numbers
+
+INTRODUCTION = """# Results
+
+What the talk on stochastic backpropagation claims, and what came out here. `python -m scripts.results` writes this file
+and its figures from the records in [results](results), which name device, versions, commit and command;
+`python scripts/study.py` makes the records. Nothing is chosen on the images that are measured on, and of every run the
+last epoch counts.
+
+## The rule
+
+Fixed before the runs ([verdicts.py](sbp/training/study/verdicts.py)):
+"""
+
+TABLE_1 = {  # the talk's: MiB without and with SBP, top-1 in percent without and with SBP
+    "vit_tiny": ("ViT-Tiny", 256, 8248, 5587, 73.68, 73.09),
+    "vit_base": ("ViT-Base", 64, 10083, 7436, 81.22, 80.62),
+    "convnext_tiny": ("ConvNeXt-Tiny", 128, 12134, 7059, 82.1, 81.61),
+    "convnext_base": ("ConvNeXt-Base", 64, 14130, 8758, 83.8, 83.27),
+}
+
+
+def evidence(folder: Path) -> dict[str, Evidence]:
+    """All that there is, under SCALE/SETTING."""
+    found = {f"{scale}/{one.name}": one for scale, of_it in SCALES.items() for one in of_it.settings}
+    return {name: Evidence(one, folder / name) for name, one in found.items() if (folder / name).is_dir()}
+
+
+def text(folder: Path) -> str:
+    """RESULTS.md from the records in the folder `results`."""
+    known, why = evidence(folder), yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
+    rule = [line.strip() for line in (verdicts.__doc__ or "").splitlines()[2:]]
+    parts = [INTRODUCTION + as_list(rule), "## In short", markdown(overview(known))]
+    for key, claim in ANSWERED.items():
+        title = f"## {key}. {claim.title}" if key in CLAIMS else f"## {claim.title}"
+        parts += [title, claim.published]
+        if key == "7":
+            parts += list(table_1(folder))
+        for name, one in known.items():
+            parts += list(section(key, claim, name, one))
+        if key in why:
+            parts += [why[key].strip()]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_list(rule: list[str]) -> str:
+    lines = []
+    for line in rule:
+        name, _, meaning = line.partition("  ")
+        lines.append(f"- **{name}**: {meaning.strip()}" if meaning else line)
+    return "\n".join(lines)
+
+
+def overview(known: dict[str, Evidence]) -> list[list[str]]:
+    rows = [["", *known]]
+    for key, claim in ANSWERED.items():
+        if key != "7":
+            title = f"{key}. {claim.title}" if key in CLAIMS else claim.title
+            rows.append([title, *(said(key, one.verdict(claim)) for one in known.values())])
+    return rows
+
+
+def said(key: str, verdict: str) -> str:
+    """A verdict on a claim; of our own questions, the answer."""
+    if key in CLAIMS:
+        return verdict
+    return {verdicts.REPRODUCED: "yes", verdicts.OPPOSITE: "no, the opposite"}.get(verdict, verdict)
+
+
+def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
+    """Tables and figure of one claim in one setting; nothing where nothing was run."""
+    findings = one.findings(claim)
+    if all(finding.verdict == verdicts.NOT_RUN for finding in findings):
+        return
+    scale = name.split("/")[0]
+    root = " data_root=FOLDER" if one.setting.needs_root else ""
+    record = next(iter(one.training.values()))
+    versions = record["versions"]
+    yield f"### {name}: {said(key, one.verdict(claim))}"
+    yield (
+        f"{one.setting.label[0].upper()}{one.setting.label[1:]}. "
+        f"`python scripts/study.py scale={scale} setting={one.setting.name} claim={key}{root}` on {record['device']}, "
+        f"torch {versions['torch']}, timm {versions['timm']}, commit {versions['commit']}; "
+        f"{record['epochs']} epochs of {record['train_images']} images in batches of {record['global_batch_size']}."
+    )
+    yield markdown(list(arms_table(claim, one)))
+    if any(finding.measure == "cosine" for finding in findings):
+        yield "Cosine similarity to the exact gradient, and in brackets the ratio of the norms:"
+        yield markdown(list(gradients_table(claim, one)))
+    yield markdown(list(findings_table(findings)))
+    figure = one.folder / f"claim-{key}.png"
+    if figure.is_file():
+        yield f"![{claim.title}]({figure.relative_to(figure.parents[3]).as_posix()})"
+
+
+def arms_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
+    yield ["arm", "runs", "validation loss", "top-1 %", "saved MiB a step", "step ms", "training s"]
+    for arm in arms_of([claim], one.setting):
+        losses, top1 = one.trained(arm, "val_loss"), one.trained(arm, "top1")
+        found, cost = one.costs.get("arms", {}).get(arm), one.cost(arm)
+        if not losses:
+            continue
+        figures = [f"{found['memory'] / MIB:.1f}", f"{found['step_ms']:.1f}"] if found else ["", ""]
+        model = ARMS[arm].same_as
+        runs = str(len(losses)) if model is None else f"as {label(model)}"
+        shown = [spread(losses, 4), spread(top1, 2)]
+        yield [label(arm), runs, *shown, *figures, f"{cost.time:.0f}" if cost else ""]
+
+
+def gradients_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
+    yield ["gradient", *STAGES, "late, averaged over masks"]
+    for method in [*(arm for arm in gradients_of([claim], one.setting) if arm in ARMS), *NULLS]:
+        if not one.cosines(method):
+            continue
+
+        def mean(stage: str, figure: str, method: str = method) -> float:
+            return fmean(one.cosines(method, (stage,), figure).values())
+
+        cells = [f"{spread(one.cosines(method, (s,)), 3)} ({mean(s, 'norm_ratio'):.2f})" for s in STAGES]
+        yield [label(method), *cells, f"{mean('late', 'cosine_of_mean'):.3f}"]
+
+
+def findings_table(findings: list[Finding]) -> Iterator[list[str]]:
+    yield ["comparison", "measure", "advantage [95 % interval]", "pairs", "verdict"]
+    for one in findings:
+        gap = one.found
+        interval = f" [{gap.low:+.4f}, {gap.high:+.4f}]" if isfinite(gap.low) else ""
+        measure = {"val_loss": "validation loss", "cosine": "cosine similarity"}[one.measure]
+        yield [one.what, measure, f"{gap.mean:+.4f}{interval}" if gap.pairs else "", str(gap.pairs), one.verdict]
+
+
+def spread(values: Any, digits: int) -> str:
+    """Mean ± standard error."""
+    error = standard_error(values)
+    return f"{fmean(values.values()):.{digits}f}" + (f" ± {error:.{digits}f}" if isfinite(error) else "")
+
+
+def table_1(folder: Path) -> Iterator[str]:
+    rows = [["network", "batch", "talk, MiB", "forecast, MiB", "with `cheap`, MiB", "measured, MiB", "talk, top-1 %"]]
+    for key, (network, batch, plain, sbp, top1, top1_sbp) in TABLE_1.items():
+        peaks = read_json(folder / "forecast" / f"{key}.json")["peak_by_recompute_and_keep_ratio"]
+        none = peaks["none"]["1.0"]
+        rows.append(
+            [
+                network,
+                str(batch),
+                ratio(plain, sbp),
+                ratio(none / MIB, peaks["none"]["0.5"] / MIB),
+                ratio(none / MIB, peaks["cheap"]["0.5"] / MIB),
+                measured(folder, key) or "not run",
+                f"{top1} → {top1_sbp}",
+            ]
+        )
+    yield markdown(rows)
+
+
+def ratio(before: float, after: float) -> str:
+    return f"{before:.0f} → {after:.0f} ({after / before:.2f})"
+
+
+def measured(folder: Path, key: str) -> str:
+    """The peaks that scripts/gpu_results.py has found, on each device."""
+    found = []
+    for path in sorted((folder / "gpu").glob(f"*/{key}-eager.json")):
+        record = read_json(path)
+        plain, sbp = (record["arms"][arm].get("peak_allocated") for arm in ("plain", "sbp"))
+        if plain and sbp and record["device"] and "-small" not in path.parent.name:
+            found.append(f"{ratio(plain / MIB, sbp / MIB)} on {record['device']}")
+    return "; ".join(found)

@@ -1,0 +1,133 @@
+"""Where the claims are checked: the scales, and what is trained at each."""
+
+from dataclasses import dataclass, replace
+
+from sbp.training.study.claims import Setting
+
+
+@dataclass(frozen=True)
+class Scale:
+    """claims: what is answered unless others are asked for. rounds: of measuring what a step costs.
+
+    device: "cpu", or "auto" for a GPU where there is one.
+    """
+
+    settings: tuple[Setting, ...]
+    claims: tuple[str, ...]
+    rounds: int
+    device: str
+
+    def by_default(self, with_root: bool) -> list[Setting]:
+        """Those that need images from a folder, where there is one, else the others."""
+        return [one for one in self.settings if one.needs_root == with_root and not one.gradients_only]
+
+
+# As the published ViTs are, in small: a class token, SBP in the last two thirds of the blocks, no drop path.
+SMALL_VIT = (
+    *("backbone=vit_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=4", "backbone.kwargs.embed_dim=64"),
+    *("backbone.kwargs.num_heads=4", "backbone.kwargs.class_token=true", "backbone.kwargs.global_pool=token"),
+)
+PLAIN_RECIPE = ("recipe=demo", "recipe.label_smoothing=0", "threads=1")  # no augmentation either
+
+DIGITS_VIT = Setting(
+    name="digits-vit",
+    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens) on generated cluttered digits at 32 px",
+    overrides=(*SMALL_VIT, "data=cluttered_digits", "data.train_images=3072", *PLAIN_RECIPE, "recipe.warmup_epochs=1"),
+    sbp_layers=4,
+    other_layers=tuple(f"blocks.{i}" for i in range(4)),
+    epochs=10,
+    lr=1e-3,
+    batch_size=64,
+    save_every_steps=48,
+    seeds=6,
+    small_size=24,
+    sbp_time=0.7,
+)
+# One pass over the images: too short for the arms that change the number of epochs.
+CIFAR_SMALL_VIT = replace(
+    DIGITS_VIT,
+    name="cifar10-vit",
+    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens) on CIFAR-10 at 32 px",
+    overrides=(*SMALL_VIT, "data=cifar10", "data.workers=0", *PLAIN_RECIPE, "recipe.warmup_epochs=0"),
+    epochs=1,
+    save_every_steps=78,
+    needs_root=True,
+)
+CIFAR_VIT = Setting(
+    name="cifar10-vit_tiny-32",
+    label="ViT-Tiny with patches of 4 px on CIFAR-10 at 32 px",
+    overrides=("backbone=vit_tiny", "+backbone.kwargs.patch_size=4", "data=cifar10", "recipe=short"),
+    sbp_layers=8,
+    other_layers=tuple(f"blocks.{i}" for i in range(8)),
+    epochs=30,
+    lr=1e-3,
+    batch_size=256,
+    save_every_steps=585,
+    seeds=5,
+    small_size=24,
+    sbp_time=0.7,
+    needs_root=True,
+)
+AT_224 = ("data=cifar10", "data.image_size=224", "recipe=short")
+CIFAR_VIT_224 = replace(
+    CIFAR_VIT,
+    name="cifar10-vit_tiny-224",
+    label="ViT-Tiny as published on CIFAR-10 at 224 px",
+    overrides=("backbone=vit_tiny", *AT_224),
+    epochs=10,
+    save_every_steps=195,
+    seeds=3,
+    small_size=160,
+)
+CONVNEXT_LAYERS = (
+    *(f"stages.0.blocks.{i}" for i in range(3)),
+    *("stages.1.downsample", *(f"stages.1.blocks.{i}" for i in range(3))),
+    *("stages.2.downsample", *(f"stages.2.blocks.{i}" for i in range(9))),
+    *("stages.3.downsample", *(f"stages.3.blocks.{i}" for i in range(3))),
+)
+CIFAR_CONVNEXT_224 = replace(
+    CIFAR_VIT_224,
+    name="cifar10-convnext_tiny-224",
+    label="ConvNeXt-Tiny as published on CIFAR-10 at 224 px",
+    overrides=("backbone=convnext_tiny", *AT_224),
+    sbp_layers=14,
+    other_layers=CONVNEXT_LAYERS[-14:],
+    is_vit=False,
+)
+# Only gradients are looked at, so that the images of ImageNet's validation folder, or a part of it, will do.
+PHOTOGRAPHS = (
+    *("data=imagenet", "data.train_split=val", "recipe=short", "recipe.warmup_epochs=1", "amp=off"),
+    *("recipe.lr_base_batch_size=null", "recipe.label_smoothing=0"),
+)
+PHOTOGRAPHS_VIT = replace(
+    CIFAR_VIT_224,
+    name="photographs-vit_tiny",
+    label="the gradients of ViT-Tiny as published on ImageNet photographs at 224 px",
+    overrides=("backbone=vit_tiny", *PHOTOGRAPHS),
+    batch_size=50,
+    save_every_steps=20,
+    images=64,
+    draws=4,
+    gradients_only=True,
+)
+PHOTOGRAPHS_CONVNEXT = replace(
+    CIFAR_CONVNEXT_224,
+    name="photographs-convnext_tiny",
+    label="the gradients of ConvNeXt-Tiny as published on ImageNet photographs at 224 px",
+    overrides=("backbone=convnext_tiny", *PHOTOGRAPHS),
+    batch_size=50,
+    save_every_steps=20,
+    images=64,
+    draws=4,
+    gradients_only=True,
+)
+
+SCALES = {
+    "laptop": Scale((DIGITS_VIT, CIFAR_SMALL_VIT), claims=("1", "2", "5", "exact_attention"), rounds=15, device="cpu"),
+    "gpu": Scale(
+        (CIFAR_VIT, CIFAR_VIT_224, CIFAR_CONVNEXT_224, PHOTOGRAPHS_VIT, PHOTOGRAPHS_CONVNEXT),
+        claims=("1", "2", "3", "4", "5", "exact_attention"),
+        rounds=20,
+        device="auto",
+    ),
+}

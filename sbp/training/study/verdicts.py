@@ -1,0 +1,83 @@
+"""The rule that decides a claim, fixed before the runs.
+
+    Runs are paired by their seed. For each comparison the differences of the pairs have a mean with a 95 % interval
+    (Student's t). The measure is the validation loss after the last epoch, or the cosine similarity of gradients, mean
+    over the checkpoints from the middle and the end of training. No epoch is chosen, and intervals are not corrected
+    for their number.
+
+    reproduced      the whole interval lies on the side that is claimed
+    opposite        the whole interval lies on the other side
+    not separated   zero is within it
+    not run         fewer than three pairs
+
+A claim with several comparisons is reproduced when all of them are, opposite when one is opposite, not run when one has
+not run, and else not separated.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+from statistics import fmean, stdev
+
+from scipy.stats import t
+
+REPRODUCED, OPPOSITE, NOT_SEPARATED, NOT_RUN = "reproduced", "opposite", "not separated", "not run"
+CONFIDENCE = 0.95
+LEAST_PAIRS = 3
+SAME_TIME = 1.02  # times up to this factor apart count as equal
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of the paired differences and its interval. pairs: how many."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def verdict(self) -> str:
+        """On the claim that the difference is above zero."""
+        if self.pairs < LEAST_PAIRS:
+            return NOT_RUN
+        if self.low > 0:
+            return REPRODUCED
+        return OPPOSITE if self.high < 0 else NOT_SEPARATED
+
+
+@dataclass(frozen=True)
+class Cost:
+    """memory: bytes of a training step. time: seconds of the whole training."""
+
+    memory: float
+    time: float
+
+
+def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
+    """`first` minus `second`, over the seeds that both have."""
+    values = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    if len(values) < 2:
+        return Difference(fmean(values) if values else 0.0, -inf, inf, len(values))
+    half = t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / sqrt(len(values))
+    return Difference(fmean(values), fmean(values) - half, fmean(values) + half, len(values))
+
+
+def together(verdicts: Sequence[str]) -> str:
+    """Of a claim, from those of its comparisons."""
+    for decisive in (OPPOSITE, NOT_RUN, NOT_SEPARATED):
+        if decisive in verdicts:
+            return decisive
+    return REPRODUCED if verdicts else NOT_RUN
+
+
+def not_dominated(advantage: Difference, own: Cost, other: Cost) -> str:
+    """On the claim that the other way to train is not as lean, as fast and better than our own.
+
+    advantage: validation loss of the other minus our own.
+    """
+    if advantage.pairs < LEAST_PAIRS:
+        return NOT_RUN
+    if other.memory > own.memory or other.time > SAME_TIME * own.time:
+        return REPRODUCED
+    return advantage.verdict

@@ -1,0 +1,19 @@
+"""Writes RESULTS.md and its figures from the records in results/: python -m scripts.results"""
+
+from pathlib import Path
+
+from sbp.training.status import write_text
+from sbp.training.study import figures, report
+from sbp.training.study.claims import ANSWERED
+
+
+def write(folder: Path) -> None:
+    """RESULTS.md beside `folder`, figures in it."""
+    for one in report.evidence(folder).values():
+        for key, claim in ANSWERED.items():
+            figures.draw(claim, one, one.folder / f"claim-{key}.png")
+    write_text(folder.parent / "RESULTS.md", report.text(folder))
+
+
+if __name__ == "__main__":
+    write(Path("results"))

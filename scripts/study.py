@@ -1,0 +1,123 @@
+"""The study: checks the talk's claims at the scale of a machine, and writes them down.
+
+    python scripts/study.py scale=laptop                    claims 1, 2 and 5: under 45 minutes on 2 cores
+    python scripts/study.py scale=laptop claim=3            any other claim or question of sbp/training/study/claims.py
+    python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
+    python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
+
+Trains every arm that the claims need by a sweep of train.py over the seeds (run_dir/SCALE/SETTING/ARM), measures
+gradient similarities and the cost of a step, writes results/SCALE/SETTING/*.json, then RESULTS.md and its figures.
+The same command again goes on where it was interrupted, and does nothing twice. Keys: StudyConfig below.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sbp.training import distributed
+from sbp.training.status import EXIT_PREEMPTED
+from sbp.training.study.claims import ANSWERED, Claim
+from sbp.training.study.settings import SCALES, Scale, Setting
+from scripts import dry_run, results
+from scripts.jobs import Jobs
+from scripts.study_tasks import Place, measure_costs, tasks
+
+
+@dataclass
+class StudyConfig:
+    """scale: "laptop", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and QUESTIONS in
+        sbp/training/study/claims.py, "all", or null for what the scale answers by default.
+    setting: what is trained, by its name in sbp/training/study/settings.py; null for all that `data_root` allows.
+    data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
+    seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for one on each GPU, or two.
+    minutes: stop in good order before they are over. device: null for the scale's own.
+    run_dir: where the runs lie. results: where the figures go. gpus, nodes: of the imagenet scale.
+    """
+
+    scale: str = "laptop"
+    claim: Any = None
+    setting: str | None = None
+    data_root: str | None = None
+    seeds: int | None = None
+    jobs: int | None = None
+    minutes: float | None = None
+    device: str | None = None
+    run_dir: str = "outputs/study"
+    results: str = "results"
+    gpus: int = 8
+    nodes: int = 1
+
+
+def main() -> None:
+    config = read_config(sys.argv[1:])
+    if config.scale == "imagenet":
+        return dry_run.main([f"--gpus={config.gpus}", f"--nodes={config.nodes}"])
+    scale = SCALES[config.scale]
+    claims, settings = asked(config, scale), chosen(config, scale)
+    device = distributed.pick_device(config.device or scale.device)
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    with Jobs(config.jobs or gpus or 2, gpus, config.minutes) as jobs:
+        for setting in settings:
+            folders = config.run_dir, config.results, config.data_root
+            here = Place.of(config.scale, setting, device, *folders, config.seeds)
+            for kind, todo in tasks(here, claims).items():
+                jobs.do(f"{setting.name}, {kind}", todo)
+            if not jobs.stopping and not setting.gradients_only:
+                measure_costs(here, claims, scale.rounds)
+    results.write(Path(config.results))
+    if jobs.failed:
+        sys.exit("error: failed:\n  " + "\n  ".join(jobs.failed))
+    if jobs.stopping:
+        print("stopped; the same command goes on from here")
+        sys.exit(EXIT_PREEMPTED)
+
+
+def read_config(arguments: list[str]) -> StudyConfig:
+    """Ends the program with one line for what the user got wrong."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__, StudyConfig.__doc__, sep="\n")
+        sys.exit()
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.from_cli(arguments))
+        config: StudyConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        sys.exit(f"error: {str(error).splitlines()[0]} (key: {error.full_key})")
+    allowed = [*SCALES, "imagenet"]
+    if config.scale not in allowed:
+        sys.exit(f"error: scale must be one of {', '.join(allowed)}, got {config.scale}")
+    if config.data_root is not None and not Path(config.data_root).is_dir():
+        sys.exit(f"error: data_root={config.data_root} is no folder")
+    return config
+
+
+def asked(config: StudyConfig, scale: Scale) -> list[Claim]:
+    """The claims and questions to answer."""
+    given = config.claim if isinstance(config.claim, list) else [config.claim]
+    keys = list(scale.claims) if config.claim is None else [str(key) for key in given]
+    unknown = [key for key in keys if key not in ANSWERED and key != "all"]
+    if unknown:
+        sys.exit(f"error: no claim {', '.join(unknown)}; there are {', '.join(ANSWERED)}, and all")
+    return list(ANSWERED.values()) if "all" in keys else [ANSWERED[key] for key in keys]
+
+
+def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
+    """The settings to train."""
+    names = {one.name: one for one in scale.settings}
+    if config.setting is not None and config.setting not in names:
+        sys.exit(f"error: scale={config.scale} has no setting {config.setting}; there are {', '.join(names)}")
+    settings = [names[config.setting]] if config.setting else scale.by_default(config.data_root is not None)
+    if not settings or (config.data_root is None and any(one.needs_root for one in settings)):
+        wanted = f"setting={config.setting}" if config.setting else f"scale={config.scale}"
+        sys.exit(f"error: {wanted} needs data_root: the folder of its images")
+    return settings
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What the study does in one setting: trains arms, compares gradients, measures costs; each leaves one file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from sbp.training import environment
+from sbp.training.config import Config
+from sbp.training.costs.benchmark_report import write_json
+from sbp.training.status import read_json
+from sbp.training.study.claims import ARMS, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
+from sbp.training.study.costs import step_costs
+from sbp.training.summary import SUMMARY
+from scripts.children import quoted
+from scripts.jobs import Jobs
+from scripts.launch import composed
+
+Task = Callable[[Jobs], str | None]
+
+RUN_FIGURES = ("seed", "top1", "top5", "val_loss", "images_per_second", "saved_bytes_per_image", "effective_keep_ratio")
+RUN_FACTS = ("device", "versions", "amp", "global_batch_size", "epochs", "steps_per_epoch", "train_images", "lr")
+COMMON = ("logger=none", "probe.every_steps=null", "eval_every_epochs=1000000")  # the last epoch is evaluated anyway
+
+
+@dataclass(frozen=True)
+class Place:
+    """A setting, the folder of its runs and that of its results. common: overrides of all of its runs."""
+
+    setting: Setting
+    device: torch.device
+    runs: Path
+    results: Path
+    common: list[str]
+    seeds: list[int]
+
+    @classmethod
+    def of(
+        cls,
+        scale: str,
+        setting: Setting,
+        device: torch.device,
+        runs: str,
+        results: str,
+        root: str | None,
+        seeds: int | None,
+    ) -> "Place":
+        """root: of the images. seeds: null for the setting's own number."""
+        common = [*setting.overrides, *setting.schedule, *COMMON, f"device={device.type}"]
+        if setting.needs_root:
+            common.append(f"data.root={quoted(Path(root or '').resolve())}")
+        where = Path(scale) / setting.name
+        numbers = list(range(1, 1 + (seeds or setting.seeds)))
+        return cls(setting, device, Path(runs).resolve() / where, Path(results) / where, common, numbers)
+
+    def file(self, kind: str, name: str) -> Path:
+        return self.results / kind / f"{name}.json"
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the results are there, for all seeds."""
+        record = read_json(self.file(kind, name))
+        return {one["seed"] for one in record.get("runs", [])} >= set(self.seeds)
+
+    def finished(self, arm: str) -> dict[int, Path]:
+        """The folders of an arm's complete runs, by seed."""
+        found = {json.loads(path.read_text())["seed"]: path.parent for path in (self.runs / arm).glob(f"*/{SUMMARY}")}
+        return {seed: found[seed] for seed in self.seeds}
+
+
+def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
+    """What is left to be done in a setting, by kind and name."""
+    setting = here.setting
+    trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
+    kinds: dict[str, dict[str, Task]] = {
+        "training": {arm: partial(train, here, arm) for arm in trained},
+        "gradients": {arm: partial(similarity, here, arm) for arm in gradients_of(claims, setting)},
+        "published": {"sbp": partial(evaluate_as_published, here)} if "qkv_exact" in trained else {},
+    }
+    return {
+        kind: {name: task for name, task in all_of_it.items() if not here.has(kind, name)}
+        for kind, all_of_it in kinds.items()
+    }
+
+
+def train(here: Place, arm: str, jobs: Jobs) -> str | None:
+    """A sweep over the seeds."""
+    saved = "checkpoint.keep=10" if arm == "plain" else "checkpoint.keep=1"
+    every = f"checkpoint.every_steps={here.setting.save_every_steps}"
+    given = [*here.common, *ARMS[arm].overrides(here.setting), saved, every, f"seed={','.join(map(str, here.seeds))}"]
+    folder = here.runs / arm
+    if not jobs.run(["train.py", "-m", *given, f"run_dir={quoted(folder)}"], folder / "log.txt"):
+        return None
+    summaries = [json.loads((run / SUMMARY).read_text()) for run in here.finished(arm).values()]
+    runs = [{key: summary.get(key) for key in RUN_FIGURES} for summary in summaries]
+    facts = {key: summaries[-1][key] for key in RUN_FACTS}
+    write_json({"arm": arm, "command": shell("train.py -m", given), **facts, "runs": runs}, here.file("training", arm))
+    losses = [run["val_loss"] for run in runs]
+    return f"validation loss {fmean(losses):.4f} in {len(runs)} runs, {min(losses):.4f} to {max(losses):.4f}"
+
+
+def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
+    """The gradients of an arm, or of parts of the batch, on checkpoints of the runs without SBP."""
+    checkpoints = [pair for run in here.finished("plain").values() for pair in staged(run).items()]
+    nulls = name not in ARMS
+    methods = {} if nulls else {name: sbp_arguments(name, here.setting)}
+    options = [f"--methods={json.dumps(methods)}", f"--images={here.setting.images}", f"--draws={here.setting.draws}"]
+    options += [f"--device={here.device.type}", "--threads=1", *([] if nulls else ["--no-nulls"])]
+    out = here.runs / "gradients" / f"{name}.json"
+    command = ["-m", "scripts.gradient_similarity", *(str(path) for _, path in checkpoints), *options, f"--out={out}"]
+    if not jobs.run(command, out.with_suffix(".txt")):
+        return None
+    record = json.loads(out.read_text())
+    runs = [one | {"stage": stage} for one, (stage, _) in zip(record.pop("checkpoints"), checkpoints, strict=True)]
+    told = {"command": shell("-m scripts.gradient_similarity CHECKPOINTS", options)}
+    write_json(told | record | {"runs": runs}, here.file("gradients", name))
+    late = [one["found"] for one in runs if one["stage"] == "late"]
+    return ", ".join(f"cosine {fmean(one[key]['cosine'] for one in late):.3f} ({key})" for key in late[0]) + ", late"
+
+
+def staged(run: Path) -> dict[str, Path]:
+    """The checkpoint of each stage of a run: the nearest that there is."""
+    paths = {int(path.stem.removeprefix("step-")): path for path in (run / "checkpoints").glob("step-*.pt")}
+    return {
+        stage: paths[min(paths, key=lambda step: abs(step - share * max(paths)))] for stage, share in STAGES.items()
+    }
+
+
+def evaluate_as_published(here: Place, jobs: Jobs) -> str | None:
+    """The accuracy of the arm "sbp" with partial attention in evaluation too, as the authors' code has it."""
+    folder = here.runs / "published"
+    checkpoints = {seed: next((run / "checkpoints").glob("step-*.pt")) for seed, run in here.finished("sbp").items()}
+    given = ["sbp.eval=published", f"device={here.device.type}"]
+    for seed, path in checkpoints.items():
+        command = ["eval.py", f"checkpoint={quoted(path)}", *given, f"run_dir={quoted(folder / str(seed))}"]
+        if not jobs.run(command, folder / "log.txt"):
+            return None
+    found = {seed: json.loads((folder / str(seed) / "eval.json").read_text()) for seed in checkpoints}
+    runs = [{"seed": seed, "top1": one["top1"], "val_loss": one["loss"]} for seed, one in found.items()]
+    facts = {"versions": environment.versions(), "command": shell("eval.py checkpoint=FILE", given)}
+    write_json(facts | {"runs": runs}, here.file("published", "sbp"))
+    return f"validation loss {fmean(run['val_loss'] for run in runs):.4f} with partial attention in evaluation too"
+
+
+def measure_costs(here: Place, claims: list[Claim], rounds: int) -> None:
+    """What a step of each arm costs, known arms too, as they are measured in turns; nothing else may run meanwhile."""
+    path = here.results / "costs.json"
+    known = read_json(path).get("arms", {})
+    arms = arms_of(claims, here.setting)
+    if set(arms) <= set(known):
+        return
+    arms = list(dict.fromkeys([*known, *arms]))
+    if here.device.type == "cpu":
+        torch.set_num_threads(1)
+    found = step_costs({arm: arm_config(here, arm) for arm in arms}, rounds=rounds, device=here.device)
+    facts = {"device": environment.device_name(here.device), "versions": environment.versions()}
+    write_json(facts | {"rounds": rounds, "arms": found}, path)
+
+
+def arm_config(here: Place, arm: str) -> Config:
+    """Of one run, as train.py gets it."""
+    return composed([*here.common, *ARMS[arm].overrides(here.setting)])
+
+
+def shell(command: str, arguments: list[str]) -> str:
+    """A command as a shell takes it, without this machine's paths."""
+    named = ["data.root=FOLDER" if one.startswith("data.root=") else one for one in arguments]
+    return " ".join(["python", command, *(f"'{one}'" if set(one) & set("[]{}$ ") else one for one in named)])
