@@ -1,6 +1,8 @@
 """Produces the figures that need a GPU, slice by slice: python -m scripts.gpu_results [--minutes 8.5] [NAME ...]
 
-Needs torch and timm alone. What is in the folder of this device already is skipped, so that the command can be given
+Needs torch and timm alone. With --cifar10 or --photographs the study's runs come before the compiled arms; they need
+torchvision and Hydra, too: without a network, `PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core tqdm`
+elsewhere. What is in the folder of this device already is skipped, so that the command can be given
 again until it has nothing left to do: then its exit code is 0, else 3. An interrupted slice leaves nothing behind.
 """
 
@@ -9,10 +11,12 @@ import json
 import logging
 import multiprocessing
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,8 +27,10 @@ from sbp.training.costs import benchmark_report
 from sbp.training.costs.benchmark import ARMS, benchmark
 from sbp.training.costs.benchmark_report import write_json
 from sbp.training.costs.forecast import Rules, forecast
+from sbp.training.study.settings import SCALES
 from sbp.training.table import markdown
 
+ROOT = Path(__file__).parents[1]
 LEFT = 3  # exit code
 MEMORY_GIB = 24  # of the largest batch: that of a common card
 
@@ -149,6 +155,44 @@ def check_forecast(eager: str, path: Path) -> None:
         path.with_suffix(".md").write_text(markdown(rows) + "\n")
 
 
+def do(pieces: list[Slice], folder: Path, deadline: float) -> list[Slice]:
+    """Runs them, as long as there is time; returns those that are not done."""
+    left = list(pieces)
+    for piece in pieces:
+        remaining = deadline - perf_counter()
+        if piece.seconds > remaining:
+            break
+        print(f"{piece.name}: about {piece.seconds:.0f} of {remaining:.0f} s left", flush=True)
+        process = multiprocessing.get_context("spawn").Process(target=run, args=(piece, folder / f"{piece.name}.json"))
+        process.start()
+        process.join(remaining)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        if process.exitcode == 0:
+            left.remove(piece)
+        else:
+            print(f"{piece.name}: {'failed' if perf_counter() < deadline else 'stopped, the time is up'}", flush=True)
+    return left
+
+
+def study(options: argparse.Namespace, deadline: float) -> list[str]:
+    """Goes on with the study's runs, as long as there is time; returns the settings that are not done."""
+    roots = {"photographs": options.photographs, "cifar10": options.cifar10}
+    wanted = [one.name for one in SCALES["gpu"].settings if roots[one.name.partition("-")[0]] is not None]
+    left = sorted(wanted, key=lambda name: not name.startswith("photographs"))  # in a moment, and no other shows it
+    for name in list(left):
+        if (minutes := (deadline - perf_counter()) / 60) < 1 or find_spec("hydra") is None:
+            break
+        root = Path(roots[name.partition("-")[0]]).resolve()
+        given = ["scale=gpu", f"setting={name}", f"data_root={root}", f"minutes={minutes - 0.5:.1f}"]
+        given += [f"device={options.device}", f"jobs={3 if options.device == 'cuda' else 2}"]  # small networks share it
+        given += [f"results={options.out.parent}"]
+        if subprocess.run([sys.executable, "scripts/study.py", *given], cwd=ROOT, check=False).returncode == 0:
+            left.remove(name)
+    return left
+
+
 def run(piece: Slice, path: Path) -> None:
     """In the slice's own process."""
     logging.basicConfig(level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt="%H:%M:%S")
@@ -173,6 +217,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="default: results/gpu")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the command itself")
+    parser.add_argument("--cifar10", help="a folder with train/CLASS and test/CLASS, for the study's runs")
+    parser.add_argument("--photographs", help="a folder with val/CLASS of ImageNet's 1,000 classes, for the study's")
     parser.add_argument("--release", help="the folder of the authors' release, for an arm with their model")
     options = parser.parse_args(arguments)
     deadline = perf_counter() + 60 * options.minutes
@@ -189,27 +235,16 @@ def main(arguments: list[str]) -> int:
 
     left = [piece for piece in listed if not options.names or piece.name in options.names]
     left = [piece for piece in left if not (folder / f"{piece.name}.json").is_file()]
-    for piece in list(left):
-        remaining = deadline - perf_counter()
-        if piece.seconds > remaining:
-            break
-        print(f"{piece.name}: about {piece.seconds:.0f} of {remaining:.0f} s left", flush=True)
-        process = multiprocessing.get_context("spawn").Process(target=run, args=(piece, folder / f"{piece.name}.json"))
-        process.start()
-        process.join(remaining)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        if process.exitcode == 0:
-            left.remove(piece)
-        else:
-            print(f"{piece.name}: {'failed' if perf_counter() < deadline else 'stopped, the time is up'}", flush=True)
+    compiled = [piece for piece in left if piece.name.partition("-")[2] in COMPILED]
+    eager = [piece for piece in left if piece not in compiled]
+    eager = do(eager, folder, deadline)
+    settings = [] if eager or options.names or options.small else study(options, deadline)
+    compiled = compiled if eager or settings else do(compiled, folder, deadline)
     report(folder, listed)
-    if not left:
-        print(f"\nnothing is left to do: {folder}")
-        return 0
-    print(f"\nleft: {', '.join(f'{piece.name} ({piece.seconds:.0f} s)' for piece in left)}")
-    return LEFT
+    still = [f"{piece.name} ({piece.seconds:.0f} s)" for piece in eager + compiled]
+    still += [f"the study's {name}" for name in settings]
+    print(f"\nleft: {', '.join(still)}" if still else f"\nnothing is left to do: {folder}")
+    return LEFT if still else 0
 
 
 if __name__ == "__main__":

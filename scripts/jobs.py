@@ -70,7 +70,8 @@ class Jobs:
     def run(self, command: list[str], log: Path) -> bool:
         """Runs a Python command to its end, its output in `log`; returns whether it did all that it had to."""
         slot = self._slots.get()
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         if self._on_gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot] if visible else str(slot)

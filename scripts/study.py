@@ -6,12 +6,14 @@
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 
 Trains every arm that the claims need by a sweep of train.py over the seeds (run_dir/SCALE/SETTING/ARM), measures
-gradient similarities and the cost of a step, writes results/SCALE/SETTING/*.json, then RESULTS.md and its figures.
-The same command again goes on where it was interrupted, and does nothing twice. Keys: StudyConfig below.
+gradient similarities and the cost of a step, and writes records, figures and a RESULTS.md to outputs/study. The same
+command again goes on where it was interrupted, and does nothing twice. `results=results` takes up the records that
+are in the repository. Keys: StudyConfig below.
 """
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from sbp.training import distributed
 from sbp.training.status import EXIT_PREEMPTED
 from sbp.training.study.claims import ANSWERED, Claim
 from sbp.training.study.settings import SCALES, Scale, Setting
-from scripts import dry_run, results
+from scripts import dry_run
 from scripts.jobs import Jobs
 from scripts.study_tasks import Place, measure_costs, tasks
 
@@ -38,7 +40,7 @@ class StudyConfig:
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for one on each GPU, or two.
     minutes: stop in good order before they are over. device: null for the scale's own.
-    run_dir: where the runs lie. results: where the figures go. gpus, nodes: of the imagenet scale.
+    run_dir: where the runs lie. results: the folder of the records, beside which RESULTS.md goes. gpus, nodes: of the imagenet scale.
     """
 
     scale: str = "laptop"
@@ -50,7 +52,7 @@ class StudyConfig:
     minutes: float | None = None
     device: str | None = None
     run_dir: str = "outputs/study"
-    results: str = "results"
+    results: str = "outputs/study/results"
     gpus: int = 8
     nodes: int = 1
 
@@ -71,7 +73,7 @@ def main() -> None:
                 jobs.do(f"{setting.name}, {kind}", todo)
             if not jobs.stopping and not setting.gradients_only:
                 measure_costs(here, claims, scale.rounds)
-    results.write(Path(config.results))
+    write_results(Path(config.results))
     if jobs.failed:
         sys.exit("error: failed:\n  " + "\n  ".join(jobs.failed))
     if jobs.stopping:
@@ -117,6 +119,15 @@ def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
         wanted = f"setting={config.setting}" if config.setting else f"scale={config.scale}"
         sys.exit(f"error: {wanted} needs data_root: the folder of its images")
     return settings
+
+
+def write_results(folder: Path) -> None:
+    if find_spec("matplotlib") and find_spec("scipy"):
+        from scripts import results
+
+        results.write(folder)
+    else:  # on a GPU machine without a network
+        print(f"{folder}: `python -m scripts.results` makes RESULTS.md of it where matplotlib and scipy are installed")
 
 
 if __name__ == "__main__":

@@ -68,21 +68,23 @@ class Place:
     def finished(self, arm: str) -> dict[int, Path]:
         """The folders of an arm's complete runs, by seed."""
         found = {json.loads(path.read_text())["seed"]: path.parent for path in (self.runs / arm).glob(f"*/{SUMMARY}")}
-        return {seed: found[seed] for seed in self.seeds}
+        return {seed: found[seed] for seed in self.seeds if seed in found}
 
 
 def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     """What is left to be done in a setting, by kind and name."""
     setting = here.setting
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
-    kinds: dict[str, dict[str, Task]] = {
-        "training": {arm: partial(train, here, arm) for arm in trained},
-        "gradients": {arm: partial(similarity, here, arm) for arm in gradients_of(claims, setting)},
-        "published": {"sbp": partial(evaluate_as_published, here)} if "qkv_exact" in trained else {},
-    }
+    gradients = [name for name in gradients_of(claims, setting) if not here.has("gradients", name)]
+    published = ["sbp"] if "qkv_exact" in trained and not here.has("published", "sbp") else []
+    read = {*(["plain"] if gradients else []), *published}  # arms whose checkpoints are needed, too
+    lacking = [arm for arm in read if len(here.finished(arm)) < len(here.seeds)]
     return {
-        kind: {name: task for name, task in all_of_it.items() if not here.has(kind, name)}
-        for kind, all_of_it in kinds.items()
+        "training": {
+            arm: partial(train, here, arm) for arm in trained if arm in lacking or not here.has("training", arm)
+        },
+        "gradients": {name: partial(similarity, here, name) for name in gradients},
+        "published": {name: partial(evaluate_as_published, here) for name in published},
     }
 
 

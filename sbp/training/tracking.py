@@ -10,10 +10,13 @@ from shlex import quote
 from types import TracebackType
 from typing import Any, Literal
 
-import wandb
-
 from sbp.training.config import LoggerConfig
 from sbp.training.status import read_json, write_text
+
+try:
+    import wandb
+except ImportError:  # a GPU machine without a network may lack it, and logger=none needs it not
+    wandb = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +52,11 @@ class Tracker:
         self.enabled = enabled
         self._unwritten = ""  # lines
         self._run: Any = None
-        self._uses_wandb = enabled and settings.name == "wandb"
+        self._uses_wandb = enabled and settings.name == "wandb" and wandb is not None
         if not enabled:
             return
+        if settings.name == "wandb" and wandb is None:
+            log.warning("wandb is not installed; going on without it. %s has everything", self.path)
         kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_at > 0]
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         if self._uses_wandb:

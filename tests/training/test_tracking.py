@@ -188,3 +188,12 @@ def test_wandb_never_stops_a_run(tmp_path, monkeypatch, caplog, broken):
         tracker.log(1, {"lr": 1.0})
         tracker.log(2, {"lr": 0.5})
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2 and "wandb" in caplog.text
+
+
+def test_without_wandb_installed_a_run_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "wandb", None)
+    with Tracker(tmp_path, LoggerConfig("wandb"), {}, run_id="abc") as tracker:
+        tracker.log(1, {"train/loss": 2.0})
+        tracker.summarise({"top1": 50.0})
+    assert "wandb is not installed" in caplog.text
+    assert tracking.read_metrics(tmp_path / tracking.METRICS) == [{"step": 1, "train/loss": 2.0}]

@@ -10,6 +10,9 @@
     not separated   zero is within it
     not run         fewer than three pairs
 
+Table 1's memory is one measurement on a GPU: reproduced when SBP takes at most the talk's share of what plain training
+takes, for all four networks.
+
 A claim with several comparisons is reproduced when all of them are, opposite when one is opposite, not run when one has
 not run, and else not separated.
 """
