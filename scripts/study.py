@@ -40,7 +40,8 @@ class StudyConfig:
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for one on each GPU, or two.
     minutes: stop in good order before they are over. device: null for the scale's own.
-    run_dir: where the runs lie. results: the folder of the records, beside which RESULTS.md goes. gpus, nodes: of the imagenet scale.
+    run_dir: where the runs lie. results: the folder of the records, beside which RESULTS.md goes.
+    gpus, nodes: of the imagenet scale.
     """
 
     scale: str = "laptop"

@@ -55,7 +55,7 @@ def _trainer(config: Config, device: torch.device) -> Trainer:
 def _batch(config: Config) -> list[tuple[Tensor, Tensor]]:
     """The micro batches of one step: uint8 images and labels, made from noise."""
     plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
-    size = config.data.train_image_size or config.data.image_size
+    size = config.data.size_in_training
     generator = torch.Generator().manual_seed(0)
 
     def micro_batch() -> tuple[Tensor, Tensor]:

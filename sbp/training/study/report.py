@@ -153,37 +153,45 @@ def spread(values: Any, digits: int) -> str:
 
 
 def table_1(folder: Path) -> Iterator[str]:
+    """The paper's Table 1 beside forecasts, and beside what scripts/gpu_results.py has measured."""
+    if not (folder / "forecast").is_dir():  # of a study alone
+        return
     rows = [["network", "batch", "talk, MiB", "forecast, MiB", "with `cheap`, MiB", "measured, MiB", "talk, top-1 %"]]
+    reached = []
     for key, (network, batch, plain, sbp, top1, top1_sbp) in TABLE_1.items():
-        forecast = read_json(folder / "forecast" / f"{key}.json")
-        if not forecast:  # in a folder of a study alone
-            return
-        peaks = forecast["peak_by_recompute_and_keep_ratio"]
-        none = peaks["none"]["1.0"]
+        forecast = read_json(folder / "forecast" / f"{key}.json")["peak_by_recompute_and_keep_ratio"]
+        before = forecast["none"]["1.0"]
+        measured = peaks(folder, key)
+        reached += [after / before <= sbp / plain for _, before, after in measured]
         rows.append(
             [
-                network,
-                str(batch),
-                ratio(plain, sbp),
-                ratio(none / MIB, peaks["none"]["0.5"] / MIB),
-                ratio(none / MIB, peaks["cheap"]["0.5"] / MIB),
-                measured(folder, key) or "not run",
+                *(network, str(batch), ratio(plain, sbp)),
+                ratio(before / MIB, forecast["none"]["0.5"] / MIB),
+                ratio(before / MIB, forecast["cheap"]["0.5"] / MIB),
+                "; ".join(f"{ratio(one / MIB, two / MIB)} on {device}" for device, one, two in measured) or "not run",
                 f"{top1} → {top1_sbp}",
             ]
         )
+    memory = verdicts.of_table_1(reached, len(TABLE_1))
+    yield f"Memory: **{memory}**; accuracy: **not run** (300 epochs of ImageNet each)."
     yield markdown(rows)
+    yield (
+        "MiB without → with SBP at keep-ratio 0.5, and their ratio, by `python scripts/forecast_memory.py "
+        "backbone=vit_tiny global_batch_size=256 amp=bfloat16` and so on; `make gpu-results` measures. "
+        "`python scripts/study.py scale=imagenet gpus=8` checks the eight runs and prints their commands."
+    )
 
 
 def ratio(before: float, after: float) -> str:
     return f"{before:.0f} → {after:.0f} ({after / before:.2f})"
 
 
-def measured(folder: Path, key: str) -> str:
-    """The peaks that scripts/gpu_results.py has found, on each device."""
+def peaks(folder: Path, key: str) -> list[tuple[str, float, float]]:
+    """Device, and peak bytes without and with SBP, of each GPU that was measured on."""
     found = []
     for path in sorted((folder / "gpu").glob(f"*/{key}-eager.json")):
         record = read_json(path)
         plain, sbp = (record["arms"][arm].get("peak_allocated") for arm in ("plain", "sbp"))
-        if plain and sbp and record["device"] and "-small" not in path.parent.name:
-            found.append(f"{ratio(plain / MIB, sbp / MIB)} on {record['device']}")
-    return "; ".join(found)
+        if plain and sbp and not path.parent.name.endswith("-small"):
+            found.append((record["device"], plain, sbp))
+    return found

@@ -74,6 +74,13 @@ def together(verdicts: Sequence[str]) -> str:
     return REPRODUCED if verdicts else NOT_RUN
 
 
+def of_table_1(reached: Sequence[bool], networks: int) -> str:
+    """reached: of each network that was measured, whether SBP takes at most the talk's share of the memory."""
+    if len(reached) < networks:
+        return NOT_RUN
+    return REPRODUCED if all(reached) else OPPOSITE
+
+
 def not_dominated(advantage: Difference, own: Cost, other: Cost) -> str:
     """On the claim that the other way to train is not as lean, as fast and better than our own.
 

@@ -1,0 +1,58 @@
+"""The study end to end, on a setting that takes seconds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sbp.training.study import report
+from sbp.training.study.claims import CLAIMS
+from sbp.training.study.evidence import Evidence
+from sbp.training.study.settings import DIGITS_VIT
+from scripts import results, study_tasks
+from scripts.jobs import Jobs
+from scripts.study_tasks import Place, measure_costs, tasks
+
+pytestmark = [pytest.mark.survival, pytest.mark.multiprocess]
+
+TINY = replace(
+    DIGITS_VIT,
+    overrides=(*DIGITS_VIT.overrides, "data.train_images=128", "data.val_images=64", "backbone.kwargs.embed_dim=16"),
+    epochs=2,
+    save_every_steps=1,
+    images=16,
+    draws=2,
+)
+CLAIM = [replace(CLAIMS["1"], context=("fixed",))]
+
+
+def test_runs_records_and_report(tmp_path, monkeypatch):
+    place = Place.of("laptop", TINY, torch.device("cpu"), str(tmp_path / "runs"), str(tmp_path / "results"), None, 3)
+    todo = tasks(place, CLAIM)
+    assert {kind: list(names) for kind, names in todo.items()} == {
+        "training": ["plain", "sbp", "fixed"],
+        "gradients": ["nulls", "sbp"],
+        "published": [],
+    }
+    with Jobs(2) as jobs:
+        for kind, some in todo.items():
+            jobs.do(kind, some)
+    assert not jobs.failed
+    measure_costs(place, CLAIM, rounds=1)
+
+    one = Evidence(TINY, place.results)
+    assert set(one.trained("fixed", "val_loss")) == {1, 2, 3} != set(one.trained("fixed", "val_loss").values())
+    stages = [(run["seed"], run["stage"], run["step"]) for run in one.gradients["nulls"]["runs"]]
+    assert stages == [(seed, *at) for seed in (1, 2, 3) for at in (("early", 1), ("middle", 2), ("late", 4))]
+    assert one.verdict(CLAIMS["1"]) != "not run"
+    assert str(tmp_path) not in json.dumps([one.training, one.gradients, one.costs])  # of no use to anyone else
+
+    results.write(tmp_path / "results")
+    assert (tmp_path / "RESULTS.md").read_text() == report.text(tmp_path / "results")
+    assert (place.results / "claim-1.png").read_bytes().startswith(b"\x89PNG")
+
+    assert not any(tasks(place, CLAIM).values())  # nothing is done twice
+    monkeypatch.setattr(study_tasks, "step_costs", None)
+    measure_costs(place, CLAIM, rounds=1)
+    assert list(tasks(replace(place, seeds=[1, 2, 3, 4]), CLAIM)["training"]) == ["plain", "sbp", "fixed"]
