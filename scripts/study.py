@@ -24,12 +24,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training import distributed
+from sbp.training.data.sources import build_datasets
 from sbp.training.status import EXIT_PREEMPTED
 from sbp.training.study.claims import ANSWERED, Claim
 from sbp.training.study.settings import SCALES, Scale, Setting
 from scripts import dry_run
 from scripts.jobs import Jobs
-from scripts.study_tasks import Place, measure_costs, tasks
+from scripts.study_tasks import Place, arm_config, measure_costs, tasks
 
 
 @dataclass
@@ -66,13 +67,15 @@ def main() -> None:
     claims, settings = asked(config, scale), chosen(config, scale)
     device = distributed.pick_device(config.device or scale.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    folders = config.run_dir, config.results, config.data_root
+    places = [Place.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
+    for here in places:
+        check_images(here)
     with Jobs(config.jobs or gpus or 2, gpus, config.minutes) as jobs:
-        for setting in settings:
-            folders = config.run_dir, config.results, config.data_root
-            here = Place.of(config.scale, setting, device, *folders, config.seeds)
+        for here in places:
             for kind, todo in tasks(here, claims).items():
-                jobs.do(f"{setting.name}, {kind}", todo)
-            if not jobs.stopping and not setting.gradients_only:
+                jobs.do(f"{here.setting.name}, {kind}", todo)
+            if not jobs.stopping and not here.setting.gradients_only:
                 measure_costs(here, claims, scale.rounds)
     write_results(Path(config.results))
     if jobs.failed:
@@ -91,7 +94,7 @@ def read_config(arguments: list[str]) -> StudyConfig:
         merged = OmegaConf.merge(OmegaConf.structured(StudyConfig), OmegaConf.from_cli(arguments))
         config: StudyConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
-        sys.exit(f"error: {str(error).splitlines()[0]} (key: {error.full_key})")
+        sys.exit(f"error: {str(error).splitlines()[0]} (key: {error.full_key}; --help lists all)")
     allowed = [*SCALES, "imagenet"]
     if config.scale not in allowed:
         sys.exit(f"error: scale must be one of {', '.join(allowed)}, got {config.scale}")
@@ -120,6 +123,16 @@ def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
         wanted = f"setting={config.setting}" if config.setting else f"scale={config.scale}"
         sys.exit(f"error: {wanted} needs data_root: the folder of its images")
     return settings
+
+
+def check_images(here: Place) -> None:
+    """Before anything runs. Ends the program with one line for a folder that is not as the setting needs it."""
+    if here.setting.needs_root:
+        config = arm_config(here, "plain")
+        try:
+            build_datasets(config.data, config.recipe)
+        except ValueError as error:
+            sys.exit(f"error: data_root={config.data.root} does not fit setting={here.setting.name}: {error}")
 
 
 def write_results(folder: Path) -> None:

@@ -1,0 +1,178 @@
+"""RESULTS.md is what the records say, and no number in it is from elsewhere: each is computed here a second time."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_rel
+
+from sbp.training.study import report, verdicts
+from sbp.training.study.claims import ANSWERED, ARMS, NULLS
+from tests.training.configs import ROOT
+
+FOLDER = ROOT / "results"
+TEXT = (ROOT / "RESULTS.md").read_text()
+LABELS = {arm.label: name for name, arm in ARMS.items()} | {label: name for name, label in NULLS.items()}
+STAGES = ("early", "middle", "late")
+TALK = """
+ViT-Tiny	no SBP	256	8248	73.68
+ViT-Tiny	0.5	256	5587	73.09
+ViT-Base	no SBP	64	10083	81.22
+ViT-Base	0.5	64	7436	80.62
+ConvNeXt-Tiny	no SBP	128	12134	82.1
+ConvNeXt-Tiny	0.5	128	7059	81.61
+ConvNeXt-Base	no SBP	64	14130	83.8
+ConvNeXt-Base	0.5	64	8758	83.27
+"""  # its Table 1
+
+
+def records(name, kind):
+    return {path.stem: json.loads(path.read_text()) for path in (FOLDER / name / kind).glob("*.json")}
+
+
+def tables(text):
+    """Each as a list of rows of cells, the first one the headings."""
+    found, current = [], []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("|"):
+            current.append([cell.strip() for cell in line.strip("|").split("|")])
+        elif current:
+            found.append([current[0], *current[2:]])
+            current = []
+    return found
+
+
+def sections():
+    """(claim's title, SCALE/SETTING, text) of every section of a setting."""
+    for chapter in re.split(r"^## ", TEXT, flags=re.M)[1:]:
+        title = chapter.splitlines()[0]
+        for part in re.split(r"^### ", chapter, flags=re.M)[1:]:
+            yield title, part.split(":")[0], part
+
+
+def numbers(cell):
+    return [float(one) for one in re.findall(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", cell)]
+
+
+def same(cell, *values):
+    """The cell has these values, rounded to as many digits as it shows."""
+    shown = re.findall(r"[-+]?\d+(?:\.\d+)?", cell)
+    assert len(shown) == len(values), cell
+    for text, value in zip(shown, values, strict=True):
+        digits = len(text.partition(".")[2])
+        assert abs(float(text) - value) <= 0.5000001 * 10**-digits, (cell, value)
+
+
+def mean_and_error(values):
+    values = np.array(list(values))
+    return [values.mean(), values.std(ddof=1) / np.sqrt(len(values))]
+
+
+def of_arm(training, label):
+    name = LABELS[label]
+    runs = training[ARMS[name].same_as or name]
+    return name, runs, {run["seed"]: run["val_loss"] for run in runs["runs"]}
+
+
+def cosines(gradients, label, stages=("middle", "late"), key="cosine"):
+    name = LABELS[label]
+    runs = gradients["nulls" if name in NULLS else name]["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    return {
+        seed: np.mean([run["found"][name][key] for run in runs if run["seed"] == seed and run["stage"] in stages])
+        for seed in seeds
+    }
+
+
+def test_it_is_up_to_date():
+    """Otherwise: python -m scripts.results"""
+    assert report.text(FOLDER) == TEXT
+
+
+def test_something_was_run():
+    assert {name for _, name, _ in sections()} >= {"laptop/digits-vit"}
+
+
+@pytest.mark.parametrize("title, name, text", sections(), ids=lambda value: value[:24])
+def test_tables_are_what_the_records_say(title, name, text):
+    training, gradients = records(name, "training"), records(name, "gradients")
+    costs = json.loads((FOLDER / name / "costs.json").read_text())["arms"]
+    for heading, *rows in tables(text):
+        for label, *cells in rows:
+            if heading[0] == "arm":
+                arm, record, losses = of_arm(training, label)
+                same(cells[1], *mean_and_error(losses.values()))
+                same(cells[2], *mean_and_error(run["top1"] for run in record["runs"]))
+                if arm in costs:
+                    same(cells[3], costs[arm]["memory"] / 2**20)
+                    same(cells[4], costs[arm]["step_ms"])
+                    same(cells[5], costs[arm]["step_ms"] / 1000 * record["epochs"] * record["steps_per_epoch"])
+            elif heading[0] == "gradient":
+                for stage, cell in zip(STAGES, cells, strict=False):
+                    ratio = np.mean(list(cosines(gradients, label, (stage,), "norm_ratio").values()))
+                    same(cell, *mean_and_error(cosines(gradients, label, (stage,)).values()), ratio)
+                same(cells[-1], np.mean(list(cosines(gradients, label, ("late",), "cosine_of_mean").values())))
+            else:
+                check_comparison(training, gradients, costs, label, *cells)
+
+
+def check_comparison(training, gradients, costs, what, measure, advantage, pairs, verdict):
+    if verdict == "not run":
+        return
+    if what.startswith("not dominated by "):
+        better, worse = "SBP as published (0.5, grid, qkv)", what.removeprefix("not dominated by ")
+    else:
+        better, worse = what.split(" against ")
+    if measure == "cosine similarity":
+        first, second = cosines(gradients, better), cosines(gradients, worse)
+    else:
+        first, second = of_arm(training, worse)[2], of_arm(training, better)[2]
+    seeds = sorted(first.keys() & second.keys())
+    first, second = (np.array([one[seed] for seed in seeds]) for one in (first, second))
+    interval = ttest_rel(first, second).confidence_interval(0.95)
+    same(advantage.replace("95 %", ""), (first - second).mean(), interval.low, interval.high)
+    assert pairs == str(len(seeds))
+    decided = "reproduced" if interval.low > 0 else "opposite" if interval.high < 0 else "not separated"
+    if what.startswith("not dominated by "):
+        own, other = costs["sbp"], costs[LABELS[worse]]
+        epochs = of_arm(training, worse)[1]["epochs"] / of_arm(training, better)[1]["epochs"]
+        if other["memory"] > own["memory"] or other["step_ms"] * epochs > 1.02 * own["step_ms"]:
+            decided = "reproduced"
+    assert verdict == decided
+
+
+def test_table_1_is_the_talks_and_the_forecasts():
+    talk = [line.split("\t") for line in TALK.strip().splitlines()]
+    (table,) = (one for one in tables(TEXT) if one[0][0] == "network")
+    for row, plain, sbp in zip(table[1:], talk[::2], talk[1::2], strict=True):
+        network, batch, memory, forecast, cheap, _, top1 = row
+        assert network == plain[0] and batch == plain[2]
+        same(memory, *(float(one) for one in (plain[3], sbp[3])), float(sbp[3]) / float(plain[3]))
+        assert numbers(top1) == [float(plain[4]), float(sbp[4])]
+        path = FOLDER / "forecast" / f"{network.lower().replace('-', '_')}.json"
+        peaks = json.loads(path.read_text())["peak_by_recompute_and_keep_ratio"]
+        before = peaks["none"]["1.0"]
+        for cell, mode in ((forecast, "none"), (cheap, "cheap")):
+            after = peaks[mode]["0.5"]
+            same(cell, before / 2**20, after / 2**20, after / before)
+
+
+def test_outside_of_the_tables_there_are_no_other_numbers():
+    """Claims, rule and settings have their own; the records give versions and sizes. Nothing is left."""
+    rest = "\n".join(line for line in TEXT.splitlines() if not line.startswith(("|", "![")))
+    facts = []
+    for name, one in report.evidence(FOLDER).items():
+        facts += [one.setting.label, one.setting.label.capitalize(), name, one.setting.name]
+        for record in one.training.values():
+            versions = (f"{key} {record['versions'][key]}" for key in ("torch", "timm", "commit"))
+            sizes = "{epochs} epochs of {train_images} images in batches of {global_batch_size}".format(**record)
+            facts += [*versions, sizes, record["device"]]
+    texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
+    rule = [re.sub(r"  +", "", line.strip()) for line in verdicts.__doc__.splitlines()]
+    facts += [line[1:] for line in facts]  # the first letter is a capital
+    flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
+    for known in sorted((*facts, *texts, *verdicts.__doc__.splitlines(), *rule), key=len, reverse=True):
+        flat = flat.replace(re.sub(r"`[^`]*`", "", known.strip()), "")
+    flat = re.sub(r"## \d\.|keep-ratio 0\.5|\(300 epochs of ImageNet each\)", "", flat)
+    assert not re.findall(r"[^.\d]{0,30}\d[^.\d]{0,30}", flat)
