@@ -137,7 +137,7 @@ def exact_end(setting: Setting) -> list[str]:
 
 ARMS = {
     "plain": Arm("no SBP", fixed(NONE)),
-    "sbp": Arm("SBP as published (0.5, grid, qkv)", fixed()),
+    "sbp": Arm("published SBP", fixed()),
     # the talk's alternatives
     "random": Arm("random mask", fixed("sbp.mask=random")),
     "ratio_0.125": Arm("keep-ratio 0.125", fixed("sbp.keep_ratio=0.125")),
@@ -152,15 +152,15 @@ ARMS = {
     # ours
     "qkv_exact": Arm("qkv_exact", fixed("sbp.mhsa_drop=qkv_exact"), vit_only=True),
     "per_sample": Arm("a mask for each image", fixed("sbp.mask_per=sample")),
-    "per_half": Arm("complementary masks for half of the batch each", fixed("sbp.mask_per=half")),
+    "per_half": Arm("complementary masks for two halves", fixed("sbp.mask_per=half")),
     "fixed": Arm("one mask for the whole run", fixed("sbp.fixed_mask=true")),
     "rescale": Arm("branch gradients rescaled", fixed("sbp.rescale=true")),
     "exact_end": Arm("exact backpropagation at the end", exact_end, many_epochs=True),
     # what else one could do
     "patch_dropout": Arm("PatchDropout 0.5", fixed(NONE, HALF_TOKENS), vit_only=True),
     "low_resolution": Arm("lower training resolution", low_resolution),
-    "shorter": Arm("no SBP, fewer epochs (time of SBP)", epochs(lambda s: s.sbp_time, NONE), many_epochs=True),
-    "longer": Arm("SBP, more epochs (time of no SBP)", epochs(lambda s: 1 / s.sbp_time), many_epochs=True),
+    "shorter": Arm("no SBP, fewer epochs", epochs(lambda s: s.sbp_time, NONE), many_epochs=True),
+    "longer": Arm("SBP, more epochs", epochs(lambda s: 1 / s.sbp_time), many_epochs=True),
     "accumulation": Arm("no SBP, two micro batches", half_batches, same_as="plain"),
     "cheap": Arm("no SBP, cheap recomputation", fixed("sbp.keep_ratio=1", "sbp.recompute=cheap"), same_as="plain"),
     "sbp_cheap": Arm("SBP, cheap recomputation", fixed("sbp.recompute=cheap"), same_as="sbp"),

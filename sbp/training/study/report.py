@@ -10,12 +10,13 @@ import yaml
 
 from sbp.training.status import read_json
 from sbp.training.study import verdicts
-from sbp.training.study.claims import ANSWERED, ARMS, CLAIMS, NULLS, STAGES, Claim, arms_of, gradients_of
+from sbp.training.study.claims import ANSWERED, ARMS, CLAIMS, NULLS, QUESTIONS, STAGES, Claim, arms_of, gradients_of
 from sbp.training.study.evidence import Evidence, Finding, label, standard_error
 from sbp.training.study.settings import SCALES
 from sbp.training.table import markdown
 
 MIB = 2**20
+MEASURES = {"val_loss": "validation loss", "cosine": "cosine similarity"}
 WHY = "why.yaml"  # in the folder of results: why we think that a claim came out as it did, in words without numbers
 
 INTRODUCTION = """# Results
@@ -23,12 +24,13 @@ INTRODUCTION = """# Results
 What the talk on stochastic backpropagation claims, and what came out here. `python -m scripts.results` writes this file
 and its figures from the records in [results](results), which name device, versions, commit and command;
 `python scripts/study.py` makes such records. Nothing is chosen on the images that are measured on, and of every run the
-last epoch counts.
+last epoch counts. "Published SBP" is a grid mask with a keep-ratio of one half, `qkv`, the published layers and a fresh
+mask for each step; what stands beside it differs in what its name says alone. More or fewer epochs: as many as take the
+time of the other.
 
 ## The rule
 
-Fixed before the runs ([verdicts.py](sbp/training/study/verdicts.py)):
-"""
+Fixed before the runs ([verdicts.py](sbp/training/study/verdicts.py))."""
 
 TABLE_1 = {  # the talk's: MiB without and with SBP, top-1 in percent without and with SBP
     "vit_tiny": ("ViT-Tiny", 256, 8248, 5587, 73.68, 73.09),
@@ -48,7 +50,8 @@ def text(folder: Path) -> str:
     """RESULTS.md from the records in the folder `results`."""
     known, why = evidence(folder), yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
     rule = [line.strip() for line in (verdicts.__doc__ or "").splitlines()[2:]]
-    parts = [INTRODUCTION + as_list(rule), "## In short", markdown(overview(known))]
+    parts = [INTRODUCTION, as_list(rule), "## In short", markdown(list(overview(known)))]
+    parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(known)))]
     for key, claim in ANSWERED.items():
         title = f"## {key}. {claim.title}" if key in CLAIMS else f"## {claim.title}"
         parts += [title, claim.published]
@@ -69,19 +72,26 @@ def as_list(rule: list[str]) -> str:
     return "\n".join(lines)
 
 
-def overview(known: dict[str, Evidence]) -> list[list[str]]:
-    rows = [["", *known]]
-    for key, claim in ANSWERED.items():
-        title = f"{key}. {claim.title}" if key in CLAIMS else claim.title
-        rows.append([title, *(said(key, one.verdict(claim)) for one in known.values())])
-    return rows
+def overview(known: dict[str, Evidence]) -> Iterator[list[str]]:
+    """The verdict on each claim in each setting."""
+    yield ["claim", *known]
+    for key, claim in CLAIMS.items():
+        yield [f"{key}. {claim.title}", *(one.verdict(claim) for one in known.values())]
 
 
-def said(key: str, verdict: str) -> str:
-    """A verdict on a claim; of our own questions, the answer."""
-    if key in CLAIMS:
-        return verdict
-    return {verdicts.REPRODUCED: "yes", verdicts.OPPOSITE: "no, the opposite"}.get(verdict, verdict)
+def answers(known: dict[str, Evidence]) -> Iterator[list[str]]:
+    """The outcome of each comparison that answers a question of ours."""
+    yield ["comparison", "measure", *known]
+    for claim in QUESTIONS.values():
+        found = {name: {(f.what, f.measure): f.verdict for f in one.findings(claim)} for name, one in known.items()}
+        for pair in dict.fromkeys(pair for of_it in found.values() for pair in of_it):
+            outcomes = (answered(of_it.get(pair, verdicts.NOT_RUN)) for of_it in found.values())
+            yield [pair[0], MEASURES[pair[1]], *outcomes]
+
+
+def answered(verdict: str) -> str:
+    """A verdict where nobody has claimed anything."""
+    return {verdicts.REPRODUCED: "better", verdicts.OPPOSITE: "worse"}.get(verdict, verdict)
 
 
 def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
@@ -93,7 +103,7 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     root = " data_root=FOLDER" if one.setting.needs_root else ""
     record = next(iter(one.training.values()))
     versions = record["versions"]
-    yield f"### {name}: {said(key, one.verdict(claim))}"
+    yield f"### {name}: {one.verdict(claim)}" if key in CLAIMS else f"### {name}"
     yield (
         f"{one.setting.label[0].upper()}{one.setting.label[1:]}. "
         f"`python scripts/study.py scale={scale} setting={one.setting.name} claim={key}{root}` on {record['device']}, "
@@ -104,7 +114,7 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     if any(finding.measure == "cosine" for finding in findings):
         yield "Cosine similarity to the exact gradient, and in brackets the ratio of the norms:"
         yield markdown(list(gradients_table(claim, one)))
-    yield markdown(list(findings_table(findings)))
+    yield markdown(list(findings_table(findings, key in CLAIMS)))
     figure = one.folder / f"claim-{key}.png"
     if figure.is_file():
         yield f"![{claim.title}]({figure.relative_to(figure.parents[3]).as_posix()})"
@@ -137,13 +147,14 @@ def gradients_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
         yield [label(method), *cells, f"{mean('late', 'cosine_of_mean'):.3f}"]
 
 
-def findings_table(findings: list[Finding]) -> Iterator[list[str]]:
+def findings_table(findings: list[Finding], claimed: bool) -> Iterator[list[str]]:
     yield ["comparison", "measure", "advantage [95 % interval]", "pairs", "verdict"]
     for one in findings:
         gap = one.found
         interval = f" [{gap.low:+.4f}, {gap.high:+.4f}]" if isfinite(gap.low) else ""
-        measure = {"val_loss": "validation loss", "cosine": "cosine similarity"}[one.measure]
-        yield [one.what, measure, f"{gap.mean:+.4f}{interval}" if gap.pairs else "", str(gap.pairs), one.verdict]
+        advantage = f"{gap.mean:+.4f}{interval}" if gap.pairs else ""
+        verdict = one.verdict if claimed else answered(one.verdict)
+        yield [one.what, MEASURES[one.measure], advantage, str(gap.pairs), verdict]
 
 
 def spread(values: Any, digits: int) -> str:

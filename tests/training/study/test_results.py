@@ -48,7 +48,7 @@ def sections():
     for chapter in re.split(r"^## ", TEXT, flags=re.M)[1:]:
         title = chapter.splitlines()[0]
         for part in re.split(r"^### ", chapter, flags=re.M)[1:]:
-            yield title, part.split(":")[0], part
+            yield title, part.splitlines()[0].split(":")[0], part
 
 
 def numbers(cell):
@@ -114,14 +114,14 @@ def test_tables_are_what_the_records_say(title, name, text):
                     same(cell, *mean_and_error(cosines(gradients, label, (stage,)).values()), ratio)
                 same(cells[-1], np.mean(list(cosines(gradients, label, ("late",), "cosine_of_mean").values())))
             else:
-                check_comparison(training, gradients, costs, label, *cells)
+                check_comparison(title, training, gradients, costs, label, *cells)
 
 
-def check_comparison(training, gradients, costs, what, measure, advantage, pairs, verdict):
+def check_comparison(title, training, gradients, costs, what, measure, advantage, pairs, verdict):
     if verdict == "not run":
         return
     if what.startswith("not dominated by "):
-        better, worse = "SBP as published (0.5, grid, qkv)", what.removeprefix("not dominated by ")
+        better, worse = "published SBP", what.removeprefix("not dominated by ")
     else:
         better, worse = what.split(" against ")
     if measure == "cosine similarity":
@@ -133,7 +133,8 @@ def check_comparison(training, gradients, costs, what, measure, advantage, pairs
     interval = ttest_rel(first, second).confidence_interval(0.95)
     same(advantage.replace("95 %", ""), (first - second).mean(), interval.low, interval.high)
     assert pairs == str(len(seeds))
-    decided = "reproduced" if interval.low > 0 else "opposite" if interval.high < 0 else "not separated"
+    words = ("reproduced", "opposite") if title[1] == "." else ("better", "worse")
+    decided = words[0] if interval.low > 0 else words[1] if interval.high < 0 else "not separated"
     if what.startswith("not dominated by "):
         own, other = costs["sbp"], costs[LABELS[worse]]
         epochs = of_arm(training, worse)[1]["epochs"] / of_arm(training, better)[1]["epochs"]
