@@ -170,6 +170,9 @@ ARMS = {
     "sbp_lr_double": Arm("SBP, twice the learning rate", lr(2)),
 }
 
+# Runs of the arm "sbp", evaluated as the authors' code does.
+PARTIAL = {"partial": "published SBP, evaluated with partial attention"}
+
 # Gradients that no arm is trained with: what a similarity is judged by.
 NULLS = {"half": "gradient of half of the batch", "three_quarters": "gradient of three quarters of the batch"}
 
@@ -228,7 +231,7 @@ QUESTIONS = {  # ours, answered in the same way
     "exact_attention": Claim(
         "Is `qkv_exact`, whose forward pass is the plain model's, better than `qkv`?",
         "Not in the talk.",
-        both("qkv_exact", "sbp"),
+        (*both("qkv_exact", "sbp"), Comparison("partial", "sbp")),
     ),
     "masks": Claim(
         "Are there better masks than a fresh one for each step and all of its images?",

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sbp.training.status import read_json
-from sbp.training.study.claims import ARMS, NULLS, Claim, Setting, exists
+from sbp.training.study.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
 from sbp.training.study.verdicts import Cost, Difference, difference, not_dominated, together
 
 BySeed = Mapping[int, float]
@@ -57,7 +57,7 @@ class Evidence:
 
     def trained(self, arm: str, figure: str) -> BySeed:
         """A figure of an arm's runs after the last epoch."""
-        record = self.training.get(ARMS[arm].same_as or arm, {})
+        record = self.published if arm in PARTIAL else self.training.get(ARMS[arm].same_as or arm, {})
         return {run["seed"]: run[figure] for run in record.get("runs", [])}
 
     def cosines(self, method: str, stages: tuple[str, ...] = ("middle", "late"), figure: str = "cosine") -> BySeed:
@@ -77,7 +77,8 @@ class Evidence:
 
     def cost(self, arm: str) -> Cost | None:
         """Of a whole training; None where it was not measured."""
-        found, record = self.costs.get("arms", {}).get(arm), self.training.get(ARMS[arm].same_as or arm)
+        found = self.costs.get("arms", {}).get(arm)
+        record = self.training.get(ARMS[arm].same_as or arm) if arm in ARMS else None
         if found is None or record is None:
             return None
         steps = record["epochs"] * record["steps_per_epoch"]
@@ -87,7 +88,7 @@ class Evidence:
         """What decides the claim, in this setting; without what does not exist here."""
         found = []
         for one in claim.comparisons:
-            if not all(arm in NULLS or exists(arm, self.setting) for arm in (one.better, one.worse)):
+            if not all(arm in NULLS | PARTIAL or exists(arm, self.setting) for arm in (one.better, one.worse)):
                 continue
             what = f"{label(one.better)} against {label(one.worse)}"
             if one.measure == "cosine":
@@ -112,7 +113,7 @@ class Evidence:
 
 
 def label(arm: str) -> str:
-    return ARMS[arm].label if arm in ARMS else NULLS[arm]
+    return ARMS[arm].label if arm in ARMS else (NULLS | PARTIAL)[arm]
 
 
 def standard_error(values: BySeed) -> float:

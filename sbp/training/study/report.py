@@ -10,7 +10,18 @@ import yaml
 
 from sbp.training.status import read_json
 from sbp.training.study import verdicts
-from sbp.training.study.claims import ANSWERED, ARMS, CLAIMS, NULLS, QUESTIONS, STAGES, Claim, arms_of, gradients_of
+from sbp.training.study.claims import (
+    ANSWERED,
+    ARMS,
+    CLAIMS,
+    NULLS,
+    PARTIAL,
+    QUESTIONS,
+    STAGES,
+    Claim,
+    arms_of,
+    gradients_of,
+)
 from sbp.training.study.evidence import Evidence, Finding, label, standard_error
 from sbp.training.study.settings import SCALES
 from sbp.training.table import markdown
@@ -122,13 +133,14 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
 
 def arms_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
     yield ["arm", "runs", "validation loss", "top-1 %", "saved MiB a step", "step ms", "training s"]
-    for arm in arms_of([claim], one.setting):
+    evaluated = [arm for arm in PARTIAL if any(pair.better == arm for pair in claim.comparisons)]
+    for arm in [*arms_of([claim], one.setting), *evaluated]:
         losses, top1 = one.trained(arm, "val_loss"), one.trained(arm, "top1")
         found, cost = one.costs.get("arms", {}).get(arm), one.cost(arm)
         if not losses:
             continue
         figures = [f"{found['memory'] / MIB:.1f}", f"{found['step_ms']:.1f}"] if found else ["", ""]
-        model = ARMS[arm].same_as
+        model = "sbp" if arm in PARTIAL else ARMS[arm].same_as
         runs = str(len(losses)) if model is None else f"as {label(model)}"
         shown = [spread(losses, 4), spread(top1, 2)]
         yield [label(arm), runs, *shown, *figures, f"{cost.time:.0f}" if cost else ""]

@@ -8,12 +8,13 @@ import pytest
 from scipy.stats import ttest_rel
 
 from sbp.training.study import report, verdicts
-from sbp.training.study.claims import ANSWERED, ARMS, NULLS
+from sbp.training.study.claims import ANSWERED, ARMS, NULLS, PARTIAL
 from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"
 TEXT = (ROOT / "RESULTS.md").read_text()
-LABELS = {arm.label: name for name, arm in ARMS.items()} | {label: name for name, label in NULLS.items()}
+LABELS = {arm.label: name for name, arm in ARMS.items()}
+LABELS |= {label: name for name, label in (NULLS | PARTIAL).items()}
 STAGES = ("early", "middle", "late")
 TALK = """
 ViT-Tiny	no SBP	256	8248	73.68
@@ -71,7 +72,7 @@ def mean_and_error(values):
 
 def of_arm(training, label):
     name = LABELS[label]
-    runs = training[ARMS[name].same_as or name]
+    runs = training["partial" if name == "partial" else ARMS[name].same_as or name]
     return name, runs, {run["seed"]: run["val_loss"] for run in runs["runs"]}
 
 
@@ -97,6 +98,7 @@ def test_something_was_run():
 @pytest.mark.parametrize("title, name, text", sections(), ids=lambda value: value[:24])
 def test_tables_are_what_the_records_say(title, name, text):
     training, gradients = records(name, "training"), records(name, "gradients")
+    training["partial"] = records(name, "published").get("sbp")
     costs = json.loads((FOLDER / name / "costs.json").read_text())["arms"]
     for heading, *rows in tables(text):
         for label, *cells in rows:
