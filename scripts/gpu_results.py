@@ -181,8 +181,11 @@ def study(options: argparse.Namespace, deadline: float) -> list[str]:
     roots = {"photographs": options.photographs, "cifar10": options.cifar10}
     wanted = [one.name for one in SCALES["gpu"].settings if roots[one.name.partition("-")[0]] is not None]
     left = sorted(wanted, key=lambda name: not name.startswith("photographs"))  # in a moment, and no other shows it
+    if left and find_spec("hydra") is None:
+        print("the study's runs are left: Hydra is not installed")
+        return left
     for name in list(left):
-        if (minutes := (deadline - perf_counter()) / 60) < 1 or find_spec("hydra") is None:
+        if (minutes := (deadline - perf_counter()) / 60) < 1:
             break
         root = Path(roots[name.partition("-")[0]]).resolve()
         given = ["scale=gpu", f"setting={name}", f"data_root={root}", f"minutes={minutes - 0.5:.1f}"]

@@ -14,13 +14,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.children import ROOT
+from scripts.children import PASSED_ON, ROOT
 
 
 class Jobs:
     """Runs commands of this project, `at_once` of them, each with one of `gpus` GPUs; to be used in a `with` statement.
 
-    SIGTERM, SIGINT and the end of `minutes` ask those that run to stop, as a cluster would, and let no other begin.
+    Signals and the end of `minutes` ask those that run to stop, as a cluster would, and let no other begin.
     failed: what ended with another exit code than 0 without being asked to, and where its output lies.
     """
 
@@ -35,7 +35,7 @@ class Jobs:
         self._timer = None if minutes is None else Timer(60 * minutes, self.stop)
 
     def __enter__(self) -> "Jobs":
-        self._before = {one: signal.signal(one, self.stop) for one in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {one: signal.signal(one, self.stop) for one in PASSED_ON}
         if self._timer is not None:
             self._timer.daemon = True
             self._timer.start()

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -116,9 +117,10 @@ class Launch(Callback):
         jobs = write_table(folder)
         if not jobs:
             return
-        from scripts.sweep_figure import draw
+        if find_spec("matplotlib"):  # which a GPU machine may lack
+            from scripts.sweep_figure import draw
 
-        draw(jobs, folder / "figure.png")
+            draw(jobs, folder / "figure.png")
         print(f"\n{table(jobs)}\n\n{folder}: table.csv, table.md, figure.png and the runs")
         if failed := [job.name for job in jobs if job.failed_at >= self.started]:
             print("error: failed, as failure.txt in the folder says:", *failed, sep="\n  ", file=sys.stderr)

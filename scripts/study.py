@@ -13,6 +13,7 @@ are in the repository. Keys: StudyConfig below.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sbp.training import distributed
 from sbp.training.data.sources import build_datasets
 from sbp.training.status import EXIT_PREEMPTED
-from sbp.training.study.claims import ANSWERED, Claim
+from sbp.training.study.claims import ANSWERED, Claim, arms_of
 from sbp.training.study.settings import SCALES, Scale, Setting
 from scripts import dry_run
 from scripts.jobs import Jobs
@@ -73,10 +74,14 @@ def main() -> None:
         check_images(here)
     with Jobs(config.jobs or gpus or 2, gpus, config.minutes) as jobs:
         for here in places:
+            arms = arms_of(claims, here.setting)
+            if {"longer", "shorter"} & set(arms):  # how long is known only then
+                jobs.do(f"{here.setting.name}, time", {"SBP": partial(measure_costs, here, [], scale.rounds)})
+                here = here.with_measured_time()
             for kind, todo in tasks(here, claims).items():
                 jobs.do(f"{here.setting.name}, {kind}", todo)
-            if not jobs.stopping and not here.setting.gradients_only:
-                measure_costs(here, claims, scale.rounds)
+            if not here.setting.gradients_only:
+                jobs.do(f"{here.setting.name}, costs", {"all": partial(measure_costs, here, arms, scale.rounds)})
     write_results(Path(config.results))
     if jobs.failed:
         sys.exit("error: failed:\n  " + "\n  ".join(jobs.failed))
@@ -98,6 +103,9 @@ def read_config(arguments: list[str]) -> StudyConfig:
     allowed = [*SCALES, "imagenet"]
     if config.scale not in allowed:
         sys.exit(f"error: scale must be one of {', '.join(allowed)}, got {config.scale}")
+    for key, least in {"seeds": 2, "jobs": 1, "gpus": 1, "nodes": 1}.items():
+        if (value := getattr(config, key)) is not None and value < least:
+            sys.exit(f"error: {key} must be at least {least}, got {value}")
     if config.data_root is not None and not Path(config.data_root).is_dir():
         sys.exit(f"error: data_root={config.data_root} is no folder")
     return config
@@ -110,6 +118,8 @@ def asked(config: StudyConfig, scale: Scale) -> list[Claim]:
     unknown = [key for key in keys if key not in ANSWERED and key != "all"]
     if unknown:
         sys.exit(f"error: no claim {', '.join(unknown)}; there are {', '.join(ANSWERED)}, and all")
+    if keys == ["7"]:
+        sys.exit("Table 1: `make gpu-results` measures its memory, scale=imagenet has the commands of its runs")
     return list(ANSWERED.values()) if "all" in keys else [ANSWERED[key] for key in keys]
 
 

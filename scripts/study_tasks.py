@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,6 +12,7 @@ import torch
 from sbp.training import environment
 from sbp.training.config import Config
 from sbp.training.costs.benchmark_report import write_json
+from sbp.training.data.sources import build_datasets
 from sbp.training.status import read_json
 from sbp.training.study.claims import ARMS, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
 from sbp.training.study.costs import step_costs
@@ -22,7 +23,7 @@ from scripts.launch import composed
 
 Task = Callable[[Jobs], str | None]
 
-RUN_FIGURES = ("seed", "top1", "top5", "val_loss", "images_per_second", "saved_bytes_per_image", "effective_keep_ratio")
+RUN_FIGURES = ("seed", "top1", "top5", "val_loss", "saved_bytes_per_image", "effective_keep_ratio")
 RUN_FACTS = ("device", "versions", "amp", "global_batch_size", "epochs", "steps_per_epoch", "train_images", "lr")
 COMMON = ("logger=none", "probe.every_steps=null", "eval_every_epochs=1000000")  # the last epoch is evaluated anyway
 
@@ -65,6 +66,12 @@ class Place:
         record = read_json(self.file(kind, name))
         return {one["seed"] for one in record.get("runs", [])} >= set(self.seeds)
 
+    def with_measured_time(self) -> "Place":
+        """With the time of a step with SBP, relative to one without, that costs.json has."""
+        costs = read_json(self.results / "costs.json")["arms"]
+        ratio = costs["sbp"]["step_ms"] / costs["plain"]["step_ms"]
+        return replace(self, setting=replace(self.setting, sbp_time=ratio))
+
     def finished(self, arm: str) -> dict[int, Path]:
         """The folders of an arm's complete runs, by seed."""
         found = {json.loads(path.read_text())["seed"]: path.parent for path in (self.runs / arm).glob(f"*/{SUMMARY}")}
@@ -90,22 +97,43 @@ def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
 
 def train(here: Place, arm: str, jobs: Jobs) -> str | None:
     """A sweep over the seeds."""
-    saved = "checkpoint.keep=10" if arm == "plain" else "checkpoint.keep=1"
-    every = f"checkpoint.every_steps={here.setting.save_every_steps}"
-    given = [*here.common, *ARMS[arm].overrides(here.setting), saved, every, f"seed={','.join(map(str, here.seeds))}"]
+    saved = ["checkpoint.keep=1"]
+    if arm == "plain":  # the checkpoints that gradients are compared on, and no others that would push them out
+        saved = ["checkpoint.keep=1000", "checkpoint.every_epochs=1000000"]
+        saved.append(f"checkpoint.every_steps={max(1, total_steps(here) // 10)}")
+    given = [*here.common, *ARMS[arm].overrides(here.setting), *saved, f"seed={','.join(map(str, here.seeds))}"]
     folder = here.runs / arm
-    if not jobs.run(["train.py", "-m", *given, f"run_dir={quoted(folder)}"], folder / "log.txt"):
-        return None
+    jobs.run(["train.py", "-m", *given, f"run_dir={quoted(folder)}"], folder / "log.txt")
     summaries = [json.loads((run / SUMMARY).read_text()) for run in here.finished(arm).values()]
-    runs = [{key: summary.get(key) for key in RUN_FIGURES} for summary in summaries]
+    if not summaries:
+        return None
+    before = read_json(here.file("training", arm))  # of other seeds, too, perhaps
+    of_seed = {run["seed"]: run for run in before.get("runs", [])}
+    of_seed |= {one["seed"]: {key: one.get(key) for key in RUN_FIGURES} for one in summaries}
+    runs = [of_seed[seed] for seed in sorted(of_seed)]
     facts = {key: summaries[-1][key] for key in RUN_FACTS}
+    for several, values in {
+        "devices": [one["device"] for one in summaries],
+        "commits": [one["versions"].get("commit", "unknown") for one in summaries],
+    }.items():
+        facts[several] = sorted({*before.get(several, []), *values})
     write_json({"arm": arm, "command": shell("train.py -m", given), **facts, "runs": runs}, here.file("training", arm))
     losses = [run["val_loss"] for run in runs]
     return f"validation loss {fmean(losses):.4f} in {len(runs)} runs, {min(losses):.4f} to {max(losses):.4f}"
 
 
+def total_steps(here: Place) -> int:
+    """Of a run without SBP."""
+    config = arm_config(here, "plain")
+    generated = config.data.source in ("cluttered_digits", "synthetic")
+    images = config.data.train_images if generated else len(build_datasets(config.data, config.recipe)[0])  # type: ignore[arg-type]
+    return config.recipe.epochs * (images // config.global_batch_size)
+
+
 def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
     """The gradients of an arm, or of parts of the batch, on checkpoints of the runs without SBP."""
+    if len(here.finished("plain")) < len(here.seeds):
+        raise ValueError("the runs without SBP are not complete, on whose checkpoints gradients are compared")
     checkpoints = [pair for run in here.finished("plain").values() for pair in staged(run).items()]
     nulls = name not in ARMS
     methods = {} if nulls else {name: sbp_arguments(name, here.setting)}
@@ -124,11 +152,16 @@ def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
 
 
 def staged(run: Path) -> dict[str, Path]:
-    """The checkpoint of each stage of a run: the nearest that there is."""
+    """The checkpoint of each stage of a run. Raises ValueError where there is none near it."""
     paths = {int(path.stem.removeprefix("step-")): path for path in (run / "checkpoints").glob("step-*.pt")}
-    return {
-        stage: paths[min(paths, key=lambda step: abs(step - share * max(paths)))] for stage, share in STAGES.items()
-    }
+    found = {}
+    for stage, share in STAGES.items():
+        wanted = share * max(paths)
+        step = min(paths, key=lambda step: abs(step - wanted))
+        if abs(step - wanted) > max(1, 0.05 * max(paths)):
+            raise ValueError(f"{run} has no checkpoint near step {wanted:.0f}: remove it, and train it again")
+        found[stage] = paths[step]
+    return found
 
 
 def evaluate_as_published(here: Place, jobs: Jobs) -> str | None:
@@ -142,24 +175,32 @@ def evaluate_as_published(here: Place, jobs: Jobs) -> str | None:
             return None
     found = {seed: json.loads((folder / str(seed) / "eval.json").read_text()) for seed in checkpoints}
     runs = [{"seed": seed, "top1": one["top1"], "val_loss": one["loss"]} for seed, one in found.items()]
-    facts = {"versions": environment.versions(), "command": shell("eval.py checkpoint=FILE", given)}
-    write_json(facts | {"runs": runs}, here.file("published", "sbp"))
+    facts = {"command": shell("eval.py checkpoint=FILE", given), "device": environment.device_name(here.device)}
+    write_json(facts | {"versions": environment.versions(), "runs": runs}, here.file("published", "sbp"))
     return f"validation loss {fmean(run['val_loss'] for run in runs):.4f} with partial attention in evaluation too"
 
 
-def measure_costs(here: Place, claims: list[Claim], rounds: int) -> None:
-    """What a step of each arm costs, known arms too, as they are measured in turns; nothing else may run meanwhile."""
+def measure_costs(here: Place, arms: list[str], rounds: int, jobs: Jobs) -> None:
+    """What a step of each arm costs, in groups that take turns with plain training; nothing else may run meanwhile.
+
+    What is known stays: later arms are set in relation to the plain arm's time of before.
+    """
     path = here.results / "costs.json"
     known = read_json(path).get("arms", {})
-    arms = arms_of(claims, here.setting)
-    if set(arms) <= set(known):
-        return
-    arms = list(dict.fromkeys([*known, *arms]))
+    configs = {arm: arm_config(here, arm) for arm in dict.fromkeys(["plain", "sbp", *arms])}
+    two_kinds_of_steps = [arm for arm, config in configs.items() if config.sbp.exact_epochs]
+    new = [arm for arm in configs if arm not in {*known, *two_kinds_of_steps}]
     if here.device.type == "cpu":
         torch.set_num_threads(1)
-    found = step_costs({arm: arm_config(here, arm) for arm in arms}, rounds=rounds, device=here.device)
-    facts = {"device": environment.device_name(here.device), "versions": environment.versions()}
-    write_json(facts | {"rounds": rounds, "arms": found}, path)
+    for group in (new[first : first + 3] for first in range(0, len(new), 3)):  # all at once might not fit into memory
+        together = {arm: configs[arm] for arm in dict.fromkeys(["plain", *group])}
+        found = step_costs(together, rounds=rounds, device=here.device, stopping=lambda: jobs.stopping)
+        if not found:
+            return
+        scale = known["plain"]["step_ms"] / found["plain"]["step_ms"] if "plain" in known else 1.0
+        known |= {arm: found[arm] | {"step_ms": scale * found[arm]["step_ms"]} for arm in group}
+        facts = {"device": environment.device_name(here.device), "versions": environment.versions(), "rounds": rounds}
+        write_json({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
 
 
 def arm_config(here: Place, arm: str) -> Config:

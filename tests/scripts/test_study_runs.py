@@ -20,7 +20,6 @@ TINY = replace(
     DIGITS_VIT,
     overrides=(*DIGITS_VIT.overrides, "data.train_images=128", "data.val_images=64", "backbone.kwargs.embed_dim=16"),
     epochs=2,
-    save_every_steps=1,
     images=16,
     draws=2,
 )
@@ -39,7 +38,7 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
         for kind, some in todo.items():
             jobs.do(kind, some)
     assert not jobs.failed
-    measure_costs(place, CLAIM, rounds=1)
+    measure_costs(place, ["fixed"], 1, jobs)
 
     one = Evidence(TINY, place.results)
     assert set(one.trained("fixed", "val_loss")) == {1, 2, 3} != set(one.trained("fixed", "val_loss").values())
@@ -54,5 +53,5 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
 
     assert not any(tasks(place, CLAIM).values())  # nothing is done twice
     monkeypatch.setattr(study_tasks, "step_costs", None)
-    measure_costs(place, CLAIM, rounds=1)
+    measure_costs(place, ["fixed"], 1, jobs)
     assert list(tasks(replace(place, seeds=[1, 2, 3, 4]), CLAIM)["training"]) == ["plain", "sbp", "fixed"]

@@ -21,9 +21,9 @@ class Setting:
     overrides: of train.py. sbp_layers: how many layers are SBP as published. other_layers: as many at the other end of
     the network.
     epochs, lr, batch_size: of the full schedule. seeds: runs of each arm; those of one seed share initial weights, the
-    order of the images and the augmentation. save_every_steps: a tenth of the steps. small_size: training images of the
-    lower-resolution arm, in pixels.
-    sbp_time: how long a step with SBP takes, relative to one without, as measured before; for the arms at equal time.
+    order of the images and the augmentation. small_size: of images in the arms of lower resolution, in pixels.
+    sbp_time: how long a step with SBP takes, relative to one without, for the arms at equal time; measured before they
+    are trained.
     images, draws: of the gradient similarity: images in the batch, and masks of each method. needs_root: the images lie
     in a folder. gradients_only: nothing is trained but the network without SBP.
     """
@@ -36,10 +36,9 @@ class Setting:
     epochs: int
     lr: float
     batch_size: int
-    save_every_steps: int
     seeds: int
     small_size: int
-    sbp_time: float
+    sbp_time: float = 0.7
     is_vit: bool = True
     needs_root: bool = False
     images: int = 128
@@ -79,8 +78,8 @@ class Comparison:
 class Claim:
     """comparisons: decide it. dominated_by: arms, of which none may be as lean, as fast and better than "sbp".
 
-    context: arms that are shown beside those. published: what the talk says. shows_costs: its figure sets loss against
-    memory and time.
+    context: arms that are shown beside those. published: what the talk says. shows: its figure, "differences" of pairs,
+    "similarities" along training, or "costs", that is loss against memory and time.
     """
 
     title: str
@@ -88,7 +87,7 @@ class Claim:
     comparisons: tuple[Comparison, ...] = ()
     dominated_by: tuple[str, ...] = ()
     context: tuple[str, ...] = ()
-    shows_costs: bool = False
+    shows: str = "differences"
 
 
 NONE = "sbp=none"
@@ -127,6 +126,10 @@ def low_resolution(setting: Setting) -> list[str]:
     return [NONE, f"data.train_image_size={setting.small_size}", *dynamic]
 
 
+def low_throughout(setting: Setting) -> list[str]:
+    return [NONE, f"data.image_size={setting.small_size}"]
+
+
 def half_batches(setting: Setting) -> list[str]:
     return [NONE, f"micro_batch_size={setting.batch_size // 2}"]
 
@@ -158,7 +161,8 @@ ARMS = {
     "exact_end": Arm("exact backpropagation at the end", exact_end, many_epochs=True),
     # what else one could do
     "patch_dropout": Arm("PatchDropout 0.5", fixed(NONE, HALF_TOKENS), vit_only=True),
-    "low_resolution": Arm("lower training resolution", low_resolution),
+    "low_resolution": Arm("lower resolution in training", low_resolution),
+    "low_throughout": Arm("lower resolution throughout", low_throughout),
     "shorter": Arm("no SBP, fewer epochs", epochs(lambda s: s.sbp_time, NONE), many_epochs=True),
     "longer": Arm("SBP, more epochs", epochs(lambda s: 1 / s.sbp_time), many_epochs=True),
     "accumulation": Arm("no SBP, two micro batches", half_batches, same_as="plain"),
@@ -188,6 +192,7 @@ CLAIMS = {
         "“We observe that dW_keep (SBP) are highly correlated (measured by cosine similarity) with dW (SGD).” "
         "How high is not said; here it counts as high when it is nearer than the gradient of half of the batch.",
         (Comparison("sbp", "half", "cosine"),),
+        shows="similarities",
     ),
     "2": Claim(
         "Grid masks beat random ones",
@@ -200,9 +205,9 @@ CLAIMS = {
         "lean, at least as fast and better.",
         dominated_by=(
             *("ratio_0.125", "ratio_0.25", "ratio_0.75", "plain", "cheap", "accumulation"),
-            *("patch_dropout", "low_resolution", "shorter"),
+            *("patch_dropout", "low_resolution", "low_throughout", "shorter"),
         ),
-        shows_costs=True,
+        shows="costs",
     ),
     "4": Claim(
         "Uniform keep-ratios beat ratios that change with depth",
@@ -250,11 +255,11 @@ QUESTIONS = {  # ours, answered in the same way
         "At the same memory or the same time, is SBP better than what else one could do?",
         "Not in the talk.",
         (
-            *(Comparison("sbp", other) for other in ("patch_dropout", "low_resolution", "shorter")),
+            *(Comparison("sbp", other) for other in ("patch_dropout", "low_resolution", "low_throughout", "shorter")),
             Comparison("longer", "plain"),
         ),
         context=("cheap", "accumulation", "sbp_cheap"),
-        shows_costs=True,
+        shows="costs",
     ),
     "learning_rate": Claim(
         "Does SBP want another learning rate than exact training?",
@@ -280,7 +285,7 @@ def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
     """The arms that the claims need, "plain" and "sbp" first."""
     if setting.gradients_only:
         return ["plain"]
-    named = ["plain", "sbp"]
+    named = ["plain", "sbp"] if any(claim.comparisons or claim.dominated_by for claim in claims) else []
     for claim in claims:
         named += [arm for one in claim.comparisons for arm in (one.better, one.worse)]
         named += [*claim.dominated_by, *claim.context]
@@ -290,8 +295,8 @@ def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
 def gradients_of(claims: list[Claim], setting: Setting) -> list[str]:
     """The arms whose gradients are compared with the exact ones, and "nulls"."""
     compared = [one for claim in claims for one in claim.comparisons if one.measure == "cosine"]
-    arms = dict.fromkeys(["sbp", *(arm for one in compared for arm in (one.better, one.worse))])
-    return ["nulls", *(arm for arm in arms if exists(arm, setting))]
+    arms = dict.fromkeys(arm for one in compared for arm in ("sbp", one.better, one.worse))
+    return [*(["nulls"] if arms else []), *(arm for arm in arms if exists(arm, setting))]
 
 
 def sbp_arguments(arm: str, setting: Setting) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What a training step of each arm costs, all of them in turns on one machine."""
 
 import gc
+from collections.abc import Callable
 from statistics import median
 from time import perf_counter
 
@@ -14,11 +15,14 @@ from sbp.training.loop import Trainer
 from sbp.training.probes import saved_bytes_per_image
 
 
-def step_costs(configs: dict[str, Config], *, rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
+def step_costs(
+    configs: dict[str, Config], *, rounds: int, device: torch.device, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, dict[str, float]]:
     """For each arm {"step_ms", "memory", "peak_allocated"}.
 
     step_ms: median over the rounds, in each of which every arm takes one step on random images. memory: bytes that are
-    saved for the backward pass of one micro batch. peak_allocated: bytes on CUDA, of the arm by itself.
+    saved for the backward pass of one micro batch. peak_allocated: bytes on CUDA, of the arm by itself. {} when it was
+    asked to stop before the end.
     """
     found: dict[str, dict[str, float]] = {name: {} for name in configs}
     batches = {name: _batch(config) for name, config in configs.items()}
@@ -36,6 +40,8 @@ def step_costs(configs: dict[str, Config], *, rounds: int, device: torch.device)
     trainers = {name: _trainer(config, device) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for step in range(rounds + 1):  # the first is for warming up
+        if stopping():
+            return {}
         for name, trainer in trainers.items():
             trainer.wait()
             begin = perf_counter()

@@ -11,19 +11,20 @@ from typing import Any
 
 from sbp.training.status import read_json
 from sbp.training.study.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
-from sbp.training.study.verdicts import Cost, Difference, difference, not_dominated, together
+from sbp.training.study.verdicts import NOT_RUN, Cost, Difference, difference, needs_more, not_dominated, together
 
 BySeed = Mapping[int, float]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a claim's verdict. what: who against whom, in words."""
+    """One line of a claim's verdict. what: who against whom, in words. why: what decides, if not the difference."""
 
     what: str
     measure: str
     found: Difference
     verdict: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,22 @@ class Evidence:
         steps = record["epochs"] * record["steps_per_epoch"]
         return Cost(found.get("peak_allocated", found["memory"]), found["step_ms"] / 1000 * steps)
 
+    @property
+    def on_cuda(self) -> bool:
+        return any("peak_allocated" in one for one in self.costs.get("arms", {}).values())
+
+    def provenance(self) -> tuple[list[str], list[str]]:
+        """The commits and the devices of all training runs."""
+        records = list(self.training.values())
+        commits = {commit for one in records for commit in one.get("commits", [one["versions"].get("commit", "")])}
+        return sorted(commits), sorted({device for one in records for device in one.get("devices", [one["device"]])})
+
     def findings(self, claim: Claim) -> list[Finding]:
         """What decides the claim, in this setting; without what does not exist here."""
         found = []
         for one in claim.comparisons:
+            if self.setting.gradients_only and one.measure != "cosine":
+                continue
             if not all(arm in NULLS | PARTIAL or exists(arm, self.setting) for arm in (one.better, one.worse)):
                 continue
             what = f"{label(one.better)} against {label(one.worse)}"
@@ -97,19 +110,21 @@ class Evidence:
                 gap = difference(self.trained(one.worse, "val_loss"), self.trained(one.better, "val_loss"))
             found.append(Finding(what, one.measure, gap, gap.verdict))
         own = self.cost("sbp")
-        for arm in claim.dominated_by:
+        for arm in [] if self.setting.gradients_only else claim.dominated_by:
             if not exists(arm, self.setting):
                 continue
             gap = difference(self.trained(arm, "val_loss"), self.trained("sbp", "val_loss"))
             other = self.cost(arm)
-            if own is None or other is None:
-                gap = Difference(gap.mean, gap.low, gap.high, 0)
-                other = own = own or other or Cost(nan, nan)
-            found.append(Finding(f"not dominated by {label(arm)}", "val_loss", gap, not_dominated(gap, own, other)))
+            verdict, why = NOT_RUN, ""
+            if own is not None and other is not None:
+                verdict, why = not_dominated(gap, own, other), needs_more(own, other)
+            found.append(Finding(f"not dominated by {label(arm)}", "val_loss", gap, verdict, why))
         return found
 
     def verdict(self, claim: Claim) -> str:
-        return together([one.verdict for one in self.findings(claim)])
+        """ "" where the claim says nothing of such a setting."""
+        findings = self.findings(claim)
+        return together([one.verdict for one in findings]) if findings else ""
 
 
 def label(arm: str) -> str:

@@ -25,9 +25,9 @@ def draw(claim: Claim, one: Evidence, path: Path) -> None:
     path.unlink(missing_ok=True)
     if not findings:
         return
-    if any(finding.what.endswith(label("half")) for finding in findings):
+    if claim.shows == "similarities":
         figure = similarities(claim, one)
-    elif claim.shows_costs and one.costs:
+    elif claim.shows == "costs" and one.costs:
         figure = trade_offs(claim, one)
     else:
         figure = differences(findings)
@@ -50,7 +50,7 @@ def differences(findings: list[Finding]) -> Any:
         axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
         axis.set_yticks(range(len(rows)), [one.what for one in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_xlabel(f"{titles[measure]}; right of zero: as claimed")
+        axis.set_xlabel(f"{titles[measure]} of the first over the second")
         bare(axis)
     return figure
 
@@ -91,7 +91,7 @@ def trade_offs(claim: Claim, one: Evidence) -> Any:
         error = standard_error(losses)
         for axis, value in zip(axes, (cost.memory / MIB, cost.time), strict=True):
             axis.errorbar(value, fmean(losses.values()), yerr=error if isfinite(error) else None, **style)
-    memory = "peak memory of a step, MiB" if "peak_allocated" in one.costs["arms"]["sbp"] else "saved in a step, MiB"
+    memory = "peak memory of a step, MiB" if one.on_cuda else "saved in a step, MiB"
     for axis, title in zip(axes, (memory, "time of the whole training, s"), strict=True):
         axis.set_xlabel(title)
         axis.set_xlim(left=0)

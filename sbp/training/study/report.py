@@ -27,6 +27,7 @@ from sbp.training.study.settings import SCALES
 from sbp.training.table import markdown
 
 MIB = 2**20
+NO_CLAIM = "does not apply"
 MEASURES = {"val_loss": "validation loss", "cosine": "cosine similarity"}
 WHY = "why.yaml"  # in the folder of results: why we think that a claim came out as it did, in words without numbers
 
@@ -62,6 +63,7 @@ def text(folder: Path) -> str:
     known, why = evidence(folder), yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
     rule = [line.strip() for line in (verdicts.__doc__ or "").splitlines()[2:]]
     parts = [INTRODUCTION, as_list(rule), "## In short", markdown(list(overview(known)))]
+    parts += [f"Claim 7, Table 1: memory {memory_of_table_1(folder)}, accuracy not run."]
     parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(known)))]
     for key, claim in ANSWERED.items():
         title = f"## {key}. {claim.title}" if key in CLAIMS else f"## {claim.title}"
@@ -87,7 +89,8 @@ def overview(known: dict[str, Evidence]) -> Iterator[list[str]]:
     """The verdict on each claim in each setting."""
     yield ["claim", *known]
     for key, claim in CLAIMS.items():
-        yield [f"{key}. {claim.title}", *(one.verdict(claim) for one in known.values())]
+        if key != "7":
+            yield [f"{key}. {claim.title}", *(one.verdict(claim) or NO_CLAIM for one in known.values())]
 
 
 def answers(known: dict[str, Evidence]) -> Iterator[list[str]]:
@@ -96,7 +99,7 @@ def answers(known: dict[str, Evidence]) -> Iterator[list[str]]:
     for claim in QUESTIONS.values():
         found = {name: {(f.what, f.measure): f.verdict for f in one.findings(claim)} for name, one in known.items()}
         for pair in dict.fromkeys(pair for of_it in found.values() for pair in of_it):
-            outcomes = (answered(of_it.get(pair, verdicts.NOT_RUN)) for of_it in found.values())
+            outcomes = (answered(of_it[pair]) if pair in of_it else NO_CLAIM for of_it in found.values())
             yield [pair[0], MEASURES[pair[1]], *outcomes]
 
 
@@ -108,20 +111,22 @@ def answered(verdict: str) -> str:
 def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     """Tables and figure of one claim in one setting; nothing where nothing was run."""
     findings = one.findings(claim)
-    if all(finding.verdict == verdicts.NOT_RUN for finding in findings):
+    if "plain" not in one.training or all(finding.verdict == verdicts.NOT_RUN for finding in findings):
         return
     scale = name.split("/")[0]
     root = " data_root=FOLDER" if one.setting.needs_root else ""
-    record = next(iter(one.training.values()))
-    versions = record["versions"]
+    command = f"python scripts/study.py scale={scale} setting={one.setting.name} claim={key}{root}"
+    record, versions = one.training["plain"], one.training["plain"]["versions"]
+    commits, devices = one.provenance()
     yield f"### {name}: {one.verdict(claim)}" if key in CLAIMS else f"### {name}"
     yield (
         f"{one.setting.label[0].upper()}{one.setting.label[1:]}. "
-        f"`python scripts/study.py scale={scale} setting={one.setting.name} claim={key}{root}` on {record['device']}, "
-        f"torch {versions['torch']}, timm {versions['timm']}, commit {versions['commit']}; "
+        f"`{command}` on {' and '.join(devices)}, "
+        f"torch {versions['torch']}, timm {versions['timm']}, commit {' and '.join(commits)}; "
         f"{record['epochs']} epochs of {record['train_images']} images in batches of {record['global_batch_size']}."
     )
-    yield markdown(list(arms_table(claim, one)))
+    if not one.setting.gradients_only:  # whose images of validation are those of training
+        yield markdown(list(arms_table(claim, one)))
     if any(finding.measure == "cosine" for finding in findings):
         yield "Cosine similarity to the exact gradient, and in brackets the ratio of the norms:"
         yield markdown(list(gradients_table(claim, one)))
@@ -132,22 +137,24 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
 
 
 def arms_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
-    yield ["arm", "runs", "validation loss", "top-1 %", "saved MiB a step", "step ms", "training s"]
+    memory = "peak MiB" if one.on_cuda else "saved MiB a step"
+    yield ["arm", "runs", "validation loss", "top-1 %", memory, "step ms", "training s"]
     evaluated = [arm for arm in PARTIAL if any(pair.better == arm for pair in claim.comparisons)]
     for arm in [*arms_of([claim], one.setting), *evaluated]:
         losses, top1 = one.trained(arm, "val_loss"), one.trained(arm, "top1")
-        found, cost = one.costs.get("arms", {}).get(arm), one.cost(arm)
+        cost = one.cost(arm)
         if not losses:
             continue
-        figures = [f"{found['memory'] / MIB:.1f}", f"{found['step_ms']:.1f}"] if found else ["", ""]
+        step = one.costs["arms"][arm]["step_ms"] if cost else 0
+        figures = [f"{cost.memory / MIB:.1f}", f"{step:.1f}", f"{cost.time:.0f}"] if cost else ["", "", ""]
         model = "sbp" if arm in PARTIAL else ARMS[arm].same_as
         runs = str(len(losses)) if model is None else f"as {label(model)}"
         shown = [spread(losses, 4), spread(top1, 2)]
-        yield [label(arm), runs, *shown, *figures, f"{cost.time:.0f}" if cost else ""]
+        yield [label(arm), runs, *shown, *figures]
 
 
 def gradients_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
-    yield ["gradient", *STAGES, "late, averaged over masks"]
+    yield ["gradient", *STAGES, "late, mean of all draws"]
     for method in [*(arm for arm in gradients_of([claim], one.setting) if arm in ARMS), *NULLS]:
         if not one.cosines(method):
             continue
@@ -166,7 +173,8 @@ def findings_table(findings: list[Finding], claimed: bool) -> Iterator[list[str]
         interval = f" [{gap.low:+.4f}, {gap.high:+.4f}]" if isfinite(gap.low) else ""
         advantage = f"{gap.mean:+.4f}{interval}" if gap.pairs else ""
         verdict = one.verdict if claimed else answered(one.verdict)
-        yield [one.what, MEASURES[one.measure], advantage, str(gap.pairs), verdict]
+        why = f": that needs more {one.why}" if one.why else ""
+        yield [one.what, MEASURES[one.measure], advantage, str(gap.pairs), f"{verdict}{why}"]
 
 
 def spread(values: Any, digits: int) -> str:
@@ -180,23 +188,20 @@ def table_1(folder: Path) -> Iterator[str]:
     if not (folder / "forecast").is_dir():  # of a study alone
         return
     rows = [["network", "batch", "talk, MiB", "forecast, MiB", "with `cheap`, MiB", "measured, MiB", "talk, top-1 %"]]
-    reached = []
     for key, (network, batch, plain, sbp, top1, top1_sbp) in TABLE_1.items():
         forecast = read_json(folder / "forecast" / f"{key}.json")["peak_by_recompute_and_keep_ratio"]
         before = forecast["none"]["1.0"]
-        measured = peaks(folder, key)
-        reached += [after / before <= sbp / plain for _, before, after in measured]
+        measured = [peaks_in_words(device, arms) for device, arms in peaks(folder, key)]
         rows.append(
             [
                 *(network, str(batch), ratio(plain, sbp)),
                 ratio(before / MIB, forecast["none"]["0.5"] / MIB),
                 ratio(before / MIB, forecast["cheap"]["0.5"] / MIB),
-                "; ".join(f"{ratio(one / MIB, two / MIB)} on {device}" for device, one, two in measured) or "not run",
+                "; ".join(measured) or "not run",
                 f"{top1} → {top1_sbp}",
             ]
         )
-    memory = verdicts.of_table_1(reached, len(TABLE_1))
-    yield f"Memory: **{memory}**; accuracy: **not run** (300 epochs of ImageNet each)."
+    yield f"Memory: **{memory_of_table_1(folder)}**; accuracy: **not run** (300 epochs of ImageNet each)."
     yield markdown(rows)
     yield (
         "MiB without → with SBP at keep-ratio 0.5, and their ratio, by `python scripts/forecast_memory.py "
@@ -209,12 +214,27 @@ def ratio(before: float, after: float) -> str:
     return f"{before:.0f} → {after:.0f} ({after / before:.2f})"
 
 
-def peaks(folder: Path, key: str) -> list[tuple[str, float, float]]:
-    """Device, and peak bytes without and with SBP, of each GPU that was measured on."""
+def peaks(folder: Path, key: str) -> list[tuple[str, dict[str, float]]]:
+    """Device, and peak bytes of each arm in one run of scripts/gpu_results.py, for each GPU that was measured on."""
     found = []
     for path in sorted((folder / "gpu").glob(f"*/{key}-eager.json")):
         record = read_json(path)
-        plain, sbp = (record["arms"][arm].get("peak_allocated") for arm in ("plain", "sbp"))
-        if plain and sbp and not path.parent.name.endswith("-small"):
-            found.append((record["device"], plain, sbp))
+        arms = {name: one["peak_allocated"] for name, one in record["arms"].items() if one.get("peak_allocated")}
+        if {"plain", "sbp"} <= arms.keys() and not path.parent.name.endswith("-small"):
+            found.append((record["device"], arms))
     return found
+
+
+def peaks_in_words(device: str, arms: dict[str, float]) -> str:
+    names = {"sbp_cheap": "SBP with `cheap`", "checkpoint": "checkpointing", "release": "authors' release"}
+    others = [f"{words} {arms[name] / MIB:.0f}" for name, words in names.items() if name in arms]
+    return ", ".join([ratio(arms["plain"] / MIB, arms["sbp"] / MIB), *others]) + f" on {device}"
+
+
+def memory_of_table_1(folder: Path) -> str:
+    """The verdict on the memory column."""
+    reached = []
+    for key, (_, _, plain, sbp, _, _) in TABLE_1.items():
+        if measured := peaks(folder, key):
+            reached.append(all(arms["sbp"] / arms["plain"] <= sbp / plain for _, arms in measured))
+    return verdicts.of_table_1(reached, len(TABLE_1))

@@ -38,10 +38,8 @@ DIGITS_VIT = Setting(
     epochs=10,
     lr=1e-3,
     batch_size=64,
-    save_every_steps=48,
     seeds=6,
     small_size=24,
-    sbp_time=0.7,
 )
 # One pass over the images: too short for the arms that change the number of epochs.
 CIFAR_SMALL_VIT = replace(
@@ -50,7 +48,6 @@ CIFAR_SMALL_VIT = replace(
     label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens) on CIFAR-10 at 32 px",
     overrides=(*SMALL_VIT, "data=cifar10", "data.workers=0", *PLAIN_RECIPE, "recipe.warmup_epochs=0"),
     epochs=1,
-    save_every_steps=78,
     needs_root=True,
 )
 CIFAR_VIT = Setting(
@@ -62,10 +59,8 @@ CIFAR_VIT = Setting(
     epochs=30,
     lr=1e-3,
     batch_size=256,
-    save_every_steps=585,
     seeds=5,
     small_size=24,
-    sbp_time=0.7,
     needs_root=True,
 )
 AT_224 = ("data=cifar10", "data.image_size=224", "recipe=short")
@@ -75,7 +70,6 @@ CIFAR_VIT_224 = replace(
     label="ViT-Tiny as published on CIFAR-10 at 224 px",
     overrides=("backbone=vit_tiny", *AT_224),
     epochs=10,
-    save_every_steps=195,
     seeds=3,
     small_size=160,
 )
@@ -105,7 +99,6 @@ PHOTOGRAPHS_VIT = replace(
     label="the gradients of ViT-Tiny as published on ImageNet photographs at 224 px",
     overrides=("backbone=vit_tiny", *PHOTOGRAPHS),
     batch_size=50,
-    save_every_steps=20,
     images=64,
     draws=4,
     gradients_only=True,
@@ -116,7 +109,6 @@ PHOTOGRAPHS_CONVNEXT = replace(
     label="the gradients of ConvNeXt-Tiny as published on ImageNet photographs at 224 px",
     overrides=("backbone=convnext_tiny", *PHOTOGRAPHS),
     batch_size=50,
-    save_every_steps=20,
     images=64,
     draws=4,
     gradients_only=True,

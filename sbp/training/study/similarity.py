@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +21,7 @@ from sbp.training.data.preprocessing import Normalize
 from sbp.training.data.sources import build_datasets
 from sbp.training.models import build_model
 
-NULLS = {"half": 0.5, "three_quarters": 0.75}  # share of the batch
+SHARES = {"half": 0.5, "three_quarters": 0.75}  # of the batch, for the nulls of claims.py
 
 
 def similarities(
@@ -34,13 +34,14 @@ def similarities(
     nulls: bool = True,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """For each method and each of NULLS, how its gradient compares with the exact one of the batch.
+    """For each method and each of SHARES, how its gradient compares with the exact one of the batch.
 
     model: a plain timm model on its device, with the weights in question; it is left plain. images: (B, 3, H, W), as
     the model takes them. methods: arguments of `sbp.apply`. draws: masks, or parts of the batch.
 
     Each gets {"cosine", "norm_ratio", "per_layer", "norm_ratio_per_layer"}, means over the draws, and
-    "cosine_of_mean": of the gradient averaged over all draws; what stays away from 1 there is bias.
+    "cosine_of_mean": of the gradient averaged over all draws; what stays away from 1 there is bias, as far as so few
+    draws tell.
     """
     model.train()
     count = len(images)
@@ -68,7 +69,7 @@ def similarities(
 
     exact = sbp.gradient(model, loss(slice(None)))
     found = {name: compared(of_method(settings), exact) for name, settings in methods.items()}
-    return found | {name: compared(of_null(share), exact) for name, share in NULLS.items() if nulls}
+    return found | {name: compared(of_null(share), exact) for name, share in SHARES.items() if nulls}
 
 
 def compared(gradients: Iterable[Gradient], exact: Gradient) -> dict[str, Any]:
@@ -110,7 +111,8 @@ def of_checkpoint(
     if data_root is not None:
         config.data.root = data_root
     pictures, labels = spread_samples(_train_set(config), images, config.seed)
-    model = build_model(config.backbone, SbpConfig(enabled=False), config.data.num_classes, config.data.image_size)
+    backbone = replace(config.backbone, drop_path=0.0)  # a part of the batch would draw others than the whole
+    model = build_model(backbone, SbpConfig(enabled=False), config.data.num_classes, config.data.image_size)
     checkpoint.load_weights(model, content["state_dict"])
     normalize = Normalize(config.data, config.recipe).to(device)
     batch = normalize(pictures.to(device)), labels.to(device)

@@ -95,7 +95,7 @@ def test_something_was_run():
     assert {name for _, name, _ in sections()} >= {"laptop/digits-vit"}
 
 
-@pytest.mark.parametrize("title, name, text", sections(), ids=lambda value: value[:24])
+@pytest.mark.parametrize("title, name, text", list(sections()), ids=lambda value: value[:24])
 def test_tables_are_what_the_records_say(title, name, text):
     training, gradients = records(name, "training"), records(name, "gradients")
     training["partial"] = records(name, "published").get("sbp")

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import sbp
-from sbp.training.study.similarity import NULLS, similarities
+from sbp.training.study.similarity import SHARES, similarities
 from tests.conftest import images, small_convnext, small_vit
 
 LABELS = torch.tensor([0, 1, 2, 0])
@@ -41,7 +41,7 @@ def test_they_are_those_of_gradients_taken_by_hand(make, size):
 def test_the_nulls_are_parts_of_the_batch():
     model, x = small_vit(), images(batch=4)
     found = similarities(model, x, LABELS, {}, draws=6)
-    assert set(found) == set(NULLS)
+    assert set(found) == set(SHARES)
     pairs = [(i, j) for i in range(4) for j in range(i)]
 
     def gradient(part):
