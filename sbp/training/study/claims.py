@@ -21,7 +21,8 @@ class Setting:
     overrides: of train.py. sbp_layers: how many layers are SBP as published. other_layers: as many at the other end of
     the network.
     epochs, lr, batch_size: of the full schedule. seeds: runs of each arm; those of one seed share initial weights, the
-    order of the images and the augmentation. small_size: of images in the arms of lower resolution, in pixels.
+    order of the images and the augmentation. image_size, small_size: of the images, and in the arms of lower
+    resolution, in pixels.
     sbp_time: how long a step with SBP takes, relative to one without, for the arms at equal time; measured before they
     are trained.
     images, draws: of the gradient similarity: images in the batch, and masks of each method. needs_root: the images lie
@@ -37,6 +38,7 @@ class Setting:
     lr: float
     batch_size: int
     seeds: int
+    image_size: int
     small_size: int
     sbp_time: float = 0.7
     is_vit: bool = True
@@ -122,12 +124,17 @@ def epochs(time: Callable[[Setting], float], *more: str) -> Callable[[Setting], 
 
 
 def low_resolution(setting: Setting) -> list[str]:
-    dynamic = ["+backbone.kwargs.dynamic_img_size=true"] if setting.is_vit else []
-    return [NONE, f"data.train_image_size={setting.small_size}", *dynamic]
+    return [NONE, f"data.train_image_size={setting.small_size}", *any_size(setting)]
 
 
 def low_throughout(setting: Setting) -> list[str]:
-    return [NONE, f"data.image_size={setting.small_size}"]
+    return [NONE, f"data.image_size={setting.small_size}", *any_size(setting)]
+
+
+def any_size(setting: Setting) -> list[str]:
+    """The same initial weights, position embedding too, for images of another size."""
+    size = f"backbone.kwargs.img_size={setting.image_size}"
+    return [size, "+backbone.kwargs.dynamic_img_size=true"] if setting.is_vit else []
 
 
 def half_batches(setting: Setting) -> list[str]:

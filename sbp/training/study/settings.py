@@ -39,6 +39,7 @@ DIGITS_VIT = Setting(
     lr=1e-3,
     batch_size=64,
     seeds=6,
+    image_size=32,
     small_size=24,
 )
 # One pass over the images: too short for the arms that change the number of epochs.
@@ -60,6 +61,7 @@ CIFAR_VIT = Setting(
     lr=1e-3,
     batch_size=256,
     seeds=5,
+    image_size=32,
     small_size=24,
     needs_root=True,
 )
@@ -71,6 +73,7 @@ CIFAR_VIT_224 = replace(
     overrides=("backbone=vit_tiny", *AT_224),
     epochs=10,
     seeds=3,
+    image_size=224,
     small_size=160,
 )
 CONVNEXT_LAYERS = (
