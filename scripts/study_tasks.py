@@ -84,7 +84,11 @@ def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
     gradients = [name for name in gradients_of(claims, setting) if not here.has("gradients", name)]
     published = ["sbp"] if "qkv_exact" in trained and not here.has("published", "sbp") else []
-    read = {*(["plain"] if gradients else []), *published}  # arms whose checkpoints are needed, too
+    read = {
+        *(["plain"] if gradients else []),
+        *(["sbp"] if "own" in gradients else []),
+        *published,
+    }  # arms whose checkpoints are needed, too
     lacking = [arm for arm in read if len(here.finished(arm)) < len(here.seeds)]
     return {
         "training": {
@@ -131,12 +135,19 @@ def total_steps(here: Place) -> int:
 
 
 def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
-    """The gradients of an arm, or of parts of the batch, on checkpoints of the runs without SBP."""
-    if len(here.finished("plain")) < len(here.seeds):
-        raise ValueError("the runs without SBP are not complete, on whose checkpoints gradients are compared")
-    checkpoints = [pair for run in here.finished("plain").values() for pair in staged(run).items()]
+    """The gradients of an arm, or of parts of the batch ("nulls"), on checkpoints of the runs without SBP.
+
+    "own": those of published SBP, and of parts of the batch, on the last checkpoints of its own runs.
+    """
+    arm = "sbp" if name == "own" else "plain"
+    runs_of_it = here.finished(arm)
+    if len(runs_of_it) < len(here.seeds):
+        raise ValueError(f"the runs of {arm} are not complete, on whose checkpoints gradients are compared")
+    staged = {"own": last_checkpoint}.get(name, staged_checkpoints)
+    checkpoints = [pair for run in runs_of_it.values() for pair in staged(run).items()]
     nulls = name not in ARMS
-    methods = {} if nulls else {name: sbp_arguments(name, here.setting)}
+    method = "sbp" if name == "own" else name
+    methods = {} if name == "nulls" else {method: sbp_arguments(method, here.setting)}
     options = [f"--methods={json.dumps(methods)}", f"--images={here.setting.images}", f"--draws={here.setting.draws}"]
     options += [f"--device={here.device.type}", "--threads=1", *([] if nulls else ["--no-nulls"])]
     out = here.runs / "gradients" / f"{name}.json"
@@ -147,11 +158,15 @@ def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
     runs = [one | {"stage": stage} for one, (stage, _) in zip(record.pop("checkpoints"), checkpoints, strict=True)]
     told = {"command": shell("-m scripts.gradient_similarity CHECKPOINTS", options)}
     write_json(told | record | {"runs": runs}, here.file("gradients", name))
-    late = [one["found"] for one in runs if one["stage"] == "late"]
+    late = [one["found"] for one in runs if one["stage"] in ("late", "own")]
     return ", ".join(f"cosine {fmean(one[key]['cosine'] for one in late):.3f} ({key})" for key in late[0]) + ", late"
 
 
-def staged(run: Path) -> dict[str, Path]:
+def last_checkpoint(run: Path) -> dict[str, Path]:
+    return {"own": max((run / "checkpoints").glob("step-*.pt"))}
+
+
+def staged_checkpoints(run: Path) -> dict[str, Path]:
     """The checkpoint of each stage of a run. Raises ValueError where there is none near it."""
     paths = {int(path.stem.removeprefix("step-")): path for path in (run / "checkpoints").glob("step-*.pt")}
     found = {}

@@ -31,7 +31,7 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
     todo = tasks(place, CLAIM)
     assert {kind: list(names) for kind, names in todo.items()} == {
         "training": ["plain", "sbp", "fixed"],
-        "gradients": ["nulls", "sbp"],
+        "gradients": ["nulls", "own", "sbp"],
         "published": [],
     }
     with Jobs(2) as jobs:
@@ -45,6 +45,8 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
     stages = [(run["seed"], run["stage"], run["step"]) for run in one.gradients["nulls"]["runs"]]
     assert stages == [(seed, *at) for seed in (1, 2, 3) for at in (("early", 1), ("middle", 2), ("late", 4))]
     assert one.verdict(CLAIMS["1"]) != "not run"
+    own = [(run["seed"], run["step"], set(run["found"])) for run in one.gradients["own"]["runs"]]
+    assert own == [(seed, 4, {"sbp", "half", "three_quarters"}) for seed in (1, 2, 3)]
     assert str(tmp_path) not in json.dumps([one.training, one.gradients, one.costs])  # of no use to anyone else
 
     results.write(tmp_path / "results")

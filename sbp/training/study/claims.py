@@ -300,10 +300,14 @@ def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
 
 
 def gradients_of(claims: list[Claim], setting: Setting) -> list[str]:
-    """The arms whose gradients are compared with the exact ones, and "nulls"."""
+    """The arms whose gradients are compared with the exact ones, and "nulls".
+
+    And "own": those of SBP on weights that were trained with it, not on those of plain training.
+    """
     compared = [one for claim in claims for one in claim.comparisons if one.measure == "cosine"]
     arms = dict.fromkeys(arm for one in compared for arm in ("sbp", one.better, one.worse))
-    return [*(["nulls"] if arms else []), *(arm for arm in arms if exists(arm, setting))]
+    own = any(claim.shows == "similarities" for claim in claims) and not setting.gradients_only
+    return [*(["nulls"] if arms else []), *(["own"] if own else []), *(arm for arm in arms if exists(arm, setting))]
 
 
 def sbp_arguments(arm: str, setting: Setting) -> dict[str, Any]:

@@ -62,9 +62,10 @@ class Evidence:
         return {run["seed"]: run[figure] for run in record.get("runs", [])}
 
     def cosines(self, method: str, stages: tuple[str, ...] = ("middle", "late"), figure: str = "cosine") -> BySeed:
-        """Mean over the checkpoints of these stages."""
-        record = self.gradients.get("nulls" if method in NULLS else method, {})
-        runs = [run for run in record.get("runs", []) if run["stage"] in stages]
+        """Mean over the checkpoints of these stages of plain training; ("own",): on weights trained with SBP."""
+        name = "own" if stages == ("own",) else "nulls" if method in NULLS else method
+        runs = [run for run in self.gradients.get(name, {}).get("runs", []) if run["stage"] in stages]
+        runs = [run for run in runs if method in run["found"]]
         return {
             seed: fmean(run["found"][method][figure] for run in runs if run["seed"] == seed)
             for seed in sorted({run["seed"] for run in runs})

@@ -154,7 +154,9 @@ def arms_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
 
 
 def gradients_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
-    yield ["gradient", *STAGES, "late, mean of all draws"]
+    stages = [*STAGES, *(["own"] if claim.shows == "similarities" and "own" in one.gradients else [])]
+    names = {"own": "late, trained with SBP"}
+    yield ["gradient", *(names.get(stage, stage) for stage in stages), "late, mean of all draws"]
     for method in [*(arm for arm in gradients_of([claim], one.setting) if arm in ARMS), *NULLS]:
         if not one.cosines(method):
             continue
@@ -162,7 +164,7 @@ def gradients_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
         def mean(stage: str, figure: str, method: str = method) -> float:
             return fmean(one.cosines(method, (stage,), figure).values())
 
-        cells = [f"{spread(one.cosines(method, (s,)), 3)} ({mean(s, 'norm_ratio'):.2f})" for s in STAGES]
+        cells = [f"{spread(one.cosines(method, (s,)), 3)} ({mean(s, 'norm_ratio'):.2f})" for s in stages]
         yield [label(method), *cells, f"{mean('late', 'cosine_of_mean'):.3f}"]
 
 
