@@ -84,12 +84,8 @@ def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
     gradients = [name for name in gradients_of(claims, setting) if not here.has("gradients", name)]
     published = ["sbp"] if "qkv_exact" in trained and not here.has("published", "sbp") else []
-    read = {
-        *(["plain"] if gradients else []),
-        *(["sbp"] if "own" in gradients else []),
-        *published,
-    }  # arms whose checkpoints are needed, too
-    lacking = [arm for arm in read if len(here.finished(arm)) < len(here.seeds)]
+    read = {"plain": bool(gradients), "sbp": bool(published) or "own" in gradients}  # whose checkpoints others need
+    lacking = [arm for arm, needed in read.items() if needed and len(here.finished(arm)) < len(here.seeds)]
     return {
         "training": {
             arm: partial(train, here, arm) for arm in trained if arm in lacking or not here.has("training", arm)
