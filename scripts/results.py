@@ -9,6 +9,7 @@ from sbp.training.study.claims import ANSWERED
 
 def write(folder: Path) -> None:
     """RESULTS.md beside `folder`, figures in it."""
+    folder.mkdir(parents=True, exist_ok=True)  # nothing may be done yet
     for one in report.evidence(folder).values():
         for key, claim in ANSWERED.items():
             figures.draw(claim, one, one.folder / f"claim-{key}.png")

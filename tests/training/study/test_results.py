@@ -9,6 +9,7 @@ from scipy.stats import ttest_rel
 
 from sbp.training.study import report, verdicts
 from sbp.training.study.claims import ANSWERED, ARMS, NULLS, PARTIAL
+from scripts import results
 from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"
@@ -184,3 +185,8 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
     rest_of_it = r"## \d\.|keep-ratio 0\.5|\(300 epochs of ImageNet each\)|Claim 7, Table 1:"
     flat = re.sub(rest_of_it, "", flat)
     assert not re.findall(r"[^.\d]{0,30}\d[^.\d]{0,30}", flat)
+
+
+def test_a_study_that_was_stopped_at_once_has_a_report_as_well(tmp_path):
+    results.write(tmp_path / "a" / "results")
+    assert (tmp_path / "a" / "RESULTS.md").read_text() == report.text(tmp_path / "a" / "results")
