@@ -1,6 +1,7 @@
 """Where the claims are checked: the scales, and what is trained at each."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sbp.training.study.claims import Setting
 
@@ -96,25 +97,20 @@ PHOTOGRAPHS = (
     *("data=imagenet", "data.train_split=val", "recipe=short", "recipe.warmup_epochs=1", "amp=off"),
     *("recipe.lr_base_batch_size=null", "recipe.label_smoothing=0"),
 )
+GRADIENTS_ONLY: dict[str, Any] = {"batch_size": 50, "images": 64, "draws": 4, "gradients_only": True}
 PHOTOGRAPHS_VIT = replace(
     CIFAR_VIT_224,
     name="photographs-vit_tiny",
     label="the gradients of ViT-Tiny as published on ImageNet photographs at 224 px",
     overrides=("backbone=vit_tiny", *PHOTOGRAPHS),
-    batch_size=50,
-    images=64,
-    draws=4,
-    gradients_only=True,
+    **GRADIENTS_ONLY,
 )
 PHOTOGRAPHS_CONVNEXT = replace(
     CIFAR_CONVNEXT_224,
     name="photographs-convnext_tiny",
     label="the gradients of ConvNeXt-Tiny as published on ImageNet photographs at 224 px",
     overrides=("backbone=convnext_tiny", *PHOTOGRAPHS),
-    batch_size=50,
-    images=64,
-    draws=4,
-    gradients_only=True,
+    **GRADIENTS_ONLY,
 )
 
 SCALES = {
