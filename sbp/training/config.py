@@ -9,15 +9,23 @@ from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
 from sbp.vit import MHSA_DROPS
 
-SOURCES = ("digits", "cluttered_digits", "synthetic", "folder", "webdataset", "timm")
+TASKS = ("classification", "detection")
+DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
+SOURCES = {
+    "classification": ("digits", "cluttered_digits", "synthetic", "folder", "webdataset", "timm"),
+    "detection": ("shapes", "coco"),
+}
 SHUFFLES = ("full", "shards")
 AMP = ("off", "bfloat16", "float16")
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
-SCHEDULERS = ("cosine", "tanh", "poly", "wsd", "rsqrt", "constant")  # timm's that need nothing but the step's number
+SCHEDULERS = ("cosine", "tanh", "poly", "multistep", "wsd", "rsqrt", "constant")  # that need only the step's number
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-OBJECTIVES = ("top1", "top5", "top1_ema", "val_loss", "images_per_second", "saved_bytes_per_image", "peak_allocated")
+OBJECTIVES = (
+    *("top1", "top5", "top1_ema", "val_loss", "box_ap", "mask_ap"),
+    *("images_per_second", "saved_bytes_per_image", "peak_allocated"),
+)
 SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
 
 T = TypeVar("T")
@@ -36,6 +44,25 @@ class BackboneConfig:
     drop_path: float = 0.0
     kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: str | None = None
+
+
+@dataclass
+class DetectorConfig:
+    """What stands on the backbone where task=detection; the defaults are the published ones.
+
+    name: "mask_rcnn" (He et al., 2017), or "cascade_mask_rcnn" (Cai and Vasconcelos, 2019) with three box stages.
+    fpn_channels: of each level of the feature pyramid, and of the convolutions of the mask heads and of the cascade's
+        box heads.
+    hidden_size: of the fully connected layers of the box heads.
+    rois_per_image: how many regions of an image train the box heads, a quarter of them with an object.
+    anchor_sizes: in pixels, one for each of the five levels.
+    """
+
+    name: str = "mask_rcnn"
+    fpn_channels: int = 256
+    hidden_size: int = 1024
+    rois_per_image: int = 512
+    anchor_sizes: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])
 
 
 @dataclass
@@ -75,7 +102,11 @@ class DataConfig:
     source: "digits" (scikit-learn's, no download), "cluttered_digits" (a digit among pieces of others, generated),
         "synthetic" (generated noise), "folder" (root/split/class/image),
         "webdataset" (tar shards in root; the splits are patterns such as train-{0000..1023}.tar, or names from
-        root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside).
+        root/_info.json), or "timm" (any name that `timm.data.create_dataset` takes, streams aside). For detection:
+        "coco" (root/split/image and the annotation files), or "shapes" (generated).
+    annotations: the annotation file of a split, in COCO's format, below root; {split} stands for the last part of
+        train_split or val_split.
+    image_size, max_size: in detection the shorter side becomes image_size pixels, the longer one at most max_size.
     train_image_size: of training images, where it is not image_size, that of evaluation and of the model; a ViT needs
         backbone.kwargs.dynamic_img_size=true for it.
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
@@ -89,11 +120,13 @@ class DataConfig:
     source: str = "digits"
     name: str | None = None
     root: str | None = None
+    annotations: str = "annotations/instances_{split}.json"
     train_split: str = "train"
     val_split: str = "val"
     download: bool = False
     num_classes: int = 10
     image_size: int = 224
+    max_size: int = 1333
     train_image_size: int | None = None
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
@@ -118,9 +151,15 @@ class RecipeConfig:
     lr: the peak learning rate at a global batch of lr_base_batch_size, scaled linearly to the actual one;
         absolute when lr_base_batch_size is null.
     layer_decay: the learning rate of each layer is that of the next one times this, counted from the classifier down
-        to the stem, each block a layer; null for one rate.
+        to the stem, each block a layer; null for one rate. In detection the layers are the stem, the first two stages,
+        each three blocks of the third one, the fourth one, and the detector on top.
+    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones; the others end at min_lr.
+    warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
+    short_sides: detection: a training image's shorter side becomes one of these, at random; null for data.image_size.
+    crop_share: detection: so many of the training images are first resized to one of crop_short_sides and cropped to
+        sides within crop_sides, at random.
     mixup, cutmix: alphas, 0 for none.
     ema_decay: null for no moving average of the weights.
     """
@@ -132,7 +171,10 @@ class RecipeConfig:
     weight_decay: float = 0.05
     layer_decay: float | None = None
     scheduler: str = "cosine"
+    decay_milestones: list[int] | None = None
+    decay_rate: float = 0.1
     warmup_epochs: int = 20
+    warmup_steps: int | None = None
     warmup_lr: float = 1e-6
     min_lr: float = 1e-6
     clip_grad: float | None = None
@@ -143,6 +185,10 @@ class RecipeConfig:
     ema_decay: float | None = None
     augment: bool = True
     crop_scale: float = 0.08
+    short_sides: list[int] | None = None
+    crop_share: float = 0.0
+    crop_short_sides: list[int] = field(default_factory=lambda: [400, 500, 600])
+    crop_sides: list[int] = field(default_factory=lambda: [384, 600])
     flip: float = 0.5
     color_jitter: float = 0.0
     auto_augment: str | None = None
@@ -187,6 +233,7 @@ class CheckpointConfig:
 class Config:
     """One training run.
 
+    task: "classification", or "detection" of objects with their masks.
     global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
         pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
     resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or the path of another run's
@@ -201,7 +248,9 @@ class Config:
     objective: what the sampler of a sweep is told of a run: one of OBJECTIVES, or a list of them.
     """
 
+    task: str = "classification"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
     sbp: SbpConfig = field(default_factory=SbpConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
@@ -376,7 +425,8 @@ def validate(config: Config) -> Config:
     _one_of("sbp.eval", sbp.eval, EVALUATIONS)
     _one_of("sbp.recompute", sbp.recompute, MODES)
     _one_of("sbp.mask_per", sbp.mask_per, masks.PER)
-    _one_of("data.source", data.source, SOURCES)
+    _one_of("task", config.task, TASKS)
+    _one_of(f"data.source, with task={config.task},", data.source, SOURCES[config.task])
     _one_of("data.interpolation", data.interpolation, INTERPOLATIONS)
     _one_of("recipe.scheduler", recipe.scheduler, SCHEDULERS)
     _one_of("data.shuffle", data.shuffle, SHUFFLES)
