@@ -7,9 +7,9 @@ the number of loader processes nor on where it was interrupted.
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,13 +27,14 @@ SHARDS_AT_ONCE = 16  # of ImageNet's 1,024: 20,000 images
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
+    """images: uint8 (B, 3, H, W). labels: int64 (B,), or in detection a list of B targets, which are dictionaries.
+    unreadable: images that could not be read, with reasons.
 
     They are missing, or other images have their places; see SeededDataset.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Any
     unreadable: list[str]
 
 
@@ -44,7 +45,7 @@ class Sample(NamedTuple):
     """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
 
     image: Tensor | None
-    label: int
+    label: Any
     unreadable: list[str]
 
 
@@ -172,7 +173,13 @@ class Images:
     train: DataLoader
     order: TrainSampler
     validation: DataLoader
-    probe: tuple[Tensor, Tensor]
+    probe: tuple[Tensor, Any]
+
+    def some(self, count: int) -> tuple[Tensor, Any]:
+        """So many images of the probe and their labels: the first ones, again and again where it has fewer."""
+        images, labels = self.probe
+        indices = [place % len(images) for place in range(count)]
+        return images[indices], labels[indices] if isinstance(labels, Tensor) else [labels[i] for i in indices]
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch, counted from the run's start; none is read."""
@@ -189,10 +196,12 @@ def make_loader(
     device: torch.device,
     prefetch: int = 2,
     substitutes: int = 0,
+    collate: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> DataLoader:
     """Batches in the sampler's order, read by `workers` processes (0: by this one), each `prefetch` batches ahead.
 
-    substitutes: how many other images may be tried in place of an unreadable one; see SeededDataset.
+    collate: makes a batch of samples. substitutes: how many other images may be tried in place of an unreadable one;
+        see SeededDataset.
     """
     return DataLoader(
         SeededDataset(dataset, seed, substitutes),
@@ -219,7 +228,17 @@ def _end_workers() -> None:
             child.kill()
 
 
-def readable(batch: Batch) -> tuple[Tensor, Tensor]:
+def moved(targets: Any, device: torch.device) -> Any:
+    """Labels (B,), or a list of dictionaries with tensors, on the device; what is no tensor stays as it is."""
+    if isinstance(targets, Tensor):
+        return targets.to(device, non_blocking=True)
+    return [
+        {key: moved(value, device) if isinstance(value, Tensor) else value for key, value in one.items()}
+        for one in targets
+    ]
+
+
+def readable(batch: Batch) -> tuple[Tensor, Any]:
     """The images and labels of a batch; raises ValueError that names what could not be read."""
     if batch.unreadable:
         raise ValueError(f"cannot read {len(batch.unreadable)} of the images: {'; '.join(batch.unreadable)}")
@@ -233,7 +252,9 @@ def spread(length: int, count: int | None) -> Sequence[int]:
     return [int(index) for index in np.linspace(0, length - 1, count).round()]
 
 
-def spread_samples(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def spread_samples(
+    dataset: Dataset, count: int, seed: int, collate: Callable[[Sequence[Sample]], Batch] = collate
+) -> tuple[Tensor, Any]:
     """`count` images and labels at equal distances in the data set (all of it when it has fewer).
 
     Others take the places of unreadable ones. Raises ValueError where those cannot be read either.
