@@ -7,9 +7,9 @@ the number of loader processes nor on where it was interrupted.
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,11 @@ SHARDS_AT_ONCE = 16  # of ImageNet's 1,024: 20,000 images
 class Batch(NamedTuple):
     """images: uint8 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
 
-    They are missing, or other images have their places; see SeededDataset.
+    They are missing, or other images have their places; see SeededDataset. In detection, labels are a list of targets.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Any
     unreadable: list[str]
 
 
@@ -41,10 +41,13 @@ NO_IMAGES = Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.
 
 
 class Sample(NamedTuple):
-    """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
+    """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons.
+
+    label: a number, or in detection a target.
+    """
 
     image: Tensor | None
-    label: int
+    label: Any
     unreadable: list[str]
 
 
@@ -189,6 +192,7 @@ def make_loader(
     device: torch.device,
     prefetch: int = 2,
     substitutes: int = 0,
+    collate: Callable[[Sequence[Sample]], Batch] = collate,
 ) -> DataLoader:
     """Batches in the sampler's order, read by `workers` processes (0: by this one), each `prefetch` batches ahead.
 
@@ -219,7 +223,7 @@ def _end_workers() -> None:
             child.kill()
 
 
-def readable(batch: Batch) -> tuple[Tensor, Tensor]:
+def readable(batch: Batch) -> tuple[Tensor, Any]:
     """The images and labels of a batch; raises ValueError that names what could not be read."""
     if batch.unreadable:
         raise ValueError(f"cannot read {len(batch.unreadable)} of the images: {'; '.join(batch.unreadable)}")
