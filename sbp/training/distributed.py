@@ -113,6 +113,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def gathered_on_main(value: Any) -> list[Any]:
+    """As `gathered` on the main process; [] on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Gives these tensors, in place, the main process's values."""
     if dist.is_initialized():

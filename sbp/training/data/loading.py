@@ -42,7 +42,10 @@ NO_IMAGES = Batch(torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.
 
 
 class Sample(NamedTuple):
-    """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons."""
+    """image: uint8 (3, H, W), None where it cannot be read. unreadable: the images tried in vain, with reasons.
+
+    label: a number, or in detection a target.
+    """
 
     image: Tensor | None
     label: Any

@@ -1,0 +1,73 @@
+"""What a detector finds, drawn on the images: boxes, masks, classes and scores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from sbp.training.data.loading import SeededDataset, readable, spread
+from sbp.training.data.sources import path
+from sbp.training.detection.augmentation import collate
+from sbp.training.detection.evaluation import detect
+
+COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
+
+
+def predicted(
+    model: nn.Module,
+    dataset: Any,
+    count: int,
+    *,
+    normalize: nn.Module | None = None,
+    amp: str = "off",
+    threshold: float = 0.5,
+) -> list[tuple[str, Image.Image]]:
+    """Name and picture of `count` images at equal distances in a validation set, as the model sees and finds them.
+
+    All processes have to call it where the model's parameters are shared among them. Raises ValueError for an
+    unreadable image.
+    """
+    was_training = model.training
+    model.eval()
+    pictures = []
+    for index in spread(len(dataset), count):
+        images, targets = readable(collate([SeededDataset(dataset, 0)[0, index]]))
+        (found,) = detect(model, images, targets, normalize, amp)
+        height, width = targets[0]["size"]
+        picture = draw(images[0, :, :height, :width], found, dataset.classes, threshold)
+        pictures.append((Path(path(dataset, index)).stem, to_pil_image(picture)))
+    model.train(was_training)
+    return pictures
+
+
+def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float = 0.5) -> Tensor:
+    """uint8 (3, h, w), with the objects that are at least as sure as `threshold`.
+
+    found: as a detector gives it, in pixels of the image; or a target of training, which has no scores.
+    classes: the names of label 1, 2, ...
+    """
+    sure = found["scores"] >= threshold if "scores" in found else torch.ones(len(found["boxes"]), dtype=torch.bool)
+    if not sure.any():
+        return image
+    boxes, masks, labels = found["boxes"][sure], found["masks"][sure], found["labels"][sure].tolist()
+    if masks.ndim == 4:
+        masks = paste_masks_in_image(masks, boxes, tuple(image.shape[1:]))[:, 0] > 0.5
+    names = [classes[label - 1] for label in labels]
+    if "scores" in found:
+        names = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][sure].tolist(), strict=True)]
+    colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
+    image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
+    return draw_bounding_boxes(image, boxes, names, colours, width=2)
+
+
+def write(pictures: Sequence[tuple[str, Image.Image]], folder: Path) -> None:
+    """Each as folder/name.jpg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures:
+        picture.save(folder / f"{name}.jpg", quality=90)
