@@ -5,6 +5,8 @@ Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs). I
 a box at 1333 px is off by several pixels.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from sbp.training.detection.heads import LEVELS, Size, Target, roi_stage, widene
 from sbp.training.models import apply_sbp, check_name, create
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+BLOCKS_A_LAYER = 3
 PROPOSALS = {"mask_rcnn": 1000, "cascade_mask_rcnn": 2000}  # of an image in training
 
 
@@ -109,6 +112,28 @@ class Detector(nn.Module):
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         return rpn_losses | losses if self.training else detections
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The layers of layer-wise learning rate decay, as timm asks for them: the stem, the first two stages, each
+        three blocks of the third one, the fourth one, and the detector on top; published: `num_layers` 6 for
+        ConvNeXt-Tiny and 12 for ConvNeXt-Base.
+        """
+        blocks: Any = self.backbone.body.stages[2].blocks
+        fourth = 3 + -(-len(blocks) // BLOCKS_A_LAYER)
+        return partial(layer_of, fourth_stage=fourth)
+
+
+def layer_of(name: str, fourth_stage: int) -> int:
+    """The layer of a parameter, counted from the stem; that of the third stage's downsampling is its first blocks'."""
+    parts = name.removeprefix("backbone.body.").split(".")
+    if parts[0] == "stem":
+        return 0
+    if parts[0] != "stages" or not name.startswith("backbone.body."):
+        return fourth_stage + 1
+    stage = int(parts[1])
+    if stage == 2 and parts[2] == "blocks":
+        return 3 + int(parts[3]) // BLOCKS_A_LAYER
+    return fourth_stage if stage == 3 else stage + 1
 
 
 class Pyramid(nn.Module):

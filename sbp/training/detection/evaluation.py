@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 import sbp
 from sbp.training import distributed, parallel, signals
 from sbp.training.data.loading import Batch
-from sbp.training.detection.augmentation import Target, blank_padding
+from sbp.training.detection.augmentation import Target
 from sbp.training.detection.coco import quiet
 from sbp.training.loop import autocast
 from sbp.training.status import Preempted
@@ -85,12 +85,12 @@ def detect(
     """
     device = next(model.parameters()).device
     images = images.to(device, non_blocking=True)
-    images = images if normalize is None else normalize(images)
     height, width = images.shape[2:]
     stand_in = [{"size": (height, width), "original_size": (height, width), "image_id": -1}] * len(images)
     targets = targets or stand_in
+    images = images if normalize is None else normalize(images, targets)
     with autocast(amp, device):
-        found = model(blank_padding(images, targets), targets)
+        found = model(images, targets)
     if targets is stand_in:
         return []
     return [

@@ -64,10 +64,3 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
     image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
     return draw_bounding_boxes(image, boxes, names, colours, width=2)
-
-
-def write(pictures: Sequence[tuple[str, Image.Image]], folder: Path) -> None:
-    """Each as folder/name.jpg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures:
-        picture.save(folder / f"{name}.jpg", quality=90)
