@@ -80,7 +80,7 @@ def tensors(boxes):
 
 
 def likeliest(scores):
-    return max(range(1, len(scores)), key=lambda label: float(scores[label]))
+    return max(range(1, len(scores)), key=scores.detach().tolist().__getitem__)
 
 
 def published_losses(model, maps, proposals, targets):

@@ -153,31 +153,36 @@ def test_layers_have_timms_names():
     assert isinstance(model.backbone.body, ConvNeXt)
 
 
-def test_under_autocast_boxes_stay_in_full_precision():
-    model, (images, targets) = small_detector().float(), batch(320, 480)
+@pytest.mark.parametrize("name", DETECTORS)
+def test_under_autocast_boxes_stay_in_full_precision(name):
+    model, (images, targets) = small_detector(name).float(), batch(320, 480)
     images = images.float()
     boxes = {}
 
     def note(module, args, output):
         boxes[torch.is_autocast_enabled("cpu")] = output[0]
 
-    model.rpn.register_forward_hook(note)
-    expected = losses(model, images, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = losses(model, images, targets)
-        features = model.backbone(images)
-    assert features["0"].dtype == torch.bfloat16
+    with model.rpn.register_forward_hook(note):
+        expected = losses(model, images, targets)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = losses(model, images, targets)
     assert all(one.dtype == torch.float32 for one in found.values())
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0.03, atol=0.01, msg=lambda m, n=name: f"{n}: {m}")
+    for loss, value in expected.items():
+        torch.testing.assert_close(found[loss], value, rtol=0.03, atol=0.01, msg=lambda m, n=loss: f"{n}: {m}")
     for one, other in zip(boxes[True], boxes[False], strict=True):
         assert one.dtype == torch.float32
-        iou = box_iou(one[:100], other)
-        assert (iou.max(dim=1).values > 0.95).float().mean() > 0.8
-    anchors = model.rpn.anchor_generator
-    narrow = anchors(ImageList(images, [(320, 480)]), [x.bfloat16() for x in features.values()])
-    wide = anchors(ImageList(images, [(320, 480)]), [x.float() for x in features.values()])
-    assert narrow[0].dtype == torch.float32 and torch.equal(narrow[0], wide[0])
+        assert (box_iou(one[:100], other).max(dim=1).values > 0.95).float().mean() > 0.8
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = model.backbone(images)
+        detections = model.eval()(images, targets)
+    for found in detections:
+        assert len(found["boxes"]) and all(found[key].dtype == torch.float32 for key in ("boxes", "scores", "masks"))
+    assert features["0"].dtype == torch.bfloat16
+    maps, size = list(features.values()), ImageList(images, [(320, 480)])
+    narrow, wide = (
+        model.rpn.anchor_generator(size, [x.to(dtype) for x in maps])[0] for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert narrow.dtype == torch.float32 and torch.equal(narrow, wide)
 
 
 def test_anchors_stand_on_the_levels_strides():
