@@ -83,6 +83,20 @@ def test_detections_are_of_their_image(name):
 
 
 @pytest.mark.parametrize("name", DETECTORS)
+def test_nothing_is_detected(name):
+    model = small_detector(name).eval()
+    for stage in getattr(model.roi_heads, "stages", [model.roi_heads]):
+        stage.score_thresh = 1.0
+    for found in model(*batch()):
+        assert {key: tuple(value.shape) for key, value in found.items()} == {
+            "boxes": (0, 4),
+            "labels": (0,),
+            "scores": (0,),
+            "masks": (0, 1, 28, 28),
+        }
+
+
+@pytest.mark.parametrize("name", DETECTORS)
 def test_less_is_saved(name):
     images, targets = batch(128, 128)
     model = small_detector(name, keep_ratio=0.5)
