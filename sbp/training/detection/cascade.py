@@ -21,15 +21,15 @@ BOX_WEIGHT = 10.0
 
 
 def cascade_heads(strides: list[int], detector: DetectorConfig, num_classes: int) -> "CascadeHeads":
-    channels = detector.fpn_channels
-    stages = [
-        roi_stage(
-            FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [detector.hidden_size], norm_layer=nn.BatchNorm2d),
-            *(strides, detector, num_classes, iou, stds),
-        )
-        for iou, stds in zip(IOUS, STDS, strict=True)
-    ]
-    return CascadeHeads(stages)
+    """strides: of the pyramid's levels, in pixels. Each box head has four convolutions and one more layer."""
+
+    def box_head() -> nn.Module:
+        channels = detector.fpn_channels
+        widths, hidden = [channels] * 4, [detector.hidden_size]
+        return FastRCNNConvFCHead((channels, 7, 7), widths, hidden, norm_layer=nn.BatchNorm2d)
+
+    stages = zip(IOUS, STDS, strict=True)
+    return CascadeHeads([roi_stage(box_head(), strides, detector, num_classes, iou, stds) for iou, stds in stages])
 
 
 class Sample(NamedTuple):

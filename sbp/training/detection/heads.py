@@ -1,5 +1,7 @@
 """What reads an image's regions in Mask R-CNN, and in each stage of the cascade: torchvision's, in full precision."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from sbp.training.config import DetectorConfig
 
-Target = dict[str, Tensor]
+Target = dict[str, Any]
 Size = tuple[int, int]  # height, width
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid, those that regions are read from
@@ -69,9 +71,9 @@ class WidePredictor(FastRCNNPredictor):
 class AlignedPool(MultiScaleRoIAlign):
     """torchvision's, but pixels have their centre at 0.5, and the levels' strides are given.
 
-    It reads as many points in each bin as the region is wide (sampling_ratio 0), as in the published detectors:
-    two would miss most of a large object. torchvision infers strides from the first batch's images, which may be much
-    smaller than the padded batch.
+    It reads a point for each pixel of the map that a bin is wide (sampling_ratio 0), as the published detectors do:
+    torchvision's two would leave out most of a large object. torchvision also takes the strides from the first batch's
+    images, which may be much smaller than the padded batch.
     """
 
     def __init__(self, output_size: int, strides: list[int]) -> None:
@@ -134,10 +136,8 @@ class MaskRoIHeads(RoIHeads):
         logits = self._mask_logits(features, boxes, image_shapes, chosen)
         if not len(logits):
             return logits.sum()
-        crops = [
-            crop_masks(target["masks"], *one, logits.shape[-1])
-            for target, one in zip(targets, zip(boxes, matched, strict=True), strict=True)
-        ]
+        zipped = zip(targets, boxes, matched, strict=True)
+        crops = [crop_masks(target["masks"], own, match, logits.shape[-1]) for target, own, match in zipped]
         return F.binary_cross_entropy_with_logits(logits, torch.cat(crops))
 
     def _mask_logits(
