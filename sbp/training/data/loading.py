@@ -237,7 +237,9 @@ def spread(length: int, count: int | None) -> Sequence[int]:
     return [int(index) for index in np.linspace(0, length - 1, count).round()]
 
 
-def spread_samples(dataset: Dataset, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def spread_samples(
+    dataset: Dataset, count: int, seed: int, collate: Callable[[Sequence[Sample]], Batch] = collate
+) -> tuple[Tensor, Any]:
     """`count` images and labels at equal distances in the data set (all of it when it has fewer).
 
     Others take the places of unreadable ones. Raises ValueError where those cannot be read either.

@@ -68,7 +68,7 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
     if "scores" in found:
         names = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][smaller].tolist(), strict=True)]
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
-    on_top = masks.flip(0).cumsum(0, dtype=torch.int16).flip(0) == 1  # torchvision leaves out what masks share
+    on_top = masks.flip(0).cumsum(0, dtype=torch.int16).flip(0) == 1  # torchvision paints black what masks share
     image = draw_segmentation_masks(image, masks.bool() & on_top, alpha=0.5, colors=colours)
     size = max(10, min(image.shape[1:]) // 40)
     return draw_bounding_boxes(image, boxes, names, colours, width=2, font=FONT, font_size=size, fill_labels=True)

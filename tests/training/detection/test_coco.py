@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sbp.training.config import RecipeConfig, plan_batches
-from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.sources import path
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.coco import CocoImages, Packed
@@ -93,6 +93,12 @@ def test_targets_of_the_transforms(tmp_path):
     assert target["size"] == (48, 72) and target["masks"].shape == (2, 48, 72)
     image, target = val[3]
     assert target == {"image_id": 13, "size": (45, 96), "original_size": (33, 70)} and image.shape == (3, 45, 96)
+
+
+def test_probe_images_come_with_their_targets(tmp_path):
+    train, _ = plain(coco_settings(coco_folder(tmp_path)))
+    images, targets = spread_samples(train, 2, 0, collate)
+    assert images.shape == (2, 3, 64, 96) and [target["image_id"] for target in targets] == [10, 12]
 
 
 def test_nothing_is_printed(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What is drawn, and under which names."""
 
+import pytest
 import torch
 from PIL import Image
 
@@ -11,41 +12,44 @@ CLASSES = ["cat", "dog"]
 
 
 def found(*scores):
-    """A square of 40 px, and within it one of 10 px."""
-    masks = torch.zeros(2, 100, 120, dtype=torch.uint8)
-    masks[0, 30:70, 20:60], masks[1, 45:55, 35:45] = 1, 1
-    target = {
-        "boxes": torch.tensor([[20.0, 30, 60, 70], [35, 45, 45, 55]]),
-        "labels": torch.tensor([1, 2]),
-        "masks": masks,
-    }
+    """A square of 160 px, and within it one of 80 px."""
+    masks = torch.zeros(2, 200, 240, dtype=torch.uint8)
+    masks[0, 20:180, 40:200], masks[1, 60:140, 80:160] = 1, 1
+    boxes = torch.tensor([[40.0, 20, 200, 180], [80, 60, 160, 140]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks}
     return target | ({"scores": torch.tensor(scores)} if scores else {})
 
 
-def test_objects_that_are_sure_enough_are_drawn_where_they_are():
-    image = torch.full((3, 100, 120), 128, dtype=torch.uint8)
-    picture = draw(image, found(), CLASSES)
-    assert picture.dtype == torch.uint8 and picture.shape == image.shape
-    changed = (picture != image).any(0)
-    assert changed[31:69, 21:59].all()
-    outside = changed.clone()
-    outside[30:71, 20:61] = False  # torchvision draws the far edges a pixel out
-    assert outside.float().mean() < 0.02, "labels may reach beyond their boxes"
-    assert not torch.equal(picture[:, 65, 50], picture[:, 53, 38]), "the smaller one lies on top"
+GREY = torch.full((3, 200, 240), 128, dtype=torch.uint8)
+LARGE, SMALL, OUTSIDE = (160, 180), (120, 150), (190, 220)  # points in the one, in both, in none; away from labels
 
-    assert torch.equal(draw(image, found(0.4, 0.3), CLASSES), image)
-    assert torch.equal(draw(image, found(0.4, 0.3), CLASSES, threshold=0.5), image)
-    small = draw(image, found(0.4, 0.6), CLASSES)
-    assert torch.equal(small[:, 65:], image[:, 65:]) and (small != image).any(0)[46:54, 36:44].all()
-    assert (draw(image, found(0.4, 0.6), CLASSES, threshold=0.2) != image).any(0)[31:69, 21:59].all()
+
+def colours(picture):
+    assert picture.dtype == torch.uint8 and picture.shape == GREY.shape
+    return [tuple(picture[:, y, x].tolist()) for y, x in (LARGE, SMALL, OUTSIDE)]
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_the_smaller_object_lies_upon_the_larger_one(order):
+    large, small, outside = colours(draw(GREY, {name: value[order] for name, value in found().items()}, CLASSES))
+    assert len({large, small, outside}) == 3 and outside == (128, 128, 128)
+    assert small != (64, 64, 64), "torchvision paints black what masks share"
+
+
+def test_objects_that_are_sure_enough_are_drawn_where_they_are():
+    assert torch.equal(draw(GREY, found(0.4, 0.3), CLASSES), GREY)
+    large, small, outside = colours(draw(GREY, found(0.4, 0.6), CLASSES))
+    assert large == outside == (128, 128, 128) != small
+    large, small, _ = colours(draw(GREY, found(0.6, 0.4), CLASSES))
+    assert large == small != (128, 128, 128)
+    assert len(set(colours(draw(GREY, found(0.4, 0.6), CLASSES, threshold=0.2)))) == 3
 
 
 def test_masks_of_28_px_are_pasted_into_their_boxes():
-    image = torch.full((3, 100, 120), 128, dtype=torch.uint8)
     masks = torch.zeros(2, 1, 28, 28)
     masks[:, :, :, 14:] = 1  # the right half
-    changed = (draw(image, found(0.9, 0.1) | {"masks": masks}, CLASSES) != image).any(0)
-    assert changed[55:65, 42:58].all() and not changed[55:65, 23:38].any()
+    changed = (draw(GREY, found(0.9, 0.1) | {"masks": masks}, CLASSES) != GREY).any(0)
+    assert changed[60:170, 125:195].all() and not changed[60:170, 45:115].any()
 
 
 def test_pictures_have_the_size_the_model_sees_and_the_names_of_the_files(tmp_path):
