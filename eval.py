@@ -17,17 +17,15 @@ from sbp.training import distributed, setup, signals
 from sbp.training.checkpoint import choose_weights, find, load_weights
 from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
 from sbp.training.data.loading import ValidationSampler, make_loader
-from sbp.training.data.preprocessing import Normalize, Preprocessing
-from sbp.training.data.sources import build_validation_set
-from sbp.training.evaluation import evaluate
-from sbp.training.models import build_model, fit_position_embedding
+from sbp.training.models import fit_position_embedding
+from sbp.training.tasks import task_of
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")
 
 
 def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
-    """Returns top1, top5, loss and what they were measured with, and writes them to folder/eval.json.
+    """Returns the figures of the run's task and what they were measured with, and writes them to folder/eval.json.
 
     Raises ValueError for a checkpoint that is damaged or does not fit the model, and for bad data.
     """
@@ -37,23 +35,30 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
         raise ValueError(f"sbp.eval=published, but {path} was trained without SBP")
     ema, weights = choose_weights(path, checkpoint, request.ema)
 
-    device = setup.pick_device(config)
-    images = build_validation_set(config.data)
-    model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).to(device)
+    if request.pictures and config.task != "detection":
+        raise ValueError(f"pictures={request.pictures} needs a run with task=detection; {path} is of another one")
+    task, device = task_of(config), setup.pick_device(config)
+    images = task.build_validation_set(config)
+    model = task.build_model(config).to(device)
     load_weights(model, fit_position_embedding(model, weights))
     batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
     order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
-    loader = make_loader(images, order, seed=config.seed, workers=config.data.workers, device=device)
-
+    loader = make_loader(
+        images, order, seed=config.seed, workers=config.data.workers, device=device, collate=task.collate
+    )
+    normalize = task.normalize(config).to(device)
     with signals.noted():
-        normalize = Normalize(config.data, config.recipe).to(device)
-        accuracy = evaluate(model, loader, normalize=normalize, amp=config.amp, patched=config.sbp.enabled)
-    preprocessing = Preprocessing.of(config.data)
+        figures = task.evaluate(model, loader, normalize=normalize, amp=config.amp, patched=config.sbp.enabled)
+    if request.pictures and distributed.is_main():
+        for name, picture in task.pictures(model, images, request.pictures, normalize=normalize, amp=config.amp):
+            (folder / "pictures").mkdir(exist_ok=True)
+            picture.save(folder / "pictures" / f"{name}.png")
+    preprocessing = task.preprocessing(config.data)
     log.info("checkpoint     %s, step %d, %s weights", path, checkpoint["step"], "averaged (EMA)" if ema else "raw")
     log.info("preprocessing  %s", preprocessing)
     log.info("evaluation     %s, amp %s", config.sbp.eval if config.sbp.enabled else "exact", config.amp)
-    log.info("top-1 %.2f %%, top-5 %.2f %%, loss %.4f on %d images", *asdict(accuracy).values())
-    result = asdict(accuracy) | {
+    log.info("%s", ", ".join(f"{name} {value:.6g}" for name, value in figures.items()))
+    result = figures | {
         "checkpoint": str(path),
         "step": checkpoint["step"],
         "ema": ema,

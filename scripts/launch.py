@@ -36,7 +36,7 @@ from sbp.training.status import (
     read_status,
     write_status,
 )
-from sbp.training.summary import finished
+from sbp.training.summary import METRIC, finished
 from scripts.children import ROOT, RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
 from scripts.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
@@ -245,13 +245,14 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
 def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:
     if isinstance(config.objective, list):
         return [summary.get(name) for name in config.objective]  # type: ignore[misc]
-    return summary.get(config.objective)
+    return summary.get(config.objective or METRIC[config.task])
 
 
 def _done(folder: Path) -> str:
     job = read_job(folder)
-    top1 = job.summary.get("top1")
-    return job.status if top1 is None else f"{job.status}, top-1 {top1:.2f} %"
+    shown = {"top1": "top-1 {:.2f} %", "box_ap": "box AP {:.1f}", "mask_ap": "mask AP {:.1f}"}
+    figures = [text.format(job.summary[name]) for name, text in shown.items() if job.summary.get(name) is not None]
+    return ", ".join([job.status, *figures])
 
 
 _FORESEEN = (RunFailed, ValueError, OmegaConfBaseException, torch.OutOfMemoryError)

@@ -1,6 +1,7 @@
 """The figure of a sweep: accuracy and memory against what was swept."""
 
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,7 +22,9 @@ def draw(jobs: list[Job], path: Path) -> None:
 
     Runs that differ in their seed alone are dots around the line of their means. Without a finished job: no figure.
     """
-    done = [job for job in jobs if job.summary.get("top1") is not None]
+    shown = {"top1": "top-1, %", "box_ap": "box AP", "mask_ap": "mask AP"}
+    shown = {name: label for name, label in shown.items() if any(job.summary.get(name) is not None for job in jobs)}
+    done = [job for job in jobs if shown and all(job.summary.get(name) is not None for name in shown)]
     if not done:
         return
     keys = [key for key in swept_keys(jobs) if key != "seed"]
@@ -29,7 +32,7 @@ def draw(jobs: list[Job], path: Path) -> None:
     series: dict[str, list[Job]] = defaultdict(list)
     for job in done:
         series[_label(job, [key for key in keys if key not in numeric])].append(job)
-    panels = {"top-1, %": lambda s: s["top1"], **_memory(done)}
+    panels = {label: itemgetter(name) for name, label in shown.items()} | _memory(done)
     if len(numeric) == 1 and len(series) <= len(STYLES):
         _lines(panels, series, numeric[0], path)
     else:

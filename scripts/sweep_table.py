@@ -35,6 +35,8 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {  # heading -> how a valu
     "keep_ratio": lambda summary: summary["keep_ratio"],
     "effective": _number("effective_keep_ratio", 3),
     "top-1 %": _number("top1", 2),
+    "box AP": _number("box_ap", 1),
+    "mask AP": _number("mask_ap", 1),
     "saved MiB/image": _number("saved_bytes_per_image", 2, 2**20),
     "peak MiB": lambda s: _number("peak_allocated" if "peak_allocated" in s else "peak_rss", 0, 2**20)(s),
     "gradient cosine": _number("gradient_cosine", 3),
@@ -105,6 +107,8 @@ def table(jobs: list[Job]) -> str:
     """The jobs in Markdown: what was swept, the figures, the status."""
     keys = swept_keys(jobs)
     columns = {heading: show for heading, show in COLUMNS.items() if f"sbp.{heading}" not in keys}
+    for heading in ("box AP", "mask AP") if not any(job.summary.get("box_ap") for job in jobs) else ("top-1 %",):
+        del columns[heading]
     named = keys or ["job"]
     lines = [[*named, *columns, "status"]]
     for job in jobs:

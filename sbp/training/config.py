@@ -26,7 +26,7 @@ OBJECTIVES = (
     *("top1", "top5", "top1_ema", "val_loss", "box_ap", "mask_ap"),
     *("images_per_second", "saved_bytes_per_image", "peak_allocated"),
 )
-SLOPE_IMAGES = 4  # of the probe's; enough to measure saved bytes per image as a slope
+SLOPE_IMAGES = {"classification": 4, "detection": 2}  # enough to measure saved bytes per image as a slope
 
 T = TypeVar("T")
 
@@ -245,7 +245,8 @@ class Config:
     threads: of torch on the CPU; null for its own choice.
     processes: so many on this machine, each with a device of its own, which a torchrun of the run's own starts; null
         for this process alone, or for those that a torchrun around the command started.
-    objective: what the sampler of a sweep is told of a run: one of OBJECTIVES, or a list of them.
+    objective: what the sampler of a sweep is told of a run: one of OBJECTIVES, or a list of them; null for top1, or in
+        detection box_ap.
     """
 
     task: str = "classification"
@@ -273,7 +274,7 @@ class Config:
     deterministic: bool = False
     max_skipped_steps: int = 3
     processes: int | None = None
-    objective: Any = "top1"
+    objective: Any = None
     run_dir: str = "outputs/run"
 
 
@@ -289,8 +290,10 @@ class EvalDataConfig:
     """Keys of DataConfig."""
 
     root: str | None = None
+    annotations: str | None = None
     val_split: str | None = None
     image_size: int | None = None
+    max_size: int | None = None
     crop_pct: float | None = None
     interpolation: str | None = None
     workers: int | None = None
@@ -309,11 +312,12 @@ class EvalConfig:
     """One evaluation of a checkpoint. null: as in the run that wrote it.
 
     checkpoint: a file, or a run folder for its latest. ema: null takes the averaged weights when there are any,
-    as timm does.
+    as timm does. pictures: so many images with what a detector finds in them are written to run_dir/pictures.
     """
 
     checkpoint: str = ""
     ema: bool | None = None
+    pictures: int = 0
     backbone: EvalBackboneConfig = field(default_factory=EvalBackboneConfig)
     sbp: EvalSbpConfig = field(default_factory=EvalSbpConfig)
     data: EvalDataConfig = field(default_factory=EvalDataConfig)
@@ -434,7 +438,7 @@ def validate(config: Config) -> Config:
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _one_of("logger.name", config.logger.name, LOGGERS)
-    for objective in config.objective if isinstance(config.objective, list) else [config.objective]:
+    for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
         _one_of("objective", objective, OBJECTIVES)
     _check_keep_ratio(sbp.keep_ratio)
     for key in ("mean", "std"):
@@ -449,7 +453,7 @@ def validate(config: Config) -> Config:
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
     _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")
-    _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps")
+    _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps", "recipe.warmup_steps")
     _at_least(config, 1, "data.prefetch", "logger.init_timeout", "logger.finish_timeout")
     _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
     _at_least(config, 1, "processes")
@@ -457,8 +461,15 @@ def validate(config: Config) -> Config:
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
     _at_least(config, 1, "data.image_size", "data.train_image_size", "data.train_images", "data.val_images")
     _at_least(config, 2, "data.num_classes")
-    _at_least(config, SLOPE_IMAGES, "probe.images")
-    _above_zero(config, "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
+    _at_least(config, SLOPE_IMAGES["classification"] if config.task == "classification" else 1, "probe.images")
+    _above_zero(config, "recipe.decay_rate", "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
+    _check_task(config)
+    _check_milestones(recipe)
+    if recipe.warmup_steps is not None and recipe.warmup_epochs:
+        raise ValueError(
+            f"recipe.warmup_steps={recipe.warmup_steps} is in place of recipe.warmup_epochs, which must then be 0, got "
+            f"{recipe.warmup_epochs}"
+        )
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(
             f"recipe.warmup_epochs must be less than recipe.epochs, got {recipe.warmup_epochs} and {recipe.epochs}"
@@ -477,6 +488,64 @@ def validate(config: Config) -> Config:
         if not 0 <= getattr(recipe, key) <= 1:
             raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")
     return config
+
+
+def _check_milestones(recipe: RecipeConfig) -> None:
+    milestones = recipe.decay_milestones
+    if recipe.scheduler != "multistep":
+        if milestones is not None:
+            raise ValueError(f"recipe.decay_milestones needs recipe.scheduler=multistep, got {recipe.scheduler}")
+        return
+    if not milestones or milestones != sorted({one for one in milestones if 0 < one < recipe.epochs}):
+        raise ValueError(
+            f"recipe.decay_milestones must be increasing epochs in (0, {recipe.epochs}) (recipe.epochs) with "
+            f"recipe.scheduler=multistep, got {milestones}"
+        )
+
+
+_CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detector, and their values without effect
+    "recipe.mixup": 0,
+    "recipe.cutmix": 0,
+    "recipe.label_smoothing": 0,
+    "recipe.color_jitter": 0,
+    "recipe.auto_augment": None,
+    "recipe.random_erasing": 0,
+    "data.train_image_size": None,
+    "compile": False,  # training images have other sizes in each step
+}
+_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0}
+
+
+def _check_task(config: Config) -> None:
+    """Raises ValueError for what the task would leave aside, or cannot work with."""
+    detection = config.task == "detection"
+    for key, neutral in (_CLASSIFICATION_ONLY if detection else _DETECTION_ONLY).items():
+        value = _select(config, key)
+        if value != neutral:
+            expected = {None: "null", False: "false"}.get(neutral, neutral)
+            raise ValueError(f"{key} must be {expected} with task={config.task}, got {value}")
+    if not detection:
+        return
+    detector, data, recipe = config.detector, config.data, config.recipe
+    _one_of("detector.name", detector.name, DETECTORS)
+    _at_least(config, 1, "detector.fpn_channels", "detector.hidden_size", "detector.rois_per_image", "data.max_size")
+    if len(detector.anchor_sizes) != 5 or min(detector.anchor_sizes) < 1:
+        raise ValueError(f"detector.anchor_sizes must be 5 sizes in pixels, got {detector.anchor_sizes}")
+    if not config.backbone.name.startswith("convnext"):
+        raise ValueError(f"backbone.name must be a timm ConvNeXt with task=detection, got {config.backbone.name}")
+    if data.source == "coco" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the image folders and the annotation files")
+    if not 0 <= recipe.crop_share <= 1:
+        raise ValueError(f"recipe.crop_share must lie in [0, 1], got {recipe.crop_share}")
+    for key in ("short_sides", "crop_short_sides", "crop_sides"):
+        sides = getattr(recipe, key)
+        if sides is not None and (not sides or min(sides) < 1):
+            raise ValueError(f"recipe.{key} must be sizes in pixels, got {sides}")
+    if len(recipe.crop_sides) != 2 or recipe.crop_sides[0] > recipe.crop_sides[1]:
+        raise ValueError(f"recipe.crop_sides must be a smallest and a largest side, got {recipe.crop_sides}")
+    largest = max([data.image_size, *(recipe.short_sides or [])])
+    if largest > data.max_size:
+        raise ValueError(f"data.max_size must be at least the largest shorter side, {largest}, got {data.max_size}")
 
 
 def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -14,10 +15,12 @@ from torch.optim import Optimizer
 
 import sbp
 from sbp.training import distributed, parallel, seeding, signals
-from sbp.training.data.loading import Batch, Images
+from sbp.training.data.loading import Batch, Images, moved
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.incidents import Incidents
 from sbp.training.progress import Progress
+
+Targets = Any  # labels (B,), or in detection a list of B dictionaries
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +36,8 @@ class Trainer:
     model: on its device, patched or not; sharded or, when there are several processes, wrapped in DDP here. The result
     of a step depends on the state of the trainer, the number of the step and its images alone: random erasing, mixup,
     drop path and masks take their random numbers from (seed, step, micro batch, process).
+    criterion: the loss of the model's outputs and the labels; None for a model that takes both images and targets in
+        training, and returns its losses by name.
     normalize: what uint8 images go through on the device; None for images that the model takes as they are.
     fixed_mask: mask number 0 in every step. exact_from: the step from which backpropagation is exact; None for never.
     """
@@ -42,7 +47,7 @@ class Trainer:
         model: nn.Module,
         optimizer: Optimizer,
         scheduler: Scheduler,
-        criterion: nn.Module,
+        criterion: nn.Module | None,
         *,
         normalize: Normalize | None = None,
         mixup: Mixup | None = None,
@@ -68,18 +73,18 @@ class Trainer:
         self.wrapped = parallel.wrap(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
 
-    def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> float:
         """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss."""
         loss = self.backward(step, micro_batches)
         self.update(step)
         return loss.read()
 
-    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> "OnItsWay":
+    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> "OnItsWay":
         """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.model.train()
         self.scheduler.step_update(step)
-        total = torch.zeros((), device=self.device)
-        for micro, (images, labels) in enumerate(micro_batches):
+        mean: Tensor | float = 0.0  # of the loss and its parts
+        for micro, (images, targets) in enumerate(micro_batches):
             last = micro == self.accumulation - 1
             seeding.seed_everything(self.seed, seeding.STEP, step, micro, distributed.rank())
             with ExitStack() as stack:
@@ -87,12 +92,12 @@ class Trainer:
                     stack.enter_context(parallel.no_sync(self.wrapped))
                 if self.patched and self.exact_from is not None and step >= self.exact_from:
                     stack.enter_context(sbp.disabled(self.model))  # for the backward pass too, which may recompute
-                loss = self._loss(self._draw(step, micro), images, labels)
-                total += loss.detach() / self.accumulation
+                loss, parts = self._loss(self._draw(step, micro), images, targets)
+                mean += torch.stack([loss, *parts.values()]).detach() / self.accumulation
                 if last:
-                    mean = OnItsWay(total)
+                    figures = OnItsWay(mean, list(parts))
                 self.scaler.scale(loss / self.accumulation).backward()
-        return mean
+        return figures
 
     def update(self, step: int) -> float:
         """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones.
@@ -121,21 +126,32 @@ class Trainer:
             return 0
         return step if self.hold_mask else step * self.accumulation + micro
 
-    def _loss(self, draw: int, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = self.to_device(images, labels, erase=True)
+    def _loss(self, draw: int, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the parts that a model with losses of its own adds it up from."""
+        images, targets = self.to_device(images, targets, erase=True)
         if self.mixup is not None:
-            images, labels = self.mixup(images, labels)
+            images, targets = self.mixup(images, targets)
         if self.patched:
             sbp.set_draw(self.model, draw)
         with autocast(self.amp, self.device):
-            return self.criterion(self.wrapped(images), labels)
+            if self.criterion is not None:
+                return self.criterion(self.wrapped(images), targets), {}
+            parts = self.wrapped(images, targets)
+            return sum_of(parts), parts
 
-    def to_device(self, images: Tensor, labels: Tensor, *, erase: bool = False) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) and labels (B,) where the model is, in its memory format and normalised."""
+    def plain_loss(self, images: Tensor, targets: Targets) -> Tensor:
+        """The loss of the model, not wrapped, that probes measure: without mixup and label smoothing."""
+        with autocast(self.amp, self.device):
+            if self.criterion is not None:
+                return F.cross_entropy(self.model(images), targets)
+            return sum_of(self.model(images, targets))
+
+    def to_device(self, images: Tensor, targets: Targets, *, erase: bool = False) -> tuple[Tensor, Targets]:
+        """Images (B, 3, H, W) and their targets where the model is; images in its memory format and normalised."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         if self.normalize is not None:
-            images = self.normalize(images, erase)
-        return images, labels.to(self.device, non_blocking=True)
+            images = self.normalize(images, targets, erase=erase)
+        return images, moved(targets, self.device)
 
     def wait(self) -> None:
         """Until the device has done all that it was asked for."""
@@ -176,17 +192,31 @@ class Trainer:
             self.ema.module.load_state_dict(state["state_dict_ema"])
 
 
-class OnItsWay:
-    """A number that the device has yet to compute. Reading it waits for that, not for what was asked for later."""
+def sum_of(losses: dict[str, Tensor]) -> Tensor:
+    return torch.stack(list(losses.values())).sum()
 
-    def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
-        self._ready = torch.cuda.current_stream(value.device).record_event() if value.is_cuda else None
+
+class OnItsWay:
+    """A loss that the device has yet to compute, and its parts.
+
+    values: (1 + P,), the loss and what the P names stand for. Reading them waits for these, not for what was asked of
+    the device later.
+    """
+
+    def __init__(self, values: Tensor, names: list[str]) -> None:
+        self.names = names
+        self._values = values.to("cpu", non_blocking=True)  # into pinned memory
+        self._ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
 
     def read(self) -> float:
+        """The loss."""
+        return self.read_all()["loss"]
+
+    def read_all(self) -> dict[str, float]:
+        """The loss and its parts, by name."""
         if self._ready is not None:
             self._ready.synchronize()
-        return self._value.item()
+        return dict(zip(["loss", *self.names], self._values.tolist(), strict=True))
 
 
 class Step(NamedTuple):
@@ -209,14 +239,16 @@ def train_epoch(
     """Runs what is left of the epoch; yields after each optimizer step.
 
     first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
-    global batch, lr, images per second, share of time spent waiting for data, steps left out and images replaced.
+    global batch and its parts, lr, images per second, share of time spent waiting for data, steps left out and images
+    replaced.
     Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss,
     than `incidents` allows.
     """
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
         taken = _Taken(trainer.accumulation, images, progress, batches)
-        loss = trainer.backward(step, taken).read()
+        losses = trainer.backward(step, taken).read_all()
+        loss = losses["loss"]
         stop, endless, corrupt, lacking = distributed.maxima(
             [signals.received is not None, not math.isfinite(loss), len(taken.unreadable), taken.lacking]
         )  # one exchange a step, while the device computes the gradients
@@ -233,8 +265,9 @@ def train_epoch(
         figures: dict[str, float] = {}
         if report_at(step + 1):
             trainer.wait()
-            mean = distributed.sums([loss])[0] / distributed.world_size()
-            figures = {"train/loss": mean, "lr": trainer.lr} | progress.read() | incidents.figures()
+            means = [total / distributed.world_size() for total in distributed.sums(list(losses.values()))]
+            figures = dict(zip((f"train/{name}" for name in losses), means, strict=True))
+            figures |= {"lr": trainer.lr} | progress.read() | incidents.figures()
         yield Step(step + 1, figures, bool(stop))
 
 
@@ -250,7 +283,7 @@ class _Taken:
         self.unreadable: list[str] = []
         self.lacking = False
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
         size = self.images.order.plan.micro_batch_size
         for _ in range(self.count):
             batch = self.progress.wait_for(self.batches)
@@ -259,5 +292,4 @@ class _Taken:
                 yield batch.images, batch.labels
                 continue
             self.lacking = True
-            pictures, labels = self.images.probe
-            yield pictures[:1].repeat(size, 1, 1, 1), labels[:1].repeat(size)
+            yield self.images.some(size)

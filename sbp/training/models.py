@@ -27,6 +27,12 @@ def build_model(
     _check_image_size(model, "data.image_size", image_size, "backbone.kwargs.img_size to data.image_size")
     if train_image_size is not None:
         _check_image_size(model, "data.train_image_size", train_image_size, "backbone.kwargs.dynamic_img_size=true")
+    apply_sbp(model, settings)
+    return model
+
+
+def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
+    """Patches the model, in place, when `settings.enabled`. Raises ValueError for settings that do not fit it."""
     if settings.enabled:
         sbp.apply(
             model,
@@ -41,7 +47,6 @@ def build_model(
             mask_per=settings.mask_per,
             rescale=settings.rescale,
         )
-    return model
 
 
 def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, **options: Any) -> nn.Module:

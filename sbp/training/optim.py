@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from sbp.training.config import RecipeConfig
 
+DECAY_RATE = 0.1  # timm's default, the power of its "poly"
+
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimizer:
     """Without weight decay on norms, biases, layer scale, class token and position embedding.
@@ -30,13 +32,19 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimi
 
 
 def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch: int) -> Scheduler:
-    """Linear warm-up, then the schedule over the epochs that are left; a pure function of the step number."""
+    """Linear warm-up, then the schedule over the epochs that are left; a pure function of the step number.
+
+    With recipe.warmup_steps the warm-up takes the place of the schedule's first steps.
+    """
+    within = recipe.warmup_steps is not None
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.scheduler,
-        num_epochs=recipe.epochs - recipe.warmup_epochs,
-        warmup_epochs=recipe.warmup_epochs,
-        warmup_prefix=True,
+        num_epochs=recipe.epochs if within else recipe.epochs - recipe.warmup_epochs,
+        warmup_epochs=recipe.warmup_steps / steps_per_epoch if within else recipe.warmup_epochs,  # type: ignore[arg-type, operator]
+        warmup_prefix=not within,
+        decay_milestones=recipe.decay_milestones or (),  # type: ignore[arg-type]
+        decay_rate=recipe.decay_rate if recipe.scheduler == "multistep" else DECAY_RATE,
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
         step_on_epochs=False,

@@ -22,8 +22,10 @@ log = logging.getLogger(__name__)
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
 
 
-def starting_weights(backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor] | None:
+def starting_weights(backbone: BackboneConfig, data: DataConfig, classifier: bool = True) -> dict[str, Tensor] | None:
     """The state dict that `backbone.pretrained` names, on the CPU; without the classifier if that is of other classes.
+
+    classifier: False for a model without one, which takes its place on no account.
 
     timm reads it: weights in the format of the network's authors become timm's, and a position embedding is
     interpolated to the model's image size. A warning says where they were trained on images prepared in another way.
@@ -32,7 +34,7 @@ def starting_weights(backbone: BackboneConfig, data: DataConfig) -> dict[str, Te
     """
     if backbone.pretrained is None:
         return None
-    return distributed.together(lambda: _read(backbone, data))
+    return distributed.together(lambda: _read(backbone, data, classifier))
 
 
 def load_starting_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -41,18 +43,19 @@ def load_starting_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     load_weights(model, classifier | weights)
 
 
-def _read(backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor]:
+def _read(backbone: BackboneConfig, data: DataConfig, classifier: bool) -> dict[str, Tensor]:
     check_name(backbone.name)
     path = Path(backbone.pretrained or "")
     trained, source = _from_file(backbone, path) if path.is_file() else _from_timm(backbone)
     weights = trained.state_dict()
     classes = int(trained.num_classes)  # type: ignore[arg-type]
-    if classes == data.num_classes:
+    if classifier and classes == data.num_classes:
         log.info("weights       %s, with its classifier of %d classes", source, classes)
     else:
         weights = {name: value for name, value in weights.items() if not name.startswith(_classifiers(trained))}
         before = f"that of {classes} is left out" if classes else "it has none"
-        log.info("weights       %s; a new classifier for %d classes (%s)", source, data.num_classes, before)
+        new = f"a new classifier for {data.num_classes} classes ({before})" if classifier else "without its classifier"
+        log.info("weights       %s; %s", source, new)
     preprocessing: Any = _preprocessing_beside(path) if path.is_file() else trained.pretrained_cfg
     for difference in preprocessing_differences(preprocessing, data):
         log.warning("backbone.pretrained=%s was trained with %s", backbone.pretrained, difference)

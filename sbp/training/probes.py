@@ -11,12 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import sbp
 from sbp.training import distributed, seeding
-from sbp.training.loop import Trainer, autocast
+from sbp.training.loop import Targets, Trainer
 
 
 class PeakMemory:
@@ -73,41 +72,36 @@ def peak_resident_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
-def saved_bytes_per_image(trainer: Trainer, images: Tensor, labels: Tensor) -> float:
+def saved_bytes_per_image(trainer: Trainer, images: Tensor, targets: Targets) -> float:
     """Bytes that autograd saves for each further image: the slope between half of these images and all of them.
 
     images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers stay; masks are drawn.
     """
-    images, labels = trainer.to_device(images, labels)
+    images, targets = trainer.to_device(images, targets)
     half = len(images) // 2
     trainer.model.train()
 
     def saved(count: int) -> int:
-        def loss() -> Tensor:
-            with autocast(trainer.amp, trainer.device):
-                return F.cross_entropy(trainer.model(images[:count]), labels[:count])
-
-        return sbp.saved_bytes(loss)
+        return sbp.saved_bytes(lambda: trainer.plain_loss(images[:count], targets[:count]))
 
     devices = [trainer.device] if trainer.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         return (saved(2 * half) - saved(half)) / half
 
 
-def gradient_cosines(trainer: Trainer, images: Tensor, labels: Tensor, draw: int) -> dict[str, float]:
+def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: int) -> dict[str, float]:
     """gradient_cosine/total, gradient_cosine/<layer> and gradient_norm_ratio (of the gradient with SBP to the exact
     one) on these images, with mask number `draw` of the main process.
 
     A sharded model needs all processes for it, with the same images; else any one can do it alone. What is found
     depends on the weights, the images, the run's seed and `draw` only.
     """
-    images, labels = trainer.to_device(images, labels)
+    images, targets = trainer.to_device(images, targets)
     trainer.model.train()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
 
     def loss() -> Tensor:
-        with autocast(trainer.amp, trainer.device):
-            return F.cross_entropy(trainer.model(images), labels) * scale
+        return trainer.plain_loss(images, targets) * scale
 
     own = sbp.mask_state(trainer.model)
     sbp.load_mask_state(trainer.model, own | {"rank": 0, "draw": draw})

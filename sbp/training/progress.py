@@ -16,6 +16,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SHOWN = {  # in the line of an epoch
+    "train/loss": "loss",
+    "val/top1": "top-1",
+    "val/top1_ema": "top-1 (EMA)",
+    "val/box_ap": "box AP",
+    "val/mask_ap": "mask AP",
+    "val/box_ap_ema": "box AP (EMA)",
+}
+
 
 class Progress:
     """Measures the training steps, without what lies between them (evaluation, probes, checkpoints).
@@ -81,7 +90,7 @@ class Progress:
     def line(self, epoch: int, epochs: int, figures: Mapping[str, float]) -> str:
         """One epoch in one line, for the log."""
         parts = [f"epoch {epoch}/{epochs}"]
-        for name, label in (("train/loss", "loss"), ("val/top1", "top-1"), ("val/top1_ema", "top-1 (EMA)")):
+        for name, label in SHOWN.items():
             if name in figures:
                 parts.append(f"{label} {figures[name]:.{3 if name == 'train/loss' else 2}f}")
         peak = figures.get("memory/peak_allocated", figures.get("memory/peak_rss", 0.0))

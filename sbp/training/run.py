@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from sbp.training import distributed, setup, signals, summary
 from sbp.training.checkpoint import Checkpoints, load_weights, resume_point
 from sbp.training.config import Config, check_same_run
-from sbp.training.evaluation import evaluate
 from sbp.training.incidents import Incidents
 from sbp.training.loop import Step, train_epoch
-from sbp.training.pretrained import starting_weights
 from sbp.training.probes import PeakMemory, gradient_cosines
 from sbp.training.progress import Progress
 from sbp.training.status import Preempted, RunStatus
+from sbp.training.tasks import task_of
 from sbp.training.tracking import Tracker, new_run_id
+
+PICTURES = 4  # that wandb shows of each evaluation
 
 
 class Run:
@@ -28,13 +30,14 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, status: RunStatus) -> None:
         self.config, self.folder, self.status = config, folder, status
+        self.task = task_of(config)
         self.device = setup.pick_device(config)
         self.peak = PeakMemory(self.device)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
         origin = resume_point(config.resume, self.checkpoints)
         if origin is not None:
             check_same_run(origin.content["config"], config, own=origin.own)
-        weights = starting_weights(config.backbone, config.data) if origin is None else None
+        weights = self.task.starting_weights(config.backbone, config.data) if origin is None else None
 
         self.images = setup.load_images(config, self.device)
         self.trainer = setup.build_trainer(config, self.images.order, self.device, weights)
@@ -117,33 +120,46 @@ class Run:
         self._keep_if_best()
 
     def evaluate(self) -> None:
-        """Records accuracy and peak memory at the end of an epoch, and keeps the checkpoint if it is the best.
+        """Records the task's figures and peak memory at an epoch's end, and keeps the checkpoint if it is the best.
 
         Raises Preempted, with a checkpoint written, when a signal asks to stop.
         """
-        accuracy = partial(
-            evaluate,
-            loader=self.images.validation,
-            normalize=self.trainer.normalize,
-            amp=self.config.amp,
-            patched=self.config.sbp.enabled,
-        )
         measured = self.peak.read()
         try:
             with self.peak.excluded():
-                measured |= accuracy(self.trainer.model).figures()
+                measured |= self._evaluated(self.trainer.model)
                 if self.trainer.ema is not None:
-                    measured |= accuracy(self.trainer.ema.module).figures("_ema")
+                    measured |= self._evaluated(self.trainer.ema.module, "_ema")
+                pictures = self._pictures()
         except Preempted:
             self._ensure_saved()
             raise
         self.tracker.log(self.step, measured | {"epoch": self.epoch})
+        self.tracker.show(self.step, "val/pictures", pictures)
         self.progress.say(self.epoch, self.config.recipe.epochs, self._figures | measured)
         self._keep_if_best()
 
+    def _evaluated(self, model: nn.Module, suffix: str = "") -> dict[str, float]:
+        """val/NAME for each figure of the task."""
+        figures = self.task.evaluate(
+            model,
+            self.images.validation,
+            normalize=self.trainer.normalize,
+            amp=self.config.amp,
+            patched=self.config.sbp.enabled,
+        )
+        return {f"val/{name}{suffix}": value for name, value in figures.items() if name != "images"}
+
+    def _pictures(self) -> list[tuple[str, Any]]:
+        if not distributed.is_main() or self.trainer.sharded or not self.tracker.shows:
+            return []
+        dataset = self.images.validation.dataset.dataset  # type: ignore[attr-defined]
+        model, normalize = self.trainer.model, self.trainer.normalize
+        return self.task.pictures(model, dataset, PICTURES, normalize=normalize, amp=self.config.amp)
+
     def _keep_if_best(self) -> None:
         """Makes the checkpoint of now best.pt when no evaluation on record was better."""
-        if self.step and distributed.only_main(lambda: summary.best_step(self.folder)) == self.step:
+        if self.step and distributed.only_main(lambda: summary.best_step(self.folder, self.config.task)) == self.step:
             self._ensure_saved()
             if distributed.is_main():
                 self.checkpoints.keep_best(self.step)

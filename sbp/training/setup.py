@@ -19,14 +19,12 @@ from sbp.training.data.loading import (
     make_loader,
     spread_samples,
 )
-from sbp.training.data.preprocessing import Normalize, Preprocessing
 from sbp.training.data.shards import Shards
-from sbp.training.data.sources import build_datasets, prepare
+from sbp.training.data.sources import prepare
 from sbp.training.loop import Trainer
-from sbp.training.models import build_model
-from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer, build_scheduler
-from sbp.training.pretrained import load_starting_weights
+from sbp.training.optim import build_ema, build_mixup, build_optimizer, build_scheduler
 from sbp.training.probes import saved_bytes_per_image
+from sbp.training.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +82,8 @@ def load_images(config: Config, device: torch.device) -> Images:
 
 def _load_images(config: Config, device: torch.device) -> Images:
     plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
-    train_set, validation_set = build_datasets(config.data, config.recipe)
+    task = task_of(config)
+    train_set, validation_set = task.build_datasets(config)
     shards = train_set.counts if isinstance(train_set, Shards) and config.data.shuffle == "shards" else None
     order = TrainSampler(len(train_set), plan, config.seed, distributed.rank(), shards)  # type: ignore[arg-type]
     batch_size = config.eval_batch_size or plan.micro_batch_size
@@ -100,12 +99,13 @@ def _load_images(config: Config, device: torch.device) -> Images:
         workers=config.data.workers,
         device=device,
         prefetch=config.data.prefetch,
+        collate=task.collate,
     )
     return Images(
         loader(train_set, order, substitutes=SUBSTITUTES),
         order,
         loader(validation_set, validation),
-        spread_samples(train_set, config.probe.images, config.seed),
+        spread_samples(train_set, config.probe.images, config.seed, task.collate),
     )
 
 
@@ -116,13 +116,12 @@ def build_trainer(
 
     Raises ValueError for settings that do not fit the model, and for `parallel=fsdp` without torchrun.
     """
-    recipe, plan, sharded = config.recipe, order.plan, config.parallel == "fsdp"
+    task, recipe, plan, sharded = task_of(config), config.recipe, order.plan, config.parallel == "fsdp"
     exact = recipe.epochs - config.sbp.exact_epochs  # the first epoch that is
     seeding.seed_everything(config.seed, seeding.WEIGHTS)
-    data = config.data
-    model = build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
+    model = task.build_model(config)
     if weights is not None:
-        load_starting_weights(model, weights)
+        task.load_starting_weights(model, weights)
     if not sharded:
         model = model.to(device)
     if config.channels_last and not sharded:  # which takes contiguous weights only; the images are channels-last
@@ -137,8 +136,8 @@ def build_trainer(
         model,
         optimizer,
         build_scheduler(optimizer, recipe, order.steps_per_epoch),
-        build_criterion(recipe),
-        normalize=Normalize(config.data, recipe),
+        task.build_criterion(config),
+        normalize=task.normalize(config),
         mixup=build_mixup(recipe, config.data.num_classes, plan.micro_batch_size),
         ema=ema,
         amp=config.amp,
@@ -156,8 +155,9 @@ def build_trainer(
 def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]:
     """What summary.json says of a run besides its results. Runs a few images to count saved bytes."""
     plan, settings = images.order.plan, config.sbp
-    few = tuple(part[:SLOPE_IMAGES] for part in images.probe)
-    saved = saved_bytes_per_image(trainer, *few)  # first: the effective ratio is known after a training pass
+    saved = saved_bytes_per_image(
+        trainer, *images.some(SLOPE_IMAGES[config.task])
+    )  # first: the effective ratio is known after a training pass
     return {
         "backbone": config.backbone.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -169,7 +169,7 @@ def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]
         "saved_bytes_per_image": saved,
         "data": config.data.name or config.data.source,
         "train_images": images.order.length,
-        "preprocessing": asdict(Preprocessing.of(config.data)),
+        "preprocessing": asdict(task_of(config).preprocessing(config.data)),
         "epochs": config.recipe.epochs,
         "steps_per_epoch": images.order.steps_per_epoch,
         **asdict(plan),
@@ -204,7 +204,7 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
             facts["epochs"],
         )
     log.info("saved         %.2f MiB of activations per image", facts["saved_bytes_per_image"] / 2**20)
-    log.info("images        %d, preprocessing: %s", facts["train_images"], Preprocessing.of(config.data))
+    log.info("images        %d, preprocessing: %s", facts["train_images"], task_of(config).preprocessing(config.data))
     if config.data.train_image_size is not None:
         log.info("              training at %d px", config.data.train_image_size)
     log.info(

@@ -11,6 +11,7 @@ from sbp.training.config import Config, check_same_run
 from sbp.training.status import read_json, read_status, write_text
 from sbp.training.tracking import METRICS, read_metrics
 
+METRIC = {"classification": "top1", "detection": "box_ap"}  # that decides which checkpoint is the best
 SUMMARY = "summary.json"
 RUN = "run.json"
 
@@ -37,34 +38,45 @@ def finished(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def is_evaluated(folder: Path, step: int) -> bool:
-    """Whether metrics.jsonl has the accuracy after this step."""
-    return any(record["step"] == step and "val/top1" in record for record in read_metrics(folder / METRICS))
+    """Whether metrics.jsonl has an evaluation after this step."""
+    return any(
+        record["step"] == step and any(name.startswith("val/") for name in record)
+        for record in read_metrics(folder / METRICS)
+    )
 
 
-def best_step(folder: Path) -> int | None:
-    """The step with the best top-1 on record, the first of equals; that of the averaged weights where there are any."""
-    records = [record for record in read_metrics(folder / METRICS) if "val/top1" in record]
-    best = max(records, key=lambda record: record.get("val/top1_ema", record["val/top1"]), default=None)
+def best_step(folder: Path, task: str = "classification") -> int | None:
+    """The step with the best METRIC of the task on record, the first of equals; that of the averaged weights where
+    there are any.
+    """
+    metric = f"val/{METRIC[task]}"
+    records = [record for record in read_metrics(folder / METRICS) if metric in record]
+    best = max(records, key=lambda record: record.get(f"{metric}_ema", record[metric]), default=None)
     return None if best is None else best["step"]
 
 
 def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes folder/summary.json and returns it: `facts`, and of metrics.jsonl the last value of each accuracy, the
-    largest of each memory figure, the mean gradient cosine, and the median speed.
+    """Writes folder/summary.json and returns it: `facts`, and of metrics.jsonl the last value of each figure of an
+    evaluation, the largest of each memory figure, the mean gradient cosine, and the median speed.
     """
     records = read_metrics(folder / METRICS)
 
     def values(name: str) -> list[float]:
         return [record[name] for record in records if name in record]
 
-    last = {name: value for record in records for name, value in record.items() if name.startswith("val/")}
+    last = {
+        name.removeprefix("val/"): value
+        for record in records
+        for name, value in record.items()
+        if name.startswith("val/")
+    }
+    if "loss" in last:
+        last["val_loss"] = last.pop("loss")
+    task = facts["config"]["task"]
     memory = {name for record in records for name in record if name.startswith("memory/")}
-    summary = dict(facts) | {
-        "top1": last.get("val/top1"),
-        "top5": last.get("val/top5"),
-        "val_loss": last.get("val/loss"),
-        "top1_ema": last.get("val/top1_ema"),
-        "best_step": best_step(folder),
+    summary = dict(facts) | {METRIC[task]: None} | last
+    summary |= {
+        "best_step": best_step(folder, task),
         "gradient_cosine": fmean(cosines) if (cosines := values("gradient_cosine/total")) else None,
         "images_per_second": median(speeds) if (speeds := values("images_per_second")) else None,
     }

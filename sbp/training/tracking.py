@@ -79,6 +79,16 @@ class Tracker:
             os.truncate(self.path, size)
         self._try("log", lambda: self._run.log(record))
 
+    @property
+    def shows(self) -> bool:
+        """Whether there is a wandb run, which alone shows pictures."""
+        return self._run is not None
+
+    def show(self, step: int, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
+        """Pictures for wandb: a caption and a PIL image each. metrics.jsonl does not mention them."""
+        if pictures:
+            self._try("take pictures", lambda: self._run.log({"step": step, name: _captioned(pictures)}))
+
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """The run's final figures, shown by wandb in its table of runs."""
         if self.enabled:
@@ -114,6 +124,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             log.warning("%s: left out an incomplete line", path)
     return records
+
+
+def _captioned(pictures: Sequence[tuple[str, Any]]) -> list[Any]:
+    return [wandb.Image(picture, caption=caption) for caption, picture in pictures]
 
 
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:

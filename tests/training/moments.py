@@ -39,12 +39,12 @@ def at_a_step(number: int, what: str, once: str | None) -> None:
     real, steps = loop.Trainer._loss, count(1)
 
     def loss(self, *args):
-        value, now = real(self, *args), next(steps)
+        (value, parts), now = real(self, *args), next(steps)
         if what == "nan":
-            return value * float("nan") if now >= number else value
+            return value * float("nan") if now >= number else value, parts
         if now == number:
             happen(what, once)
-        return value
+        return value, parts
 
     loop.Trainer._loss = loss
 

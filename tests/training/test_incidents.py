@@ -74,9 +74,9 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monk
     real, losses = loop.Trainer._loss, []
 
     def loss(self, *args):
-        value = real(self, *args)
+        value, parts = real(self, *args)
         losses.append(0)
-        return value * float("nan") if len(losses) in (2, 3) else value
+        return value * float("nan") if len(losses) in (2, 3) else value, parts
 
     states = []
 
@@ -107,12 +107,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
 def test_the_best_checkpoint_is_kept_and_one_a_killed_process_left_is_removed(tmp_path, monkeypatch):
     accuracies = iter([30.0, 50.0, 40.0, 50.0])
 
-    def measured(model, **kwargs):
+    def measured(model, *args, **kwargs):
         from sbp.training.evaluation import Accuracy
 
         return Accuracy(next(accuracies), 90.0, 1.0, 360)
 
-    monkeypatch.setattr("sbp.training.run.evaluate", measured)
+    monkeypatch.setattr("sbp.training.evaluation.evaluate", measured)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.tmp99").write_text("half")
     summary = train(small("recipe.epochs=4", "checkpoint.keep=1", "probe.every_steps=null"), tmp_path)
@@ -130,11 +130,11 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, whole)
 
-    def stopped(model, **kwargs):
+    def stopped(model, *args, **kwargs):
         raise Preempted("stopped by SIGTERM during evaluation")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sbp.training.run.evaluate", stopped)
+        patch.setattr("sbp.training.evaluation.evaluate", stopped)
         with pytest.raises(Preempted):
             train(config, parts)
     assert read_status(parts)["state"] == "preempted"

@@ -52,7 +52,7 @@ def steps(monkeypatch):
         (state,) = sbp.state.states(self.model)
         self.on = {state.enabled}
         out = real_loss(self, draw, images, labels)
-        out.register_hook(lambda _: self.on.add(state.enabled))
+        out[0].register_hook(lambda _: self.on.add(state.enabled))
         return out
 
     def update(self, step):
@@ -178,7 +178,7 @@ def test_training_images_may_be_smaller_than_those_of_evaluation(tmp_path, monke
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_loss", loss)
-    monkeypatch.setattr("sbp.training.run.evaluate", evaluated)
+    monkeypatch.setattr("sbp.training.evaluation.evaluate", evaluated)
     more = (f"data.image_size={sides[0]}", f"data.train_image_size={sides[1]}", "recipe.mixup=0.8", *dynamic)
     summary = train(small(*QUICK, *more, "probe.every_steps=3", backbone=backbone), tmp_path)
     assert sizes == {True: {(sides[1],) * 2}, False: {(sides[0],) * 2}}

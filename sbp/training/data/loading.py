@@ -27,9 +27,10 @@ SHARDS_AT_ONCE = 16  # of ImageNet's 1,024: 20,000 images
 
 
 class Batch(NamedTuple):
-    """images: uint8 (B, 3, H, W). labels: int64 (B,). unreadable: images that could not be read, with reasons.
+    """images: uint8 (B, 3, H, W). labels: int64 (B,), or in detection a list of B targets, which are dictionaries.
+    unreadable: images that could not be read, with reasons.
 
-    They are missing, or other images have their places; see SeededDataset. In detection, labels are a list of targets.
+    They are missing, or other images have their places; see SeededDataset.
     """
 
     images: Tensor
@@ -175,7 +176,13 @@ class Images:
     train: DataLoader
     order: TrainSampler
     validation: DataLoader
-    probe: tuple[Tensor, Tensor]
+    probe: tuple[Tensor, Any]
+
+    def some(self, count: int) -> tuple[Tensor, Any]:
+        """So many images of the probe and their labels: the first ones, again and again where it has fewer."""
+        images, labels = self.probe
+        indices = [place % len(images) for place in range(count)]
+        return images[indices], labels[indices] if isinstance(labels, Tensor) else [labels[i] for i in indices]
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch, counted from the run's start; none is read."""
@@ -196,7 +203,8 @@ def make_loader(
 ) -> DataLoader:
     """Batches in the sampler's order, read by `workers` processes (0: by this one), each `prefetch` batches ahead.
 
-    substitutes: how many other images may be tried in place of an unreadable one; see SeededDataset.
+    collate: makes a batch of samples. substitutes: how many other images may be tried in place of an unreadable one;
+        see SeededDataset.
     """
     return DataLoader(
         SeededDataset(dataset, seed, substitutes),
@@ -221,6 +229,16 @@ def _end_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def moved(targets: Any, device: torch.device) -> Any:
+    """Labels (B,), or a list of dictionaries with tensors, on the device; what is no tensor stays as it is."""
+    if isinstance(targets, Tensor):
+        return targets.to(device, non_blocking=True)
+    return [
+        {key: moved(value, device) if isinstance(value, Tensor) else value for key, value in one.items()}
+        for one in targets
+    ]
 
 
 def readable(batch: Batch) -> tuple[Tensor, Any]:

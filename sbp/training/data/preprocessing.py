@@ -92,8 +92,11 @@ class Normalize(nn.Module):
             self.register_buffer(name, torch.tensor([255 * x for x in getattr(data, name)]).view(3, 1, 1))
         self.random_erasing = recipe.random_erasing if recipe.augment else 0.0
 
-    def forward(self, images: Tensor, erase: bool = False) -> Tensor:
-        """erase: also timm's random erasing, with the generators of `random` and torch."""
+    def forward(self, images: Tensor, targets: Any = None, *, erase: bool = False) -> Tensor:
+        """erase: also timm's random erasing, with the generators of `random` and torch.
+
+        targets: of the images; only a task whose images are padded looks at them.
+        """
         images = (images - self.mean).div_(self.std)
         if erase and self.random_erasing > 0:
             RandomErasing(self.random_erasing, mode="pixel", device=images.device)(images)
