@@ -18,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from sbp.training.config import DataConfig, RecipeConfig
 from sbp.training.data.loading import NO_IMAGES, Batch, Sample
+from sbp.training.data.preprocessing import Normalize
 
 Target = dict[str, Any]
 LONGEST_BEFORE_CROP = 4200  # px, of an image that is resized to be cropped
@@ -156,10 +157,14 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(padded, [sample.label for sample in there], unreadable)
 
 
-def blank_padding(images: Tensor, targets: Sequence[Target]) -> Tensor:
-    """Sets what lies beyond each image's "size" in (B, 3, H, W) to zero, in place: normalisation has changed it."""
-    for image, target in zip(images, targets, strict=True):
-        height, width = target["size"]
-        image[:, height:] = 0
-        image[:, :, width:] = 0
-    return images
+class PaddedNormalize(Normalize):
+    """As in classification; and what lies beyond each image's "size" becomes zero, which normalisation has changed."""
+
+    def forward(self, images: Tensor, targets: Any = None, *, erase: bool = False) -> Tensor:
+        """targets: one for each image. erase: means nothing here."""
+        images = super().forward(images)
+        for image, target in zip(images, targets, strict=True):
+            height, width = target["size"]
+            image[:, height:] = 0
+            image[:, :, width:] = 0
+        return images

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 import sbp
 from sbp.training import distributed, parallel, signals
 from sbp.training.data.loading import Batch
-from sbp.training.detection.augmentation import Target, blank_padding
+from sbp.training.detection.augmentation import Target
 from sbp.training.detection.coco import quiet
 from sbp.training.loop import autocast
 from sbp.training.status import Preempted
@@ -38,7 +38,7 @@ def evaluate_detection(
 
     Returns box_ap, box_ap50, box_ap75, mask_ap, ... in percent. Images that were not looked at do not count.
     ground_truth: called on the main process alone.
-    normalize: as in `Trainer`, on the model's device.
+    normalize: called with images and targets, on the model's device; see PaddedNormalize.
     patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
     Raises ValueError that names the unreadable images, and Preempted when a signal asks to stop.
     """
@@ -83,9 +83,9 @@ def detect(
     """What a model in evaluation mode finds in each image of uint8 (B, 3, H, W), on the CPU in float32."""
     device = next(model.parameters()).device
     images = images.to(device, non_blocking=True)
-    images = images if normalize is None else normalize(images)
+    images = images if normalize is None else normalize(images, targets)
     with autocast(amp, device):
-        found = model(blank_padding(images, targets), targets)
+        found = model(images, targets)
     return [
         {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in one.items()}
         for one in found

@@ -72,10 +72,3 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
     image = draw_segmentation_masks(image, masks.bool() & on_top, alpha=0.5, colors=colours)
     size = max(10, min(image.shape[1:]) // 40)
     return draw_bounding_boxes(image, boxes, names, colours, width=2, font=FONT, font_size=size, fill_labels=True)
-
-
-def write(pictures: Sequence[tuple[str, Image.Image]], folder: Path) -> None:
-    """Each as folder/name.jpg."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures:
-        picture.save(folder / f"{name}.jpg", quality=90)

@@ -10,10 +10,11 @@ from PIL import Image
 
 from sbp.training.config import DataConfig, RecipeConfig
 from sbp.training.data.loading import Sample
+from sbp.training.data.preprocessing import Normalize
 from sbp.training.detection.augmentation import (
+    PaddedNormalize,
     Preprocessing,
     TrainTransform,
-    blank_padding,
     collate,
     crop,
     flip,
@@ -187,7 +188,10 @@ def test_a_batch_is_padded_to_multiples_of_32():
 
 
 def test_padding_is_zero_after_normalisation():
-    images = torch.ones(2, 3, 64, 96)
-    blank_padding(images, [{"size": (33, 90)}, {"size": (64, 20)}])
-    assert images.sum((1, 2, 3)).tolist() == [3 * 33 * 90, 3 * 64 * 20]
-    assert (images[0, :, :33, :90] == 1).all() and (images[1, :, :, :20] == 1).all()
+    images = torch.full((2, 3, 64, 96), 255, dtype=torch.uint8)
+    normalize = PaddedNormalize(DATA, PUBLISHED)
+    seen = normalize(images, [{"size": (33, 90)}, {"size": (64, 20)}])
+    white = Normalize(DATA, PUBLISHED)(images)
+    assert (white > 2).all() and torch.equal(seen[0, :, :33, :90], white[0, :, :33, :90])
+    assert (seen > 2).sum((1, 2, 3)).tolist() == [3 * 33 * 90, 3 * 64 * 20]
+    assert (seen == 0).sum((1, 2, 3)).tolist() == [3 * (64 * 96 - 33 * 90), 3 * 64 * (96 - 20)]

@@ -11,7 +11,7 @@ from sbp.training.config import RecipeConfig
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.detection import evaluation
-from sbp.training.detection.augmentation import collate
+from sbp.training.detection.augmentation import PaddedNormalize, collate
 from sbp.training.detection.evaluation import average_precision, coco_results, evaluate_detection
 from sbp.training.status import Preempted
 from tests.training.configs import ROOT
@@ -136,14 +136,15 @@ def test_images_that_were_not_looked_at_do_not_count(coco):
 
 def test_the_model_sees_normalised_images_with_zeros_around_and_stays_in_its_mode(coco):
     model = Finder(perfect(coco.ground_truth())).train()
-    normalize = Normalize(coco_settings("unused"), RecipeConfig())
+    normalize = PaddedNormalize(coco_settings("unused"), RecipeConfig())
+    plain_normalize = Normalize(coco_settings("unused"), RecipeConfig())
     loader = make_loader(coco, ValidationSampler(5, 5), seed=0, workers=0, device=CPU, collate=collate)
     evaluate_detection(model, loader, ground_truth=coco.ground_truth, normalize=normalize)
     ((images, targets),) = model.calls
     assert model.training and images.dtype == torch.float32 and images.shape == (5, 3, 96, 96)
     for index, (image, target) in enumerate(zip(images, targets, strict=True)):
         height, width = target["size"]
-        assert torch.equal(image[:, :height, :width], normalize(coco[index][0][None])[0])
+        assert torch.equal(image[:, :height, :width], plain_normalize(coco[index][0][None])[0])
         assert image[:, height:].abs().sum() == image[:, :, width:].abs().sum() == 0
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from PIL import Image
 
-from sbp.training.detection.pictures import draw, predicted, write
+from sbp.training.detection.pictures import draw, predicted
 from tests.training.detection.coco_files import coco_folder, coco_settings, plain
 from tests.training.detection.finding import Finder, perfect, shapes
 
@@ -62,9 +61,6 @@ def test_pictures_have_the_size_the_model_sees_and_the_names_of_the_files(tmp_pa
         ("12", (48, 48)),
         ("14", (64, 48)),
     ]
-    write(pictures, tmp_path / "pictures")
-    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["10.jpg", "12.jpg", "14.jpg"]
-    assert Image.open(tmp_path / "pictures" / "10.jpg").size == (72, 48)
     nothing, seen = dataset[4][0], torch.tensor(list(pictures[2][1].tobytes())).view(48, 64, 3).permute(2, 0, 1)
     assert torch.equal(seen, nothing), "an image without objects stays as it is"
     seen = torch.tensor(list(pictures[0][1].tobytes())).view(48, 72, 3).permute(2, 0, 1)
