@@ -27,9 +27,7 @@ MULTIPLE = 32  # px: the strides of a ConvNeXt's last stage
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What an image goes through in evaluation. Called with an image: as uint8 (3, h, w), and its target with
-    "size", (h, w), and "original_size", that before resizing.
-    """
+    """What an image goes through in evaluation."""
 
     image_size: int
     max_size: int
@@ -48,6 +46,7 @@ class Preprocessing:
         )
 
     def __call__(self, image: Image.Image, target: Target) -> tuple[Tensor, Target]:
+        """uint8 (3, h, w), and the target with "size", (h, w), and "original_size", the same before resizing."""
         original = (image.height, image.width)
         image, target = resize(image, target, self.image_size, self.max_size, self.interpolation)
         return _finished(image, target | {"original_size": original})

@@ -47,7 +47,11 @@ class CocoImages(Dataset):
         self.classes = list(self.categories.values())
         if len(self.classes) != num_classes:
             raise ValueError(f"{self.file} has {len(self.classes)} categories, but data.num_classes is {num_classes}")
-        objects = _objects(content, list(self.categories)) if training else {}
+        if training:
+            objects = _objects(content, list(self.categories))
+        else:
+            objects = {}
+            _check_scored(content, self.file)
         self.images = Packed(
             [image["id"], image["file_name"], image["height"], image["width"], objects.get(image["id"], [])]
             for image in content["images"]
@@ -122,6 +126,9 @@ def read_annotations(file: Path) -> dict[str, Any]:
             missing = sum(key not in row for row in rows)
             if missing:
                 raise ValueError(f'{file}: {missing} of {len(rows)} {part} have no "{key}"')
+    wrong = sum(len(row["bbox"]) != 4 for row in content["annotations"])
+    if wrong:
+        raise ValueError(f'{file}: {wrong} annotations have a "bbox" that is not x, y, width, height')
     for part, key in (("images", "image_id"), ("categories", "category_id")):
         known = {row["id"] for row in content[part]}
         if not known:
@@ -163,12 +170,29 @@ def _objects(content: dict[str, Any], categories: list[int]) -> dict[int, list]:
     boxes = corners.clamp(min=0).minimum(limits)
     objects = defaultdict(list)
     for row, box, wide in zip(rows, boxes.tolist(), wide_enough(boxes).tolist(), strict=True):
-        segmentation = row["segmentation"]
-        if isinstance(segmentation, list):
-            segmentation = [one for one in segmentation if len(one) >= _LEAST_COORDINATES]
+        segmentation = _with_area(row["segmentation"])
         if wide and segmentation:
             objects[row["image_id"]].append((label[row["category_id"]], box, segmentation))
     return dict(objects)
+
+
+def _with_area(segmentation: Any) -> Any:
+    """Run lengths as they are, or the polygons that have three points."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    return [polygon for polygon in segmentation if len(polygon) >= _LEAST_COORDINATES]
+
+
+def _check_scored(content: dict[str, Any], file: Path) -> None:
+    """Raises ValueError for annotations that pycocotools cannot score with."""
+    rows = content["annotations"]
+    if not any(not row.get("iscrowd") for row in rows):
+        raise ValueError(f"{file} has no objects to score with")
+    bad = sum(not row["segmentation"] or _with_area(row["segmentation"]) != row["segmentation"] for row in rows)
+    if bad:
+        raise ValueError(
+            f"{file}: {bad} of {len(rows)} annotations have no mask, or polygons of fewer than three points"
+        )
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:

@@ -38,7 +38,7 @@ def evaluate_detection(
 
     Returns box_ap, box_ap50, box_ap75, mask_ap, ... in percent. Images that were not looked at do not count.
     ground_truth: called on the main process alone.
-    normalize: as in `Trainer`, on the model's device.
+    normalize: called with images and targets, on the model's device; see PaddedNormalize.
     patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
     Raises ValueError that names the unreadable images, and Preempted when a signal asks to stop.
     """
@@ -61,7 +61,8 @@ def evaluate_detection(
             images = images if len(images) or shape is None else torch.zeros((1, *shape), dtype=torch.uint8)
         if not len(images):
             continue
-        for detection, target in zip(detect(model, images, targets, normalize, amp), targets, strict=True):
+        shown = targets or [{"size": tuple(images.shape[2:])}] * len(images)
+        for detection, target in zip(detect(model, images, shown, normalize, amp), targets, strict=bool(targets)):
             results += coco_results(detection, target)
             seen.append(target["image_id"])
     model.train(was_training)
@@ -79,22 +80,14 @@ def evaluate_detection(
 def detect(
     model: nn.Module, images: Tensor, targets: Sequence[Target], normalize: nn.Module | None, amp: str
 ) -> list[dict[str, Tensor]]:
-    """What a model in evaluation mode finds in a batch, on the CPU in float32, for each target.
-
-    images: uint8 (B, 3, H, W); with no targets, of images that stand in for none.
-    """
+    """What a model in evaluation mode finds in each image of uint8 (B, 3, H, W), on the CPU in float32."""
     device = next(model.parameters()).device
     images = images.to(device, non_blocking=True)
-    height, width = images.shape[2:]
-    stand_in = [{"size": (height, width), "original_size": (height, width), "image_id": -1}] * len(images)
-    targets = targets or stand_in
     images = images if normalize is None else normalize(images, targets)
     with autocast(amp, device):
         found = model(images, targets)
-    if targets is stand_in:
-        return []
     return [
-        {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in one.items()}
+        {name: (value.float() if value.is_floating_point() else value).cpu() for name, value in one.items()}
         for one in found
     ]
 

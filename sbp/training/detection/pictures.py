@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import box_area
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
@@ -16,6 +18,7 @@ from sbp.training.data.sources import path
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.evaluation import detect
 
+FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")  # torchvision has none to scale
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
 
 
@@ -52,15 +55,20 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
     found: as a detector gives it, in pixels of the image; or a target of training, which has no scores.
     classes: the names of label 1, 2, ...
     """
-    sure = found["scores"] >= threshold if "scores" in found else torch.ones(len(found["boxes"]), dtype=torch.bool)
-    if not sure.any():
+    if "scores" in found:
+        sure = found["scores"] >= threshold
+        found = {name: value[sure] for name, value in found.items()}
+    if not len(found["boxes"]):
         return image
-    boxes, masks, labels = found["boxes"][sure], found["masks"][sure], found["labels"][sure].tolist()
+    smaller = box_area(found["boxes"]).argsort(descending=True)  # lies upon what is larger
+    boxes, masks, labels = (found[name][smaller] for name in ("boxes", "masks", "labels"))
     if masks.ndim == 4:
         masks = paste_masks_in_image(masks, boxes, tuple(image.shape[1:]))[:, 0] > 0.5
-    names = [classes[label - 1] for label in labels]
+    names = [classes[label - 1] for label in labels.tolist()]
     if "scores" in found:
-        names = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][sure].tolist(), strict=True)]
+        names = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][smaller].tolist(), strict=True)]
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(labels))]
-    image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colours)
-    return draw_bounding_boxes(image, boxes, names, colours, width=2)
+    on_top = masks.flip(0).cumsum(0, dtype=torch.int16).flip(0) == 1  # torchvision paints black what masks share
+    image = draw_segmentation_masks(image, masks.bool() & on_top, alpha=0.5, colors=colours)
+    size = max(10, min(image.shape[1:]) // 40)
+    return draw_bounding_boxes(image, boxes, names, colours, width=2, font=FONT, font_size=size, fill_labels=True)
