@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from sbp.training import distributed, setup, signals
 from sbp.training.checkpoint import choose_weights, find, load_weights
-from sbp.training.config import Config, EvalConfig, from_dict, overridden, validate
+from sbp.training.config import Config, EvalConfig, evaluation_batch, from_dict, overridden, validate
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.models import fit_position_embedding
 from sbp.training.tasks import task_of
@@ -41,8 +41,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     images = task.build_validation_set(config)
     model = task.build_model(config).to(device)
     load_weights(model, fit_position_embedding(model, weights))
-    batch_size = config.eval_batch_size or config.micro_batch_size or config.global_batch_size
-    order = ValidationSampler(len(images), batch_size, distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
+    order = ValidationSampler(len(images), evaluation_batch(config), distributed.rank(), distributed.world_size())  # type: ignore[arg-type]
     loader = make_loader(
         images, order, seed=config.seed, workers=config.data.workers, device=device, collate=task.collate
     )

@@ -1,5 +1,6 @@
 """What a run can be told: plain dataclasses, the single source of every default, and their validation."""
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
@@ -236,6 +237,8 @@ class Config:
     task: "classification", or "detection" of objects with their masks.
     global_batch_size: images in one optimizer step, over all processes. micro_batch_size: images in one forward
         pass of one process; null for all of a process's share at once. The number of accumulated passes follows.
+    eval_batch_size: images in one pass of an evaluation; null for as many as in training, but in detection for one:
+        how far an image is padded to the largest of its batch changes a little what is found in it.
     resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or the path of another run's
         checkpoint to start from, where amp, recipe.lr, recipe.min_lr and recipe.clip_grad may be others.
     parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
@@ -522,8 +525,7 @@ def _check_task(config: Config) -> None:
     for key, neutral in (_CLASSIFICATION_ONLY if detection else _DETECTION_ONLY).items():
         value = _select(config, key)
         if value != neutral:
-            expected = {None: "null", False: "false"}.get(neutral, neutral)
-            raise ValueError(f"{key} must be {expected} with task={config.task}, got {value}")
+            raise ValueError(f"{key} must be {json.dumps(neutral)} with task={config.task}, got {value}")
     if not detection:
         return
     detector, data, recipe = config.detector, config.data, config.recipe
@@ -590,6 +592,12 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_siz
             f"take a multiple of {at_once}, or another micro_batch_size"
         )
     return BatchPlan(global_batch_size, micro_batch_size, world_size, global_batch_size // at_once)
+
+
+def evaluation_batch(config: Config, micro_batch_size: int | None = None) -> int:
+    """Images in one pass of an evaluation. micro_batch_size: of training, where it is not the config's."""
+    in_training = micro_batch_size or config.micro_batch_size or config.global_batch_size
+    return config.eval_batch_size or (1 if config.task == "detection" else in_training)
 
 
 def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:

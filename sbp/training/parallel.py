@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -31,6 +32,16 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with batch norms over all processes, where there are several on CUDA; else as it is.
+
+    Names and parameters stay, and SBP layers too. Call it before DDP or FSDP.
+    """
+    if distributed.world_size() == 1 or device.type != "cuda":
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def shard(model: nn.Module, device: Any, ema: ModelEmaV3 | None = None) -> None:

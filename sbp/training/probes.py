@@ -75,7 +75,8 @@ def peak_resident_bytes() -> int:
 def saved_bytes_per_image(trainer: Trainer, images: Tensor, targets: Targets) -> float:
     """Bytes that autograd saves for each further image: the slope between half of these images and all of them.
 
-    images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers stay; masks are drawn.
+    images: (B, 3, H, W), B even. The weights' copies under autocast cancel out. Random numbers and buffers stay; masks
+    are drawn.
     """
     images, targets = trainer.to_device(images, targets)
     half = len(images) // 2
@@ -85,8 +86,12 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, targets: Targets) ->
         return sbp.saved_bytes(lambda: trainer.plain_loss(images[:count], targets[:count]))
 
     devices = [trainer.device] if trainer.device.type == "cuda" else []
+    before = [buffer.clone() for buffer in trainer.model.buffers()]  # averages of batch norms
     with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-        return (saved(2 * half) - saved(half)) / half
+        slope = (saved(2 * half) - saved(half)) / half
+    for buffer, value in zip(trainer.model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return slope
 
 
 def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: int) -> dict[str, float]:

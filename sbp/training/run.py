@@ -134,8 +134,7 @@ class Run:
         except Preempted:
             self._ensure_saved()
             raise
-        self.tracker.log(self.step, measured | {"epoch": self.epoch})
-        self.tracker.show(self.step, "val/pictures", pictures)
+        self.tracker.log(self.step, measured | {"epoch": self.epoch}, pictures)
         self.progress.say(self.epoch, self.config.recipe.epochs, self._figures | measured)
         self._keep_if_best()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sbp
 from sbp.training import distributed, environment, parallel, seeding
-from sbp.training.config import SLOPE_IMAGES, Config, plan_batches, scaled_lr
+from sbp.training.config import SLOPE_IMAGES, Config, evaluation_batch, plan_batches, scaled_lr
 from sbp.training.data.loading import (
     SUBSTITUTES,
     Images,
@@ -68,7 +68,12 @@ def pick_device(config: Config) -> torch.device:
     seeding.set_deterministic(config.deterministic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return distributed.together(lambda: distributed.pick_device(config.device))
+    device = distributed.together(lambda: distributed.pick_device(config.device))
+    if config.deterministic and config.task == "detection" and device.type == "cuda":
+        raise ValueError(
+            "deterministic must be false with task=detection on CUDA: reading regions has no such algorithm"
+        )
+    return device
 
 
 def load_images(config: Config, device: torch.device) -> Images:
@@ -86,7 +91,7 @@ def _load_images(config: Config, device: torch.device) -> Images:
     train_set, validation_set = task.build_datasets(config)
     shards = train_set.counts if isinstance(train_set, Shards) and config.data.shuffle == "shards" else None
     order = TrainSampler(len(train_set), plan, config.seed, distributed.rank(), shards)  # type: ignore[arg-type]
-    batch_size = config.eval_batch_size or plan.micro_batch_size
+    batch_size = evaluation_batch(config, plan.micro_batch_size)
     validation = ValidationSampler(
         len(validation_set),  # type: ignore[arg-type]
         batch_size,
@@ -122,6 +127,7 @@ def build_trainer(
     model = task.build_model(config)
     if weights is not None:
         task.load_starting_weights(model, weights)
+    model = parallel.synchronise_batch_norm(model, device)
     if not sharded:
         model = model.to(device)
     if config.channels_last and not sharded:  # which takes contiguous weights only; the images are channels-last
@@ -155,9 +161,8 @@ def build_trainer(
 def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]:
     """What summary.json says of a run besides its results. Runs a few images to count saved bytes."""
     plan, settings = images.order.plan, config.sbp
-    saved = saved_bytes_per_image(
-        trainer, *images.some(SLOPE_IMAGES[config.task])
-    )  # first: the effective ratio is known after a training pass
+    few = images.some(SLOPE_IMAGES[config.task])
+    saved = saved_bytes_per_image(trainer, *few)  # first: the effective ratio is known after a training pass
     return {
         "backbone": config.backbone.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

@@ -63,8 +63,11 @@ class Tracker:
             self._run = _start_wandb(folder, settings, config, run_id)
             self._try("log the earlier lines", lambda: _log_lacking(self._run, folder / SENT, kept))
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
-        """One line, and one wandb record, with the number of optimizer steps done."""
+    def log(self, step: int, figures: Mapping[str, float], pictures: Sequence[tuple[str, Any]] = ()) -> None:
+        """One line, and one wandb record, with the number of optimizer steps done.
+
+        pictures: names and PIL images, which wandb alone shows, as pictures/NAME.
+        """
         if not self.enabled:
             return
         record = {"step": step, **figures}
@@ -77,17 +80,13 @@ class Tracker:
         except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
             os.truncate(self.path, size)
-        self._try("log", lambda: self._run.log(record))
+        shown = {f"pictures/{name}": picture for name, picture in pictures}
+        self._try("log", lambda: self._run.log(record | {name: wandb.Image(one) for name, one in shown.items()}))
 
     @property
     def shows(self) -> bool:
         """Whether there is a wandb run, which alone shows pictures."""
         return self._run is not None
-
-    def show(self, step: int, name: str, pictures: Sequence[tuple[str, Any]]) -> None:
-        """Pictures for wandb: a caption and a PIL image each. metrics.jsonl does not mention them."""
-        if pictures:
-            self._try("take pictures", lambda: self._run.log({"step": step, name: _captioned(pictures)}))
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """The run's final figures, shown by wandb in its table of runs."""
@@ -124,10 +123,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             log.warning("%s: left out an incomplete line", path)
     return records
-
-
-def _captioned(pictures: Sequence[tuple[str, Any]]) -> list[Any]:
-    return [wandb.Image(picture, caption=caption) for caption, picture in pictures]
 
 
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:

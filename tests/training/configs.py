@@ -24,3 +24,11 @@ def small(*overrides: str, backbone: str = "vit") -> Config:
     """A tiny "vit" or "convnext" on the digits: an epoch takes a second."""
     demo = ("data=digits", "recipe=demo", "recipe.epochs=1", "recipe.warmup_epochs=0", "logger=none")
     return composed(*demo, *BACKBONES[backbone], *overrides)
+
+
+def small_detector_run(*overrides: str) -> Config:
+    """A tiny detector on generated shapes of 64 px: an epoch of 24 images takes two seconds."""
+    shapes = ("task=detection", "data.train_images=24", "data.val_images=7", "logger=none", "threads=1")
+    tiny = ("backbone.kwargs.dims=[8,8,16,16]", "detector.fpn_channels=8", "detector.hidden_size=16")
+    few = ("detector.rois_per_image=16", "recipe.epochs=1", "recipe.warmup_epochs=0", "probe.images=1")
+    return composed(*shapes, *tiny, *few, *overrides)

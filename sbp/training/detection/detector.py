@@ -20,7 +20,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from sbp.training import distributed
 from sbp.training.checkpoint import load_weights
 from sbp.training.config import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.detection.cascade import cascade_heads
@@ -79,16 +78,6 @@ def proposal_network(strides: list[int], detector: DetectorConfig) -> RegionProp
         post_nms_top_n={"training": PROPOSALS[detector.name], "testing": 1000},
         nms_thresh=0.7,
     )
-
-
-def synchronise_batch_norm(model: nn.Module) -> nn.Module:
-    """The model with statistics over all processes' RoIs, where it runs on CUDA in several; else as it is.
-
-    Call it after `.to(device)` and before DDP. Names and parameters stay, and SBP layers too.
-    """
-    if distributed.world_size() == 1 or not next(model.parameters()).is_cuda:
-        return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 class Detector(nn.Module):

@@ -10,6 +10,8 @@ from sbp.training.detection.augmentation import Preprocessing, TrainTransform
 from sbp.training.detection.coco import CocoImages
 from sbp.training.detection.shapes import Shapes
 
+STREAMS = ("train", "val")  # of generated images; to evaluate on "train" shows whether they can be learned at all
+
 
 def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
     """The training and the validation set, with their transforms.
@@ -33,9 +35,11 @@ def build_validation_set(data: DataConfig) -> Dataset:
 
 def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
     training = split == "train"
-    if data.source == "shapes":
-        length = data.train_images if training else data.val_images
-        return Shapes(0 if training else 1, length, data.image_size, data.num_classes, transform, training)
-    assert data.root is not None
     name = data.train_split if training else data.val_split
+    if data.source == "shapes":
+        if name not in STREAMS:
+            raise ValueError(f"data.{split}_split must be one of {', '.join(STREAMS)} for shapes, got {name!r}")
+        length = data.train_images if training else data.val_images
+        return Shapes(STREAMS.index(name), length, data.image_size, data.num_classes, transform, training)
+    assert data.root is not None
     return CocoImages(Path(data.root), name, data.annotations, data.num_classes, transform, training)

@@ -10,8 +10,9 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou, roi_align
 
 import sbp
+from sbp.training import parallel
 from sbp.training.config import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
-from sbp.training.detection.detector import Anchors, build_detector, load_body, synchronise_batch_norm
+from sbp.training.detection.detector import Anchors, build_detector, load_body
 from sbp.training.detection.heads import AlignedPool, crop_masks
 from tests import oracles
 from tests.conftest import assert_same_gradients
@@ -275,7 +276,7 @@ def test_losses_and_detections_are_torchvisions():
 
 def test_batch_norm_of_one_process_stays():
     model = small_detector("cascade_mask_rcnn")
-    assert synchronise_batch_norm(model) is model
+    assert parallel.synchronise_batch_norm(model, torch.device("cuda")) is model
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
 
 
@@ -285,8 +286,8 @@ def test_batch_norm_of_several_processes(monkeypatch):
     before, classes = dict(model.named_parameters()), [type(module) for module in model.backbone.modules()]
     keys = list(model.state_dict())
     monkeypatch.setattr("sbp.training.distributed.world_size", lambda: 2)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    model = synchronise_batch_norm(model)
+    assert parallel.synchronise_batch_norm(model, torch.device("cpu")) is model  # which has none
+    model = parallel.synchronise_batch_norm(model, torch.device("cuda"))
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) == 12
     assert list(model.state_dict()) == keys and [type(module) for module in model.backbone.modules()] == classes
     assert all(parameter is before[name] for name, parameter in model.named_parameters())

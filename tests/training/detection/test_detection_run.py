@@ -1,0 +1,188 @@
+"""Whole runs of `train` with task=detection, on generated shapes; and on photographs where there are any."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from eval import evaluate_checkpoint
+from sbp.training import setup
+from sbp.training.checkpoint import Checkpoints, find
+from sbp.training.config import DETECTORS, EvalConfig, validate
+from sbp.training.optim import build_optimizer, build_scheduler
+from sbp.training.tracking import read_metrics
+from tests.training.comparing import assert_equal, record
+from tests.training.configs import composed, small_detector_run
+from tests.training.detection.few import few_images
+from tests.training.wandb_side import wandb_history
+from train import train
+
+PHOTOGRAPHS = os.environ.get("SBP_COCO")  # with images/train and annotations/instances_train.json
+FOUR_IMAGES = (
+    *("task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1"),
+    *("detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4"),
+    *("backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0"),
+    *(
+        "recipe.augment=false",
+        "recipe.epochs=100",
+        "recipe.lr=2e-3",
+        "eval_batch_size=4",
+        "eval_every_epochs=100",
+        "probe.every_steps=100",
+    ),
+)
+
+
+def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_path):
+    summary = train(composed(*FOUR_IMAGES, "logger=wandb", "logger.offline=true"), tmp_path)
+    assert summary["box_ap"] > 60 and summary["mask_ap"] > 60
+    assert summary["effective_keep_ratio"] == 0.5 and 0.3 < summary["gradient_cosine"] < 1
+    assert summary["saved_bytes_per_image"] > 0 and summary["best_step"] == 100
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    losses = [{n: v for n, v in line.items() if n.startswith("train/loss")} for line in lines if "train/loss" in line]
+    parts = {f"train/loss_{name}" for name in ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")}
+    assert all(one.keys() == parts | {"train/loss"} for one in losses)
+    assert all(one["train/loss"] == pytest.approx(sum(one[name] for name in parts), rel=1e-5) for one in losses)
+    assert losses[-1]["train/loss"] < losses[0]["train/loss"] / 2
+    pictured = [name for line in wandb_history(tmp_path) for name in line if name.startswith("pictures/")]
+    assert len({name.split("/")[1] for name in pictured}) == 4
+    assert sum("pictures/" in name for line in lines for name in line) == 0
+
+    result = evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path), pictures=2), tmp_path)
+    figures = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75")
+    assert [result[name] for name in figures] == pytest.approx([summary[name] for name in figures])
+    pictures = [Image.open(path) for path in (tmp_path / "pictures").iterdir()]
+    assert len(pictures) == 2 and all(min(picture.size) == 64 for picture in pictures)
+    # Its backbone is timm's own.
+    _, content = find(tmp_path)
+    body = {name.removeprefix("backbone.body."): value for name, value in content["state_dict"].items()}
+    body = {name: value for name, value in body.items() if name.split(".")[0] in ("stem", "stages")}
+    plain = timm.create_model("convnext_tiny", num_classes=0, dims=[16, 32, 64, 64], depths=[1, 1, 3, 1], patch_size=4)
+    assert plain.load_state_dict(body, strict=False).missing_keys == ["head.norm.weight", "head.norm.bias"]
+
+
+class Interruption(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, name):
+    """Crops and sizes, sampled regions, batch norms of the cascade, drop path, random masks, an accumulated step."""
+    config = small_detector_run(
+        *(f"detector.name={name}", "recipe.epochs=2", "recipe.short_sides=[48,64]", "recipe.crop_share=0.5"),
+        *("recipe.crop_short_sides=[64]", "recipe.crop_sides=[40,60]", "sbp.mask=random", "recipe.layer_decay=0.8"),
+        *("recipe.scheduler=multistep", "recipe.decay_milestones=[1]", "recipe.warmup_steps=2", "micro_batch_size=4"),
+        *("checkpoint.every_steps=2", "checkpoint.keep=9", "probe.every_steps=2", "log_every_steps=1"),
+        "eval_every_epochs=2",
+    )
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    train(config, whole)
+    real, stops = Checkpoints.save, {2: 0, 4: 0}  # of 3 steps an epoch
+
+    def save(self, step, content):
+        path = real(self, step, content)
+        if stops.pop(step, None) is not None:
+            raise Interruption
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    for workers in (0, 1):
+        with pytest.raises(Interruption):
+            train(replace(config, data=replace(config.data, workers=workers)), parts)
+    train(config, parts)
+    (_, expected), (_, resumed) = find(whole), find(parts)
+    for key in ("state_dict", "optimizer", "step"):
+        assert_equal(expected[key], resumed[key], key)
+    assert record(whole) == record(parts)
+
+
+def test_the_published_recipe_has_its_layers_and_steps():
+    """Rates of mmdetection's constructor for ConvNeXt: `num_layers` 6 and 12, decay to the power of layers above."""
+    for experiment, depth, lr, decay, layers in (
+        ("mask_rcnn_convnext_tiny_sbp", 9, 1e-4, 0.95, 6),
+        ("cascade_mask_rcnn_convnext_base_baseline", 27, 2e-4, 0.8, 12),
+    ):
+        config = composed(f"experiment=table2/{experiment}", "data.root=/coco")
+        assert (config.task, config.recipe.lr, config.global_batch_size) == ("detection", lr, 16)
+        with torch.device("meta"):
+            model = setup.task_of(config).build_model(config)
+        optimizer = build_optimizer(model, config.recipe, config.recipe.lr)
+        scheduler = build_scheduler(optimizer, config.recipe, steps_per_epoch=1000)
+        scheduler.step_update(1000)
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+        layer_of = {"stem": 0, "stages.0": 1, "stages.1": 2, "stages.2.downsample": 3, "stages.3": layers}
+        layer_of |= {f"stages.2.blocks.{block}": 3 + block // 3 for block in range(depth)}
+        for name, parameter in model.named_parameters():
+            own = name.removeprefix("backbone.body.")
+            layer = next((at for part, at in layer_of.items() if own.startswith(f"{part}.")), layers + 1)
+            assert rates[id(parameter)] == pytest.approx(lr * decay ** (layers + 1 - layer)), name
+            assert (id(parameter) in decayed) == (parameter.ndim > 1), name
+        highest = []
+        for step in (0, 250, 500, 26_998, 27_000, 32_998, 33_000, 35_999):
+            scheduler.step_update(step)
+            highest.append(max(group["lr"] for group in optimizer.param_groups))
+        assert highest == pytest.approx([1e-7, (lr + 1e-7) / 2, lr, lr, lr / 10, lr / 10, lr / 100, lr / 100])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data=digits", "data.source, with task=detection, must be one of shapes, coco, got 'digits'"),
+        ("recipe.mixup=0.8", "recipe.mixup must be 0 with task=detection, got 0.8"),
+        ("compile=true", "compile must be false with task=detection"),
+        (
+            "backbone.name=vit_tiny_patch16_224",
+            "backbone.name must be a timm ConvNeXt with task=detection, got vit_tiny_patch16_224",
+        ),
+        ("detector.name=yolo", "detector.name must be one of mask_rcnn, cascade_mask_rcnn, got 'yolo'"),
+        ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must be 5 sizes in pixels, got \[8, 16\]"),
+        ("data.max_size=32", "data.max_size must be at least the largest shorter side, 64, got 32"),
+        ("data=coco", "data.root is needed"),
+        ("recipe.scheduler=multistep", r"recipe.decay_milestones must be increasing epochs in \(0, 1\)"),
+        ("recipe.decay_milestones=[1]", "recipe.decay_milestones needs recipe.scheduler=multistep, got cosine"),
+        ("recipe.crop_sides=[9]", r"recipe.crop_sides must be a smallest and a largest side, got \[9\]"),
+    ],
+)
+def test_what_a_detector_cannot_be_trained_with_is_refused_at_once(override, message):
+    with pytest.raises(ValueError, match=message):
+        validate(small_detector_run(override))
+
+
+def test_a_detector_starts_from_the_weights_of_a_classifier(tmp_path):
+    config = small_detector_run()
+    torch.manual_seed(1)
+    trained = timm.create_model(config.backbone.name, num_classes=3, **config.backbone.kwargs)
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    config = replace(config, backbone=replace(config.backbone, pretrained=str(tmp_path / "trained.pth")))
+    task = setup.task_of(config)
+    model = task.build_model(config)
+    task.load_starting_weights(model, task.starting_weights(config.backbone, config.data))
+    own = {name: value for name, value in trained.state_dict().items() if not name.startswith("head.")}
+    assert_equal(dict(model.backbone.body.state_dict()), own)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(PHOTOGRAPHS is None, reason="SBP_COCO names no folder of photographs in COCO's layout")
+@pytest.mark.parametrize("sbp", ["default", "none"])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_eight_photographs_can_be_learned_by_heart(tmp_path, name, sbp):
+    few_images(Path(PHOTOGRAPHS), tmp_path / "data", split="train")
+    config = composed(
+        *("task=detection", "data=coco", f"data.root={tmp_path / 'data'}", "data.train_split=train"),
+        *("data.val_split=train", "data.image_size=256", "data.max_size=512", "data.workers=0", f"sbp={sbp}"),
+        *("detector=small", f"detector.name={name}", "detector.anchor_sizes=[16,32,64,128,256]", "logger=none"),
+        *("+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0", "recipe.augment=false", "recipe.epochs=100"),
+        *("recipe.warmup_epochs=5", "global_batch_size=4", "eval_every_epochs=100", "probe.every_steps=null"),
+    )
+    summary = train(config, tmp_path / "run")
+    print(json.dumps({key: summary[key] for key in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}))
+    assert summary["box_ap"] > 50 and summary["mask_ap"] > 50
