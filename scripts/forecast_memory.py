@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the fol
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from sbp.training import environment
 from sbp.training.config import Config, plan_batches
@@ -44,10 +44,7 @@ class ForecastConfig(Config):
     rules: str = "today"
 
 
-_schema = OmegaConf.structured(ForecastConfig)
-for _field in fields(Config):
-    _schema[_field.name] = MISSING  # configs/train.yaml, which comes first, has given it a value
-ConfigStore.instance().store(name="forecast_schema", node=_schema)
+ConfigStore.instance().store(name="forecast_schema", node=ForecastConfig)
 
 
 def report(config: ForecastConfig, folder: Path) -> None:

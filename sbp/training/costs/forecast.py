@@ -30,6 +30,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sbp.recompute import MODES as RECOMPUTE
 from sbp.training import distributed
 from sbp.training.config import Config, plan_batches, scaled_lr, validate
+from sbp.training.costs import forecast_detection
+from sbp.training.detection.detector import Detector
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer
@@ -88,6 +90,10 @@ class CudaCasts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.where and len(args) == 1:
+            return (forecast_detection.where(*args),)
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and forecast_detection.is_condition(args[1]):
+            args = (args[0], forecast_detection.where(args[1]), *args[2:])
         if func is Tensor.item:  # of the optimizer's step counter: any number will do
             return 1.0
         if func is F.scaled_dot_product_attention:  # CUDA's fused kernels save no mask, the CPU's takes no dropout
@@ -204,6 +210,8 @@ class Rules:
     bytes_per_parameter = 0  # of whatever else is held throughout
 
     def build(self, config: Config) -> nn.Module:
+        if config.task == "detection":
+            return forecast_detection.build(config)
         data = config.data
         return build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
 
@@ -223,8 +231,7 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
     _check(config, micro_batch_size)
     if config.sbp.exact_epochs:  # whose steps need most
         config = with_sbp(config, keep_ratio=1.0)
-    recipe, data = config.recipe, config.data
-    criterion = build_criterion(recipe)
+    recipe, criterion = config.recipe, _criterion(config)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     keeps_gradients = rules.keeps_gradients(config, micro_batch_size, world_size)
     with torch.device("meta"):
@@ -232,6 +239,8 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
 
     with _fake_cuda(rules.casts()) as allocations:
         _materialise(model, memory_format)
+        if isinstance(model, Detector):
+            forecast_detection.choose_as_many_as_there_may_be(model, config)
         allocations.note([*model.parameters(), *model.buffers()], "weights")
         ema = build_ema(model, recipe)
         if ema is not None:
@@ -256,13 +265,10 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         allocations.note(held, "gradients")
 
         model.train()
-        size = data.size_in_training
-        images = torch.empty(micro_batch_size, 3, size, size, memory_format=memory_format)
-        labels = (
-            torch.empty(micro_batch_size, data.num_classes) if _mixes(config) else torch.empty(micro_batch_size).long()
-        )
+        images, targets = _batch(config, micro_batch_size)
+        images = images.to(memory_format=memory_format)  # type: ignore[call-overload]
         with autocast(config.amp, _CPU):
-            loss = criterion(model(images), labels)
+            loss = criterion(model, images, targets)
         if not rules.images_stay:
             del images
         saved = allocations.rename_temporaries("activations")
@@ -377,9 +383,27 @@ def with_sbp(config: Config, **changes: Any) -> Config:
 
 
 def _check(config: Config, micro_batch_size: int) -> None:
-    no_images = replace(config.data, source="synthetic")  # a forecast reads none
+    source = "shapes" if config.task == "detection" else "synthetic"
+    no_images = replace(config.data, source=source)  # a forecast reads none
     validate(replace(config, data=no_images, micro_batch_size=micro_batch_size))
     build_mixup(config.recipe, config.data.num_classes, micro_batch_size)
+
+
+def _batch(config: Config, size: int) -> tuple[Tensor, Any]:
+    """The images and targets of a micro batch."""
+    data, side = config.data, config.data.size_in_training
+    if config.task == "detection":
+        return forecast_detection.batch(config, size)
+    labels = torch.empty(size, data.num_classes) if _mixes(config) else torch.empty(size).long()
+    return torch.empty(size, 3, side, side), labels
+
+
+def _criterion(config: Config) -> Callable[[Any, Tensor, Any], Tensor]:
+    """The loss of a model on images and targets."""
+    if config.task == "detection":
+        return forecast_detection.loss
+    criterion = build_criterion(config.recipe)
+    return lambda model, images, labels: criterion(model(images), labels)
 
 
 def _mixes(config: Config) -> bool:

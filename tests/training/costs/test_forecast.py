@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import sbp
-from sbp.training.config import Config
+from sbp.training.config import DETECTORS, Config
 from sbp.training.costs import forecast as forecasts
+from sbp.training.costs import forecast_detection
 from sbp.training.costs.forecast import (
     PARTS,
     RECOMPUTE,
@@ -17,6 +18,7 @@ from sbp.training.costs.forecast import (
     largest_micro_batch,
     with_sbp,
 )
+from sbp.training.costs.forecast_detection import OBJECTS
 from sbp.training.costs.forecast_paper import PAPER
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
@@ -188,3 +190,37 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"out of memory with micro_batch_size=16(.|\n)*sbp.recompute=cheap ") as error:
         train(config, tmp_path)
     assert "micro_batch_size=8" in str(error.value) and "sbp.keep_ratio=0.25" in str(error.value)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.recompute=cheap"])
+def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
+    """With as many objects as the forecast assumes, and sampled regions that a real detector may have."""
+    config = composed(
+        *("task=detection", f"detector.name={name}", override, "backbone.drop_path=0", "recipe.augment=false"),
+        *("data.image_size=128", "data.max_size=192", "global_batch_size=2", "backbone.kwargs.dims=[16,32,64,64]"),
+    )
+    torch.manual_seed(0)
+    model = forecast_detection.build(config).train()
+    images, targets = forecast_detection.batch(config, 2)
+    assert images.shape == (2, 3, 128, 192)
+    for target in targets:
+        corners, sides = torch.rand(OBJECTS, 2) * torch.tensor([150.0, 90.0]), 10 + torch.rand(OBJECTS, 2) * 30
+        target["boxes"] = torch.cat([corners, corners + sides], 1)
+        target["labels"] = torch.randint(1, 4, (OBJECTS,))
+        target["masks"].random_(0, 2)
+    images.normal_()
+    real = sbp.saved_bytes(lambda: forecast_detection.loss(model, images, targets))
+    assert real < forecast(config, 2).saved < 1.05 * real  # which counts masks, and what is matched, as well
+
+
+@pytest.mark.slow
+def test_the_published_detectors_fit_where_the_plain_ones_do_not():
+    """The forecasts that RESULTS.md shows, and the shares of the plain detector's memory that were asked for."""
+    for name, shares in (("mask_rcnn_convnext_tiny", (0.80, 0.62)), ("cascade_mask_rcnn_convnext_base", (0.80, 0.66))):
+        given = ("data.root=/coco", "amp=bfloat16", "global_batch_size=2")
+        plain = forecast(composed(f"experiment=table2/{name}_baseline", *given), 2).peak
+        for recompute, share in zip(("none", "cheap"), shares, strict=True):
+            config = composed(f"experiment=table2/{name}_sbp", f"sbp.recompute={recompute}", *given)
+            assert forecast(config, 2).peak < share * plain
+    assert "sbp.recompute=block" in advice(config, 2, available=plain // 2)

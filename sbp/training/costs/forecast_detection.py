@@ -1,0 +1,91 @@
+"""What a forecast needs of a detector: a step in which as many anchors and regions are chosen as there may be.
+
+Which of them a real step chooses depends on numbers, and fake tensors have none. Here the sampled anchors of an image
+are half with an object, its regions a quarter, and the regions lie on the four levels alike. Matching and the choice of
+proposals allocate for a moment, long before the peak, and are left out.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from sbp.training.config import Config
+from sbp.training.detection.detector import PROPOSALS, Detector, build_detector
+from sbp.training.loop import sum_of
+
+OBJECTS = 20  # of an image; COCO's have 7 on average
+SHARE = 4  # of the entries of a condition one in so many holds: regions with an object, and those of a level
+MULTIPLE = 32  # px; to which images are padded
+
+
+def build(config: Config) -> Detector:
+    """As training builds it."""
+    return build_detector(config.backbone, config.sbp, config.detector, config.data.num_classes)
+
+
+def batch(config: Config, size: int) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images of the largest training size, lying, and their objects; for `Detector`."""
+    data, recipe = config.data, config.recipe
+    short = max([data.image_size, *(recipe.short_sides or [])]) if recipe.augment else data.image_size
+    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in (short, max(short, data.max_size)))
+    targets = [
+        {
+            "boxes": torch.empty(OBJECTS, 4),
+            "labels": torch.empty(OBJECTS, dtype=torch.int64),
+            "masks": torch.empty(OBJECTS, height, width, dtype=torch.uint8),
+            "size": (height, width),
+        }
+        for _ in range(size)
+    ]
+    return torch.empty(size, 3, height, width), targets
+
+
+def loss(model: Detector, images: Tensor, targets: list[dict[str, Any]]) -> Tensor:
+    return sum_of(model(images, targets))  # type: ignore[arg-type]
+
+
+def choose_as_many_as_there_may_be(model: Detector, config: Config) -> None:
+    """Puts fixed numbers in the place of what depends on boxes, in place."""
+    rpn: Any = model.rpn
+    rpn.anchor_generator.cell_anchors = [torch.empty(one.shape) for one in rpn.anchor_generator.cell_anchors]
+    proposals, anchors, regions = PROPOSALS[config.detector.name], rpn.fg_bg_sampler, config.detector.rois_per_image
+
+    def filter_proposals(self: Any, boxes: Tensor, *_: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return [boxes.new_empty(proposals, 4) for _ in boxes], [boxes.new_empty(proposals) for _ in boxes]
+
+    def assign_targets_to_anchors(self: Any, of_images: list[Tensor], _: Any) -> tuple[list[Tensor], list[Tensor]]:
+        return [one.new_empty(len(one)) for one in of_images], [torch.empty_like(one) for one in of_images]
+
+    def compute_loss(
+        self: Any, scores: Tensor, deltas: Tensor, labels: list[Tensor], targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        sampled = indices(anchors.batch_size_per_image * len(labels))
+        objects = sampled[: int(len(sampled) * anchors.positive_fraction)]
+        box_loss = F.smooth_l1_loss(deltas[objects], torch.cat(targets)[objects], beta=1 / 9, reduction="sum")
+        return F.binary_cross_entropy_with_logits(scores.flatten()[sampled], torch.cat(labels)[sampled]), box_loss
+
+    def subsample(self: Any, labels: list[Tensor]) -> list[Tensor]:
+        return [indices(regions) for _ in labels]
+
+    for method in (filter_proposals, assign_targets_to_anchors, compute_loss):
+        setattr(rpn, method.__name__, MethodType(method, rpn))
+    for module in model.modules():
+        if isinstance(module, RoIHeads):
+            module.subsample = MethodType(subsample, module)  # type: ignore[method-assign]
+
+
+def indices(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64)
+
+
+def where(condition: Tensor) -> Tensor:
+    """The indices at which a condition (n,) holds, whose values are not known."""
+    return indices(len(condition) // SHARE)
+
+
+def is_condition(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.bool
