@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,16 @@ from time import perf_counter
 from typing import Any
 
 from sbp.training import distributed, environment
-from sbp.training.config import BackboneConfig, BenchmarkConfig, BenchmarkDataConfig, Config, DataConfig, SbpConfig
+from sbp.training.config import (
+    BackboneConfig,
+    BenchmarkConfig,
+    BenchmarkDataConfig,
+    Config,
+    DataConfig,
+    DetectorConfig,
+    RecipeConfig,
+    SbpConfig,
+)
 from sbp.training.costs import benchmark_report
 from sbp.training.costs.benchmark import ARMS, benchmark
 from sbp.training.costs.benchmark_report import write_json
@@ -55,6 +64,7 @@ class Network:
     batch_size: int
     eager_seconds: float
     compile_seconds: float
+    detector: str | None = None
 
 
 NETWORKS = {
@@ -62,6 +72,12 @@ NETWORKS = {
     "convnext_base": Network(BackboneConfig("convnext_base", 0.3, {"ls_init_value": 1e-6}), 64, 180, 140),
     "vit_tiny": Network(BackboneConfig("vit_tiny_patch16_224", 0.0, {"img_size": 224}), 256, 180, 80),
     "convnext_tiny": Network(BackboneConfig("convnext_tiny", 0.1, {"ls_init_value": 1e-6}), 128, 150, 90),
+    "mask_rcnn_convnext_tiny": Network(
+        BackboneConfig("convnext_tiny", 0.4, {"ls_init_value": 1.0}), 2, 180, 0, "mask_rcnn"
+    ),
+    "cascade_mask_rcnn_convnext_base": Network(
+        BackboneConfig("convnext_base", 0.7, {"ls_init_value": 1.0}), 2, 240, 0, "cascade_mask_rcnn"
+    ),
 }
 SMALL: dict[str, dict[str, Any]] = {
     "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
@@ -84,11 +100,12 @@ def slices(device: str, small: bool, release: str | None) -> list[Slice]:
         return Slice(f"{name}-{part}", 20 if small else seconds, partial(compare, config))
 
     def eager(name: str) -> Iterator[Slice]:
-        arms = EAGER + (VIT_ONLY if name.startswith("vit") else []) + (["release"] if release else [])
+        arms = EAGER + (VIT_ONLY if name.startswith("vit") else [])
+        arms += ["release"] if release and not NETWORKS[name].detector else []
         yield comparison(name, "eager", arms, NETWORKS[name].eager_seconds)
 
     def compiled(name: str) -> Iterator[Slice]:
-        for part, arms in COMPILED.items():
+        for part, arms in COMPILED.items() if not NETWORKS[name].detector else ():
             yield comparison(name, part, arms, 40 + 2 * NETWORKS[name].compile_seconds)
 
     def forecasts(name: str) -> Iterator[Slice]:
@@ -100,13 +117,17 @@ def slices(device: str, small: bool, release: str | None) -> list[Slice]:
 def benchmark_config(name: str, arms: list[str], device: str, small: bool, release: str | None) -> BenchmarkConfig:
     network = NETWORKS[name]
     config = BenchmarkConfig(
-        network.backbone, arms=arms, batch_size=network.batch_size, device=device, release=release,
+        backbone=network.backbone, arms=arms, batch_size=network.batch_size, device=device, release=release,
         rounds=20, memory_gib=MEMORY_GIB, seconds=480,
     )  # fmt: skip
+    if network.detector:
+        config.task, config.detector = "detection", DetectorConfig(network.detector)
+        config.data = BenchmarkDataConfig(image_size=800, num_classes=80)
     if small:
-        family = name.split("_")[0]
+        family = "vit" if name.startswith("vit") else "convnext"
         config.backbone = BackboneConfig(network.backbone.name, network.backbone.drop_path, SMALL[family])
-        config.data = BenchmarkDataConfig(image_size=32 if family == "vit" else 64, num_classes=10)
+        config.data = BenchmarkDataConfig(image_size=32 if family == "vit" else 64, max_size=96, num_classes=10)
+        config.detector = replace(config.detector, fpn_channels=8, hidden_size=16, rois_per_image=16)
         config.batch_size, config.rounds, config.warmup, config.memory_gib = 4, 2, 1, 1
         config.compile_backend, config.threads = "aot_eager_decomp_partition", 1
     return config
@@ -136,9 +157,12 @@ def check_forecast(eager: str, path: Path) -> None:
         if record["error"] or arm.checkpointing or arm.patch_drop or arm.release:
             continue  # not a training run of ours
         config = Config(
+            task=settings["task"],
             backbone=BackboneConfig(**settings["backbone"]),
+            detector=DetectorConfig(**settings["detector"]),
             sbp=SbpConfig(enabled=arm.sbp is not None, **settings["sbp"] | (arm.sbp or {})),
             data=DataConfig("synthetic", **settings["data"]),
+            recipe=RecipeConfig() if settings["task"] == "classification" else RecipeConfig(label_smoothing=0.0),
             global_batch_size=result["batch_size"],
             amp=result["amp"],
         )

@@ -52,6 +52,6 @@ def test_the_method_imports_without_the_framework():
 
 def test_the_benchmark_needs_torch_and_timm_only():
     """A GPU machine often has nothing else, and no network."""
-    absent = ("hydra", "omegaconf", "wandb", "matplotlib", "sklearn")
+    absent = ("hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "pycocotools")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import scripts.gpu_results"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

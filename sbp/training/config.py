@@ -352,9 +352,10 @@ class BenchmarkSbpConfig:
 
 @dataclass
 class BenchmarkDataConfig:
-    """Random images, made on the device."""
+    """Random images, made on the device. max_size: their longer side, of a detector."""
 
     image_size: int = 224
+    max_size: int = 1333
     num_classes: int = 1000
 
 
@@ -362,6 +363,7 @@ class BenchmarkDataConfig:
 class BenchmarkConfig:
     """One comparison of ways to train a network; the ways are the arms in sbp/training/costs/benchmark.py.
 
+    task, detector: as in Config.
     arms: null for all that the network knows.
     batch_size: images in a step of one process.
     rounds, steps: every arm takes `steps` steps in a row, then the next arm; so many rounds of that.
@@ -373,7 +375,9 @@ class BenchmarkConfig:
     release: the folder of the authors' release, which makes it an arm.
     """
 
+    task: str = "classification"
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    detector: DetectorConfig = field(default_factory=DetectorConfig)
     sbp: BenchmarkSbpConfig = field(default_factory=BenchmarkSbpConfig)
     data: BenchmarkDataConfig = field(default_factory=BenchmarkDataConfig)
     arms: list[str] | None = None
@@ -553,6 +557,8 @@ def _check_task(config: Config) -> None:
 def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
     """Returns the config; raises ValueError as `validate` does. The arms are checked where they are defined."""
     _check_keep_ratio(config.sbp.keep_ratio)
+    _one_of("task", config.task, TASKS)
+    _one_of("detector.name", config.detector.name, DETECTORS)
     _one_of("sbp.mask", config.sbp.mask, masks.KINDS)
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)

@@ -18,12 +18,15 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._pytree import tree_leaves
 
 import sbp
 from sbp.training import distributed, environment, parallel
 from sbp.training.config import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
+from sbp.training.costs import detection_batch
 from sbp.training.costs.release import release_model
-from sbp.training.loop import autocast
+from sbp.training.detection.detector import Detector, build_detector
+from sbp.training.loop import autocast, sum_of
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion
 
@@ -33,7 +36,7 @@ EXACT, DROPPING, SBP, RELEASE = "exact gradient", "token dropping", "SBP", "SBP,
 KINDS = (EXACT, DROPPING, SBP, RELEASE)
 PARTS = ("forward", "backward", "optimizer")  # of a step, in this order
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Any]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     """
     begin = perf_counter()
     validate_benchmark(config)
-    names = _choose_arms(config)
+    names, detects = _choose_arms(config), config.task == "detection"
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = distributed.pick_device(config.device)
@@ -128,7 +131,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     for record in running:
         _compare(record, records.get("plain", {}))
     return {
-        "network": config.backbone.name,
+        "network": f"{config.detector.name}, {config.backbone.name}" if detects else config.backbone.name,
         "parameters": parameters,
         "device": environment.device_name(device),
         "device_memory": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
@@ -148,11 +151,12 @@ def _choose_arms(config: BenchmarkConfig) -> list[str]:
     """The names of the arms to run. Raises ValueError for what is wrong whichever arm runs."""
     plain = build_on(torch.device("meta"), config, ARMS["plain"])
     build_on(torch.device("meta"), config, ARMS["sbp"])
-    is_vit = isinstance(plain, VisionTransformer)
+    is_vit, is_detector = isinstance(plain, VisionTransformer), isinstance(plain, Detector)
     possible = [
         name
         for name, arm in ARMS.items()
         if (is_vit or not arm.vit_only) and (config.release is not None or not arm.release)
+        if not is_detector or (arm.budget is None and not arm.release)  # whose regions differ in number
     ]
     names = possible if config.arms is None else config.arms
     unknown = [name for name in names if name not in possible]
@@ -171,12 +175,19 @@ def build_on(device: torch.device, config: BenchmarkConfig, arm: Arm) -> nn.Modu
     if arm.sbp is not None:
         settings = SbpConfig(**asdict(config.sbp) | arm.sbp)
     with device:  # weights of a large model take seconds to draw on a CPU
-        model = build_model(backbone, settings, config.data.num_classes, config.data.image_size)
+        if config.task == "detection":
+            model: nn.Module = build_detector(backbone, settings, config.detector, config.data.num_classes)
+        else:
+            model = build_model(backbone, settings, config.data.num_classes, config.data.image_size)
         if arm.release:
             model = release_model(Path(config.release or ""), model, backbone.drop_path)
     if arm.checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
+        backbone_of(model).set_grad_checkpointing()  # type: ignore[operator]
     return model.train()
+
+
+def backbone_of(model: nn.Module) -> nn.Module:
+    return model.backbone.body if isinstance(model, Detector) else model
 
 
 class Runner:
@@ -194,10 +205,13 @@ class Runner:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
         self.criterion = build_criterion(RecipeConfig())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+        self.has_losses = isinstance(model, Detector)
         self.model = parallel.wrap(model)
 
     def loss(self, batch: Batch) -> Tensor:
         with autocast(self.amp, self.device):
+            if self.has_losses:
+                return sum_of(self.model(*batch))
             return self.criterion(self.model(batch[0]), batch[1])
 
     def turn(self, batch: Batch, steps: int) -> list[dict[str, float]]:
@@ -254,10 +268,21 @@ def _backend(name: str, budget: float) -> Callable[..., Any]:
 
 
 def _batch(config: BenchmarkConfig, size: int, device: torch.device) -> Batch:
-    images = torch.randn(size, 3, config.data.image_size, config.data.image_size, device=device)
+    data = config.data
+    targets: Any
+    with device:
+        if config.task == "detection":
+            torch.manual_seed(config.seed)  # how many regions there are depends on the boxes
+            images, targets = detection_batch.random(data.image_size, data.max_size, size, data.num_classes)
+        else:
+            images, targets = torch.randn(size, 3, *[data.image_size] * 2), torch.randint(data.num_classes, (size,))
     if config.channels_last:
         images = images.to(memory_format=torch.channels_last)
-    return images, torch.randint(config.data.num_classes, (size,), device=device)
+    return images, targets
+
+
+def _bytes(batch: Batch) -> int:
+    return sum(one.nbytes for one in tree_leaves(batch) if isinstance(one, Tensor))
 
 
 # -- one arm
@@ -292,8 +317,8 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
         runner.turn(batch, config.warmup)
         record["saved_bytes"] = sbp.saved_bytes(lambda: runner.loss(batch))
         return runner
-    allocated = torch.cuda.memory_allocated(device) - batch[0].nbytes
-    reserved = torch.cuda.memory_reserved(device) - batch[0].nbytes
+    allocated = torch.cuda.memory_allocated(device) - _bytes(batch)
+    reserved = torch.cuda.memory_reserved(device) - _bytes(batch)
     runner = Runner(config, arm, device)
     runner.turn(batch, config.warmup)
     torch.cuda.empty_cache()

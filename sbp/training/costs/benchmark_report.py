@@ -58,7 +58,7 @@ def caption(result: dict[str, Any]) -> str:
     parts = [
         f"{result['network']} ({result['parameters'] / 1e6:.1f} M parameters) on {result['device']}",
         f"{result['threads']} CPU thread(s), {result['world_size']} process(es)",
-        f"batch {result['batch_size']} a process, {settings['data']['image_size']} px, amp {result['amp']}",
+        f"batch {result['batch_size']} a process, {image_size(settings)} px, amp {result['amp']}",
         f"AdamW; medians of {result['rounds']} rounds x {settings['steps']} steps (first to third quartile)",
         f"time and memory relative to plain; memory is {memory}",
         versions,
@@ -67,6 +67,11 @@ def caption(result: dict[str, Any]) -> str:
         gib = settings["memory_gib"] or result["device_memory"] / 2**30
         parts.append(f"largest batch in {gib:.0f} GiB: ~ is extrapolated, the others were run")
     return "; ".join(parts) + "."
+
+
+def image_size(settings: dict[str, Any]) -> str:
+    data = settings["data"]
+    return f"{data['image_size']} x {data['max_size']}" if settings.get("task") == "detection" else data["image_size"]
 
 
 def table(result: dict[str, Any]) -> str:

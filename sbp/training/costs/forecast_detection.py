@@ -14,12 +14,12 @@ from torch import Tensor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from sbp.training.config import Config
+from sbp.training.costs import detection_batch
+from sbp.training.costs.detection_batch import Batch, Target
 from sbp.training.detection.detector import PROPOSALS, Detector, build_detector
 from sbp.training.loop import sum_of
 
-OBJECTS = 20  # of an image; COCO's have 7 on average
 SHARE = 4  # of the entries of a condition one in so many holds: regions with an object, and those of a level
-MULTIPLE = 32  # px; to which images are padded
 
 
 def build(config: Config) -> Detector:
@@ -27,24 +27,14 @@ def build(config: Config) -> Detector:
     return build_detector(config.backbone, config.sbp, config.detector, config.data.num_classes)
 
 
-def batch(config: Config, size: int) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Images of the largest training size, lying, and their objects; for `Detector`."""
+def batch(config: Config, size: int) -> Batch:
+    """Images of the largest training size, lying, and their objects."""
     data, recipe = config.data, config.recipe
-    short = max([data.image_size, *(recipe.short_sides or [])]) if recipe.augment else data.image_size
-    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in (short, max(short, data.max_size)))
-    targets = [
-        {
-            "boxes": torch.empty(OBJECTS, 4),
-            "labels": torch.empty(OBJECTS, dtype=torch.int64),
-            "masks": torch.empty(OBJECTS, height, width, dtype=torch.uint8),
-            "size": (height, width),
-        }
-        for _ in range(size)
-    ]
-    return torch.empty(size, 3, height, width), targets
+    short = max(recipe.short_sides or [0]) if recipe.augment else 0
+    return detection_batch.empty(short or data.image_size, data.max_size, size)
 
 
-def loss(model: Detector, images: Tensor, targets: list[dict[str, Any]]) -> Tensor:
+def loss(model: Detector, images: Tensor, targets: list[Target]) -> Tensor:
     return sum_of(model(images, targets))  # type: ignore[arg-type]
 
 

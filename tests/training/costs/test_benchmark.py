@@ -176,16 +176,23 @@ def test_gpu_results_resumes_and_tells_what_is_left(monkeypatch, tmp_path, capsy
     assert capsys.readouterr().out == f"\nnothing is left to do: {folder}\n"
 
 
-def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys):
+def test_the_order_of_the_slices():
+    listed = [piece.name for piece in gpu_results.slices("cuda", small=False, release=None)]
+    assert listed[:3] == ["vit_base-eager", "convnext_base-eager", "vit_tiny-eager"]
+    assert listed[4:6] == ["mask_rcnn_convnext_tiny-eager", "cascade_mask_rcnn_convnext_base-eager"]
+    assert not any("rcnn" in name and "compiled" in name for name in listed)
+
+
+@pytest.mark.parametrize("name", ["convnext_base", "mask_rcnn_convnext_tiny"])
+def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys, name):
     listed = gpu_results.slices("cpu", small=True, release=None)
-    assert [piece.name for piece in listed[:3]] == ["vit_base-eager", "convnext_base-eager", "vit_tiny-eager"]
-    listed[1].write(tmp_path / "convnext_base-eager.json")
+    pieces = {piece.name: piece for piece in listed}
+    pieces[f"{name}-eager"].write(tmp_path / f"{name}-eager.json")
     gpu_results.report(tmp_path, listed)
-    assert {"convnext_base-eager.json", "convnext_base.md", "convnext_base.png"} <= set(os.listdir(tmp_path))
+    assert {f"{name}-eager.json", f"{name}.md", f"{name}.png"} <= set(os.listdir(tmp_path))
     assert "| SBP, cheap recompute | " in capsys.readouterr().out
-    (forecasts,) = [piece for piece in listed if piece.name == "forecast-convnext_base"]
-    forecasts.write(tmp_path / "forecast-convnext_base.json")
-    found = json.loads((tmp_path / "forecast-convnext_base.json").read_text())["arms"]
+    pieces[f"forecast-{name}"].write(tmp_path / f"forecast-{name}.json")
+    found = json.loads((tmp_path / f"forecast-{name}.json").read_text())["arms"]
     assert found["sbp_cheap"]["forecast"] < found["sbp"]["forecast"] < found["plain"]["forecast"]
 
 
@@ -194,7 +201,12 @@ def test_networks_are_those_of_the_configs():
     from tests.training.configs import composed
 
     for name, network in NETWORKS.items():
-        assert composed(f"backbone={name}", name="benchmark", kind=BenchmarkConfig).backbone == network.backbone
+        if network.detector:
+            config = composed(f"experiment=table2/{name}_sbp", "data.root=/coco")
+            assert config.detector.name == network.detector and config.micro_batch_size == network.batch_size
+        else:
+            config = composed(f"backbone={name}", name="benchmark", kind=BenchmarkConfig)
+        assert config.backbone == network.backbone
 
 
 # -- what not every machine has

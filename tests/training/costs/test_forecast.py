@@ -8,8 +8,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 import sbp
 from sbp.training.config import DETECTORS, Config
+from sbp.training.costs import detection_batch, forecast_detection
 from sbp.training.costs import forecast as forecasts
-from sbp.training.costs import forecast_detection
 from sbp.training.costs.forecast import (
     PARTS,
     RECOMPUTE,
@@ -18,7 +18,6 @@ from sbp.training.costs.forecast import (
     largest_micro_batch,
     with_sbp,
 )
-from sbp.training.costs.forecast_detection import OBJECTS
 from sbp.training.costs.forecast_paper import PAPER
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
@@ -202,14 +201,8 @@ def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     )
     torch.manual_seed(0)
     model = forecast_detection.build(config).train()
-    images, targets = forecast_detection.batch(config, 2)
-    assert images.shape == (2, 3, 128, 192)
-    for target in targets:
-        corners, sides = torch.rand(OBJECTS, 2) * torch.tensor([150.0, 90.0]), 10 + torch.rand(OBJECTS, 2) * 30
-        target["boxes"] = torch.cat([corners, corners + sides], 1)
-        target["labels"] = torch.randint(1, 4, (OBJECTS,))
-        target["masks"].random_(0, 2)
-    images.normal_()
+    images, targets = detection_batch.random(128, 192, 2, num_classes=3)
+    assert images.shape == forecast_detection.batch(config, 2)[0].shape == (2, 3, 128, 192)
     real = sbp.saved_bytes(lambda: forecast_detection.loss(model, images, targets))
     assert real < forecast(config, 2).saved < 1.05 * real  # which counts masks, and what is matched, as well
 

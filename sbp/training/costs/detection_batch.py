@@ -1,0 +1,43 @@
+"""Images with objects for a detector, as large as in training: of random numbers, or of tensors without values."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OBJECTS = 20  # of an image; COCO's have 7 on average
+MULTIPLE = 32  # px; to which images are padded
+SMALLEST = 16  # px; a side of a random object
+
+Target = dict[str, Any]
+Batch = tuple[Tensor, list[Target]]
+
+
+def empty(short_side: int, long_side: int, size: int) -> Batch:
+    """`size` lying images, and their objects, without values; on torch's current device."""
+    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in (short_side, max(short_side, long_side)))
+    targets = [
+        {
+            "boxes": torch.empty(OBJECTS, 4),
+            "labels": torch.empty(OBJECTS, dtype=torch.int64),
+            "masks": torch.empty(OBJECTS, height, width, dtype=torch.uint8),
+            "size": (height, width),
+        }
+        for _ in range(size)
+    ]
+    return torch.empty(size, 3, height, width), targets
+
+
+def random(short_side: int, long_side: int, size: int, num_classes: int) -> Batch:
+    """As `empty`, of random numbers: objects are rectangles, and their sides at most half of the image's."""
+    images, targets = empty(short_side, long_side, size)
+    for target in targets:
+        height, width = target["size"]
+        sides = SMALLEST + torch.rand(OBJECTS, 2) * (torch.tensor([width, height]) / 2 - SMALLEST)
+        corners = torch.rand(OBJECTS, 2) * (torch.tensor([width, height]) - sides)
+        target["boxes"] = torch.cat([corners, corners + sides], 1)
+        target["labels"].random_(1, num_classes + 1)
+        x, y = torch.arange(width), torch.arange(height)[:, None]
+        x1, y1, x2, y2 = target["boxes"][:, :, None, None].unbind(1)
+        target["masks"] = ((x1 <= x) & (x < x2) & (y1 <= y) & (y < y2)).byte()
+    return images.normal_(), targets
