@@ -47,6 +47,10 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
     expected: as `findings` takes it. Raises ValueError for a config or a data set that cannot be checked.
     """
     validate(config)
+    if config.task != "classification":
+        raise ValueError(
+            f"task must be classification here, got {config.task}; of detection, train.py checks the files"
+        )
     if config.max_images is not None and config.max_images < 1:
         raise ValueError(f"max_images must be null or at least 1, got {config.max_images}")
     data, loading, digests = config.data, None, dict[bytes, str]()

@@ -36,6 +36,8 @@ def export(checkpoint: Path, folder: Path, ema: bool | None = None) -> Exported:
         raise ValueError(f"{target} exists: remove it, or take another run_dir")
     path, content = find(checkpoint)
     config = from_dict(Config, content["config"])
+    if config.task != "classification":
+        raise ValueError(f"{path} is of a run with task={config.task}; only classifiers are models of timm's")
     averaged, weights = choose_weights(path, content, ema)
     backbone, data = config.backbone, config.data
     model = build_model(backbone, SbpConfig(enabled=False), data.num_classes, data.image_size)

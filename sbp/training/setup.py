@@ -219,6 +219,7 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
     )
     origin = "absolute" if base is None else f"{facts['base_lr']:g} for a batch of {base}"
     decay = config.recipe.layer_decay
-    layers = "" if decay is None else f", of the classifier; times {decay:g} for each layer below it"
+    top = "detector" if config.task == "detection" else "classifier"
+    layers = "" if decay is None else f", of the {top}; times {decay:g} for each layer below it"
     log.info("lr            %g (%s)%s", facts["lr"], origin, layers)
     log.info("device        %s, amp %s", facts["device"], facts["amp"])
