@@ -14,6 +14,7 @@ from eval import evaluate_checkpoint
 from sbp.training import setup
 from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.config import DETECTORS, EvalConfig, validate
+from sbp.training.export import export
 from sbp.training.optim import build_optimizer, build_scheduler
 from sbp.training.tracking import read_metrics
 from tests.training.comparing import assert_equal, record
@@ -58,6 +59,8 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
     assert [result[name] for name in figures] == pytest.approx([summary[name] for name in figures])
     pictures = [Image.open(path) for path in (tmp_path / "pictures").iterdir()]
     assert len(pictures) == 2 and all(min(picture.size) == 64 for picture in pictures)
+    with pytest.raises(ValueError, match="task=detection; only classifiers are models of timm's"):
+        export(tmp_path, tmp_path / "exported")
     # Its backbone is timm's own.
     _, content = find(tmp_path)
     body = {name.removeprefix("backbone.body."): value for name, value in content["state_dict"].items()}
