@@ -176,7 +176,9 @@ def build_on(device: torch.device, config: BenchmarkConfig, arm: Arm) -> nn.Modu
         settings = SbpConfig(**asdict(config.sbp) | arm.sbp)
     with device:  # weights of a large model take seconds to draw on a CPU
         if config.task == "detection":
-            model: nn.Module = build_detector(backbone, settings, config.detector, config.data.num_classes)
+            detector = build_detector(backbone, settings, config.detector, config.data.num_classes)
+            detection_batch.propose_objects(detector)
+            model: nn.Module = detector
         else:
             model = build_model(backbone, settings, config.data.num_classes, config.data.image_size)
         if arm.release:

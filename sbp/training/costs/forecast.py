@@ -270,7 +270,7 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         with autocast(config.amp, _CPU):
             loss = criterion(model, images, targets)
         if not rules.images_stay:
-            del images
+            del images, targets
         saved = allocations.rename_temporaries("activations")
         # `loss.backward()`, within the modes above: called by that name it would leave the casts, which whatever is
         # recomputed in the backward pass needs as well.
