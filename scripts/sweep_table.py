@@ -107,7 +107,9 @@ def table(jobs: list[Job]) -> str:
     """The jobs in Markdown: what was swept, the figures, the status."""
     keys = swept_keys(jobs)
     columns = {heading: show for heading, show in COLUMNS.items() if f"sbp.{heading}" not in keys}
-    for heading in ("box AP", "mask AP") if not any(job.summary.get("box_ap") for job in jobs) else ("top-1 %",):
+    for heading in (
+        ("box AP", "mask AP") if not any(job.summary.get("box_ap") is not None for job in jobs) else ("top-1 %",)
+    ):
         del columns[heading]
     named = keys or ["job"]
     lines = [[*named, *columns, "status"]]

@@ -164,6 +164,11 @@ class Trainer:
         return parallel.is_sharded(self.model)
 
     @property
+    def collective(self) -> bool:
+        """Whether a training pass exchanges anything with the other processes besides gradients."""
+        return self.sharded or any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
+
+    @property
     def lr(self) -> float:
         """The learning rate of the last step, the largest of its parameter groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)

@@ -23,6 +23,7 @@ SHOWN = {  # in the line of an epoch
     "val/box_ap": "box AP",
     "val/mask_ap": "mask AP",
     "val/box_ap_ema": "box AP (EMA)",
+    "val/mask_ap_ema": "mask AP (EMA)",
 }
 
 

@@ -98,7 +98,7 @@ class Run:
 
     def gradient_cosines(self) -> dict[str, float]:
         """Those of the weights of now, on the probe's images; measured by the main process where one is enough."""
-        if not (distributed.is_main() or self.trainer.sharded):
+        if not (distributed.is_main() or self.trainer.collective):
             return {}
         with self.peak.excluded():
             draw = 0 if self.trainer.fixed_mask else self.step

@@ -33,9 +33,14 @@ TABLE_1 = {  # nodes, batch, lr, drop path; top-1 % and MB per GPU without SBP, 
 }
 
 
+DETECTION = ("data=coco", "data=shapes", "recipe=detection", "recipe=detection_demo")
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_each_option_of_a_group_composes_and_validates(option):
-    named = ("data.root=somewhere", "data.name=torch/cifar10")
+    named = ["data.root=somewhere", "data.name=torch/cifar10"]
+    if option in DETECTION:
+        named += ["backbone=convnext_tiny", "task=detection", *(["data=coco"] if option == "recipe=detection" else [])]
     validate(composed(option, *named, *(["backbone.name=vit_small_patch16_224"] if option == "backbone=timm" else [])))
 
 

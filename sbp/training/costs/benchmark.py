@@ -198,7 +198,7 @@ class Runner:
     def __init__(self, config: BenchmarkConfig, arm: Arm, device: torch.device) -> None:
         self.amp, self.device = config.amp, device
         torch.manual_seed(config.seed)
-        model = build_on(device, config, arm)
+        model = parallel.synchronise_batch_norm(build_on(device, config, arm), device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if arm.budget is not None:

@@ -21,7 +21,6 @@ from sbp.training.data.loading import NO_IMAGES, Batch, Sample
 from sbp.training.data.preprocessing import Normalize
 
 Target = dict[str, Any]
-LONGEST_BEFORE_CROP = 4200  # px, of an image that is resized to be cropped
 MULTIPLE = 32  # px: the strides of a ConvNeXt's last stage
 
 
@@ -68,7 +67,7 @@ class TrainTransform:
                 image, target = flip(image, target)
             if random.random() < recipe.crop_share:
                 first = random.choice(recipe.crop_short_sides)
-                image, target = resize(image, target, first, LONGEST_BEFORE_CROP, data.interpolation)
+                image, target = resize(image, target, first, data.max_size, data.interpolation)
                 image, target = random_crop(image, target, *recipe.crop_sides)
             short_side = random.choice(recipe.short_sides or [short_side])
         return _finished(*resize(image, target, short_side, data.max_size, data.interpolation))

@@ -65,7 +65,9 @@ class CascadeHeads(nn.Module):
             scores, deltas = stage.read_boxes(features, sample.boxes, image_shapes)
             labels = torch.cat(sample.labels)
             mask = stage.mask_loss(features, sample.boxes, image_shapes, sample.labels, sample.matched, targets)
-            losses[f"loss_classifier_{number}"] = weight * F.cross_entropy(scores, labels)
+            losses[f"loss_classifier_{number}"] = (
+                weight * F.cross_entropy(scores, labels, reduction="sum") / max(len(labels), 1)
+            )
             losses[f"loss_box_reg_{number}"] = weight * BOX_WEIGHT * box_loss(stage, deltas, sample, targets)
             losses[f"loss_mask_{number}"] = weight * mask
             classes = torch.where(labels > 0, labels, likeliest(scores))
@@ -109,7 +111,7 @@ def box_loss(stage: MaskRoIHeads, deltas: Tensor, sample: Sample, targets: list[
     boxes = decode(stage, deltas, torch.cat(sample.boxes), labels)[labels > 0]
     zipped = zip(targets, sample.labels, sample.matched, strict=True)
     objects = [target["boxes"][matched[label > 0]] for target, label, matched in zipped]
-    return generalized_box_iou_loss(boxes, torch.cat(objects).to(boxes), reduction="sum") / len(labels)
+    return generalized_box_iou_loss(boxes, torch.cat(objects).to(boxes), reduction="sum") / max(len(labels), 1)
 
 
 def refine(

@@ -2,7 +2,8 @@
 
 Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs). Images come padded to one size; boxes are
 (x1, y1, x2, y2) in pixels of the padded batch, and everything about them is float32 under autocast too: in bfloat16
-a box at 1333 px is off by several pixels.
+a box at 1333 px is off by several pixels. Where they differ from those: Mask R-CNN's box losses are torchvision's smooth
+L1, anchors that cross the image's border are trained as well, and low-quality matches of anchors have no least overlap.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from sbp.training.checkpoint import load_weights
@@ -28,6 +29,7 @@ from sbp.training.models import apply_sbp, check_name, create
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BLOCKS_A_LAYER = 3
+OBJECTS_AT_ONCE = 8
 PROPOSALS = {"mask_rcnn": 1000, "cascade_mask_rcnn": 2000}  # of an image in training
 
 
@@ -67,7 +69,7 @@ def load_body(detector: "Detector", weights: dict[str, Tensor]) -> None:
 
 
 def proposal_network(strides: list[int], detector: DetectorConfig) -> RegionProposalNetwork:
-    return RegionProposalNetwork(
+    rpn = RegionProposalNetwork(
         Anchors(detector.anchor_sizes, strides),
         WideRPNHead(detector.fpn_channels, len(ASPECT_RATIOS)),
         fg_iou_thresh=0.7,
@@ -78,6 +80,13 @@ def proposal_network(strides: list[int], detector: DetectorConfig) -> RegionProp
         post_nms_top_n={"training": PROPOSALS[detector.name], "testing": 1000},
         nms_thresh=0.7,
     )
+    rpn.box_similarity = overlaps
+    return rpn
+
+
+def overlaps(objects: Tensor, anchors: Tensor) -> Tensor:
+    """torchvision's box_iou, (objects, anchors), a few objects at a time: else a crowd's make the step's peak."""
+    return torch.cat([box_iou(few, anchors) for few in objects.split(OBJECTS_AT_ONCE)])
 
 
 class Detector(nn.Module):

@@ -23,6 +23,7 @@ from tests.training.detection.few import few_images
 from tests.training.wandb_side import wandb_history
 from train import train
 
+CPU = torch.device("cpu")
 PHOTOGRAPHS = os.environ.get("SBP_COCO")  # with images/train and annotations/instances_train.json
 FOUR_IMAGES = (
     *("task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1"),
@@ -170,6 +171,15 @@ def test_a_detector_starts_from_the_weights_of_a_classifier(tmp_path):
     task.load_starting_weights(model, task.starting_weights(config.backbone, config.data))
     own = {name: value for name, value in trained.state_dict().items() if not name.startswith("head.")}
     assert_equal(dict(model.backbone.body.state_dict()), own)
+
+
+def test_all_processes_take_part_in_a_probe_where_batch_norms_do():
+    """Else the main process would wait in the probe for statistics that the others never send."""
+    config = small_detector_run("detector.name=cascade_mask_rcnn")
+    trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
+    assert not trainer.collective
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(trainer.model)
+    assert trainer.collective
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torchvision.ops import box_iou, roi_align
 import sbp
 from sbp.training import parallel
 from sbp.training.config import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
-from sbp.training.detection.detector import Anchors, build_detector, load_body
+from sbp.training.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
 from sbp.training.detection.heads import AlignedPool, crop_masks
 from tests import oracles
 from tests.conftest import assert_same_gradients
@@ -291,3 +291,10 @@ def test_batch_norm_of_several_processes(monkeypatch):
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) == 12
     assert list(model.state_dict()) == keys and [type(module) for module in model.backbone.modules()] == classes
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+def test_overlaps_are_torchvisions():
+    for count in (0, 1, 2 * OBJECTS_AT_ONCE + 3):
+        corners = torch.rand(count + 5, 2)
+        boxes = torch.cat([corners, corners + torch.rand(count + 5, 2)], 1)
+        assert torch.equal(overlaps(boxes[:count], boxes[count:]), box_iou(boxes[:count], boxes[count:]))
