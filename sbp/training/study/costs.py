@@ -28,7 +28,7 @@ def step_costs(
     batches = {name: _batch(config) for name, config in configs.items()}
     for name, config in configs.items():
         trainer = _trainer(config, device)
-        few = tuple(part[:SLOPE_IMAGES] for part in batches[name][0])
+        few = tuple(part[: SLOPE_IMAGES["classification"]] for part in batches[name][0])
         found[name]["memory"] = saved_bytes_per_image(trainer, *few) * len(batches[name][0][0])
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
