@@ -77,7 +77,7 @@ class CudaCasts(TorchFunctionMode):
     # These see their inputs as float32, so that autograd may save a copy ...
     float32_inputs: frozenset[Callable] = frozenset({
         *(F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.cross_entropy, F.nll_loss, F.kl_div),
-        *(F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss),
+        *(F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.interpolate),
         *(torch.layer_norm, torch.group_norm, torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp),
         *(torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal),
     })  # fmt: skip

@@ -4,7 +4,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torchvision.ops import roi_align
 
 import sbp
 from sbp.training.config import DETECTORS, Config
@@ -13,6 +15,7 @@ from sbp.training.costs import forecast as forecasts
 from sbp.training.costs.forecast import (
     PARTS,
     RECOMPUTE,
+    CudaCasts,
     advice,
     forecast,
     largest_micro_batch,
@@ -76,6 +79,44 @@ def test_cuda_casts_norms_to_float32_and_not_gelu():
     saved = forecast(config, images).saved - forecast(config, images // 2).saved
     patches = 2 * 3 * 8 * 8
     assert saved == pytest.approx(images // 2 * tokens * (per_token + patches), rel=0.01)  # the head is left out
+
+
+USED = {  # of images or maps (2, 8, 8, 8), what networks and losses do with them
+    "convolution": lambda x: F.conv2d(x, x),
+    "transposed convolution": lambda x: F.conv_transpose2d(x, x.new_ones(8, 4, 2, 2)),
+    "linear": lambda x: F.linear(x, x[0, 0]),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "layer norm": lambda x: F.layer_norm(x, (8,)),
+    "batch norm": lambda x: F.batch_norm(x, *torch.ones(2, 8, dtype=torch.float32), training=True),
+    "gelu": F.gelu,
+    "softmax": lambda x: x.softmax(-1),
+    "sum": lambda x: x.sum(),
+    "power": lambda x: x**2,
+    "pooling": lambda x: F.max_pool2d(x, 1, 2),
+    "interpolation": lambda x: F.interpolate(x, scale_factor=2, mode="nearest"),
+    "regions": lambda x: roi_align(x, torch.ones(3, 5), 7),
+    "cross entropy": lambda x: F.cross_entropy(x[0, 0], torch.zeros(8, dtype=torch.int64)),
+    "binary cross entropy": lambda x: F.binary_cross_entropy_with_logits(x, x),
+    "smooth L1": lambda x: F.smooth_l1_loss(x, x),
+}
+
+
+@pytest.mark.parametrize("used", USED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_are_those_of_cudas_own_autocast(used, dtype):
+    """Which needs no GPU to say on fake CUDA tensors what it casts."""
+    with forecasts._fake_cuda(CudaCasts()), torch.autocast("cpu", dtype):
+        ours = USED[used](torch.empty(2, 8, 8, 8, dtype=dtype))
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # `torch.autocast` would leave it off where there is no GPU
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        with FakeTensorMode(), torch.device("cuda"):
+            assert USED[used](torch.empty(2, 8, 8, 8, dtype=dtype)).dtype == ours.dtype
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+        torch.clear_autocast_cache()
 
 
 @pytest.mark.parametrize("backbone", ["vit", "convnext"])
