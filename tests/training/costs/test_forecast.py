@@ -26,6 +26,7 @@ from sbp.training.detection.heads import MaskRoIHeads
 from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from scripts.forecast_memory import ForecastConfig, report
+from scripts.gpu_results import BenchmarkRules
 from tests.training.configs import BACKBONES, composed, small
 from train import train
 
@@ -248,6 +249,26 @@ def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     assert images.shape == forecast_detection.batch(config, 2)[0].shape == (2, 3, 128, 192)
     real = sbp.saved_bytes(lambda: forecast_detection.loss(model, images, targets))
     assert forecast(config, 2).saved == pytest.approx(real, rel=0.005)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_the_peak_of_a_detector_is_that_of_an_independent_count(name):
+    """Of a real step, in which anchors are matched and proposals chosen, which a forecast leaves out."""
+    config = composed(
+        *("task=detection", f"detector.name={name}", "sbp=none", "backbone.drop_path=0", "recipe.augment=false"),
+        *("data.image_size=128", "data.max_size=192", "global_batch_size=2", "backbone.kwargs.dims=[16,32,64,64]"),
+    )
+    torch.manual_seed(0)
+    model = forecast_detection.build(config).train()
+    detection_batch.propose_objects(model)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        images, targets = detection_batch.random(128, 192, 2, num_classes=3)
+        forecast_detection.loss(model, images, targets).backward()
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    ours = forecast(config, 2, rules=BenchmarkRules())  # whose images stay
+    assert ours.peak - ours.optimizer == pytest.approx(counted, rel=0.005)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
