@@ -224,8 +224,10 @@ def table_2(folder: Path) -> Iterator[str]:
         "Without → with SBP at keep-ratio 0.5, and their ratio; two images of `800 x 1333` pixels, by `python "
         "scripts/forecast_memory.py experiment=table2/mask_rcnn_convnext_tiny_sbp data.root=/path/to/coco "
         "global_batch_size=2 amp=bfloat16` and so on; `make gpu-results` measures. By forecast, which knows no "
-        "workspaces, today's plain detectors need about half of what the talk's did, and a larger part of that is the "
-        "heads', which SBP does not touch: its share is smaller than the talk's. "
+        "workspaces, today's plain detectors need about half of what the talk's did, and SBP saves a smaller share of "
+        "it: weights, optimizer, pyramid and heads, which it does not touch, are there in full. It saves somewhat less "
+        "in the experiments' own `amp=float16`, and where gradients are held besides, as on several GPUs: "
+        "`amp=float16 world_size=8 global_batch_size=16`. "
         "`python train.py task=detection experiment=table2/...` runs the four."
     )
 
