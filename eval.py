@@ -49,8 +49,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     with signals.noted():
         figures = task.evaluate(model, loader, normalize=normalize, amp=config.amp, patched=config.sbp.enabled)
     if request.pictures and distributed.is_main():
+        (folder / "pictures").mkdir(exist_ok=True)
         for name, picture in task.pictures(model, images, request.pictures, normalize=normalize, amp=config.amp):
-            (folder / "pictures").mkdir(exist_ok=True)
             picture.save(folder / "pictures" / f"{name}.jpg", quality=90)
     preprocessing = task.preprocessing(config.data)
     log.info("checkpoint     %s, step %d, %s weights", path, checkpoint["step"], "averaged (EMA)" if ema else "raw")

@@ -106,11 +106,9 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 def table(jobs: list[Job]) -> str:
     """The jobs in Markdown: what was swept, the figures, the status."""
     keys = swept_keys(jobs)
-    columns = {heading: show for heading, show in COLUMNS.items() if f"sbp.{heading}" not in keys}
-    for heading in (
-        ("box AP", "mask AP") if not any(job.summary.get("box_ap") is not None for job in jobs) else ("top-1 %",)
-    ):
-        del columns[heading]
+    detection = any("box_ap" in job.summary for job in jobs)
+    aside = {key.removeprefix("sbp.") for key in keys} | ({"top-1 %"} if detection else {"box AP", "mask AP"})
+    columns = {heading: show for heading, show in COLUMNS.items() if heading not in aside}
     named = keys or ["job"]
     lines = [[*named, *columns, "status"]]
     for job in jobs:

@@ -154,7 +154,8 @@ class RecipeConfig:
     layer_decay: the learning rate of each layer is that of the next one times this, counted from the classifier down
         to the stem, each block a layer; null for one rate. In detection the layers are the stem, the first two stages,
         each three blocks of the third one, the fourth one, and the detector on top.
-    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones; the others end at min_lr.
+    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones; the others end at min_lr,
+        "poly" with the power decay_rate.
     warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.

@@ -11,8 +11,6 @@ from torch.optim import Optimizer
 
 from sbp.training.config import RecipeConfig
 
-DECAY_RATE = 0.1  # timm's default, the power of its "poly"
-
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimizer:
     """Without weight decay on norms, biases, layer scale, class token and position embedding.
@@ -44,7 +42,7 @@ def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch:
         warmup_epochs=recipe.warmup_steps / steps_per_epoch if within else recipe.warmup_epochs,  # type: ignore[arg-type, operator]
         warmup_prefix=not within,
         decay_milestones=recipe.decay_milestones or (),  # type: ignore[arg-type]
-        decay_rate=recipe.decay_rate if recipe.scheduler == "multistep" else DECAY_RATE,
+        decay_rate=recipe.decay_rate,
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
         step_on_epochs=False,

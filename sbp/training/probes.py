@@ -98,7 +98,8 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     """gradient_cosine/total, gradient_cosine/<layer> and gradient_norm_ratio (of the gradient with SBP to the exact
     one) on these images, with mask number `draw` of the main process.
 
-    A sharded model needs all processes for it, with the same images; else any one can do it alone. What is found
+    Where a training pass is `collective`, all processes are needed for it, with the same images; else any one can do
+    it alone. What is found
     depends on the weights, the images, the run's seed and `draw` only.
     """
     images, targets = trainer.to_device(images, targets)

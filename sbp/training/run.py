@@ -150,7 +150,7 @@ class Run:
         return {f"val/{name}{suffix}": value for name, value in figures.items() if name != "images"}
 
     def _pictures(self) -> list[tuple[str, Any]]:
-        if not distributed.is_main() or self.trainer.sharded or not self.tracker.shows:
+        if self.trainer.sharded or not self.tracker.shows:  # which on other processes it never does
             return []
         dataset = self.images.validation.dataset.dataset  # type: ignore[attr-defined]
         model, normalize = self.trainer.model, self.trainer.normalize

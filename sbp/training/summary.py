@@ -45,7 +45,7 @@ def is_evaluated(folder: Path, step: int) -> bool:
     )
 
 
-def best_step(folder: Path, task: str = "classification") -> int | None:
+def best_step(folder: Path, task: str) -> int | None:
     """The step with the best METRIC of the task on record, the first of equals; that of the averaged weights where
     there are any.
     """

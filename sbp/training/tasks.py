@@ -60,7 +60,7 @@ class Task(Protocol):
     ) -> list[tuple[str, Any]]:
         """What the model finds in `count` images of the validation set, drawn: name and PIL image of each.
 
-        None for a task without anything to draw.
+        An empty list for a task without anything to draw.
         """
 
 

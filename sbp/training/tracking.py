@@ -80,8 +80,9 @@ class Tracker:
         except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
             os.truncate(self.path, size)
-        shown = {f"pictures/{name}": picture for name, picture in pictures}
-        self._try("log", lambda: self._run.log(record | {name: wandb.Image(one) for name, one in shown.items()}))
+        self._try(
+            "log", lambda: self._run.log(record | {f"pictures/{name}": wandb.Image(one) for name, one in pictures})
+        )
 
     @property
     def shows(self) -> bool:

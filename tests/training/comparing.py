@@ -1,8 +1,9 @@
 """Whether two runs are the same, bit for bit."""
 
+import pytest
 import torch
 
-from sbp.training.checkpoint import find
+from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.tracking import read_metrics
 
 MEASURED = ("images_per_second", "data_wait_share", "memory/peak_rss")  # what differs between equal runs
@@ -36,3 +37,21 @@ def assert_same_run(one, other):
     for key in expected.keys() - {"config", "run_id"}:
         assert_equal(expected[key], found[key], key)
     assert record(one) == record(other)
+
+
+class Interruption(BaseException):
+    pass
+
+
+def interrupt_once_saved(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """From now on a run is interrupted, once each, when it has saved its checkpoints of these steps."""
+    real, left = Checkpoints.save, set(steps)
+
+    def save(self, step, content):
+        path = real(self, step, content)
+        if step in left:
+            left.remove(step)
+            raise Interruption
+        return path
+
+    monkeypatch.setattr(Checkpoints, "save", save)

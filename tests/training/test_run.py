@@ -18,7 +18,7 @@ from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_optimizer, build_scheduler
 from sbp.training.tracking import read_metrics
-from tests.training.comparing import assert_equal, record
+from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import BACKBONES, small
 from train import train
 
@@ -90,10 +90,6 @@ def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
         evaluate_checkpoint(request, tmp_path)
 
 
-class Interruption(BaseException):
-    pass
-
-
 # Everything that draws random numbers: augmentation, erasing, mixup, drop path, random masks, an accumulated step.
 RANDOM = (
     *("recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random"),
@@ -112,16 +108,7 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
     parts.mkdir()
     train(config, whole)
 
-    real = Checkpoints.save
-    stops = {4: 0, 16: 0}  # of 11 steps an epoch: within the first and within the second
-
-    def save(self, step, content):
-        path = real(self, step, content)
-        if stops.pop(step, None) is not None:
-            raise Interruption
-        return path
-
-    monkeypatch.setattr(Checkpoints, "save", save)
+    interrupt_once_saved(monkeypatch, 4, 16)  # of 11 steps an epoch: within the first and within the second
     for workers in (0, 2):
         with pytest.raises(Interruption):
             train(replace(config, resume="auto", data=replace(config.data, workers=workers)), parts)

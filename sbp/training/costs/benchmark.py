@@ -184,12 +184,8 @@ def build_on(device: torch.device, config: BenchmarkConfig, arm: Arm) -> nn.Modu
         if arm.release:
             model = release_model(Path(config.release or ""), model, backbone.drop_path)
     if arm.checkpointing:
-        backbone_of(model).set_grad_checkpointing()  # type: ignore[operator]
+        model.set_grad_checkpointing()  # type: ignore[operator]
     return model.train()
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    return model.backbone.body if isinstance(model, Detector) else model
 
 
 class Runner:
@@ -205,14 +201,13 @@ class Runner:
             model.compile(backend=_backend(config.compile_backend, arm.budget), dynamic=False)
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
-        self.criterion = build_criterion(RecipeConfig())
+        self.criterion = None if isinstance(model, Detector) else build_criterion(RecipeConfig())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.has_losses = isinstance(model, Detector)
         self.model = parallel.wrap(model)
 
     def loss(self, batch: Batch) -> Tensor:
         with autocast(self.amp, self.device):
-            if self.has_losses:
+            if self.criterion is None:
                 return sum_of(self.model(*batch))
             return self.criterion(self.model(batch[0]), batch[1])
 

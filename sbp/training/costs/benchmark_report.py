@@ -70,8 +70,9 @@ def caption(result: dict[str, Any]) -> str:
 
 
 def image_size(settings: dict[str, Any]) -> str:
-    data = settings["data"]
-    return f"{data['image_size']} x {data['max_size']}" if settings.get("task") == "detection" else data["image_size"]
+    """In pixels; of a detector the shorter and the longer side."""
+    data, detects = settings["data"], settings.get("task") == "detection"  # older records have no task
+    return f"{data['image_size']} x {data['max_size']}" if detects else str(data["image_size"])
 
 
 def table(result: dict[str, Any]) -> str:

@@ -1,24 +1,21 @@
 """Images with objects for a detector, as large as in training: of random numbers, or of tensors without values."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from sbp.training.detection.detector import Detector
+from sbp.training.detection.target import Target, padded
 
 OBJECTS = 20  # of an image; COCO's have 7 on average
-MULTIPLE = 32  # px; to which images are padded
 SMALLEST = 16  # px; a side of a random object
 
-Target = dict[str, Any]
 Batch = tuple[Tensor, list[Target]]
 
 
 def empty(short_side: int, long_side: int, size: int) -> Batch:
     """`size` lying images, and their objects, without values; on torch's current device."""
-    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in (short_side, max(short_side, long_side)))
+    height, width = padded(short_side), padded(max(short_side, long_side))
     targets = [
         {
             "boxes": torch.empty(OBJECTS, 4),
@@ -50,7 +47,7 @@ def propose_objects(detector: Detector) -> None:
     """From now on each image's proposals hold its objects' boxes, so often that the samples are full of them.
 
     As those of a trained detector do. A random one's hardly hit any, and the few regions that the mask heads then read
-    need a tenth less memory in all.
+    need less memory.
     """
     detector.roi_heads.register_forward_pre_hook(_with_objects)
 

@@ -12,7 +12,7 @@ to be compared with `torch.cuda.max_memory_allocated`.
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -90,10 +90,6 @@ class CudaCasts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.where and len(args) == 1:
-            return (forecast_detection.where(*args),)
-        if func in (Tensor.__getitem__, Tensor.__setitem__) and forecast_detection.is_condition(args[1]):
-            args = (args[0], forecast_detection.where(args[1]), *args[2:])
         if func is Tensor.item:  # of the optimizer's step counter: any number will do
             return 1.0
         if func is F.scaled_dot_product_attention:  # CUDA's fused kernels save no mask, the CPU's takes no dropout
@@ -237,7 +233,8 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
     with torch.device("meta"):
         model = rules.build(config)
 
-    with _fake_cuda(rules.casts()) as allocations:
+    conditions = forecast_detection.Conditions() if config.task == "detection" else nullcontext()
+    with _fake_cuda(rules.casts()) as allocations, conditions:
         _materialise(model, memory_format)
         if isinstance(model, Detector):
             forecast_detection.choose_as_many_as_there_may_be(model, config)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from sbp.training.config import Config
 from sbp.training.costs import detection_batch
-from sbp.training.costs.detection_batch import Batch, Target
+from sbp.training.costs.detection_batch import Batch
 from sbp.training.detection.detector import PROPOSALS, Detector, build_detector
+from sbp.training.detection.target import Target
 from sbp.training.loop import sum_of
 
 SHARE = 4  # of the entries of a condition one in so many holds: regions with an object, and those of a level
@@ -72,10 +74,15 @@ def indices(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64)
 
 
-def where(condition: Tensor) -> Tensor:
-    """The indices at which a condition (n,) holds, whose values are not known."""
-    return indices(len(condition) // SHARE)
+class Conditions(TorchFunctionMode):
+    """Within it, one in SHARE entries of a condition (n,) holds, whose values are not known."""
 
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.where and len(args) == 1:
+            return (self._where(*args),)
+        if func in (Tensor.__getitem__, Tensor.__setitem__) and getattr(args[1], "dtype", None) is torch.bool:
+            args = (args[0], self._where(args[1]), *args[2:])
+        return func(*args, **(kwargs or {}))
 
-def is_condition(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dtype == torch.bool
+    def _where(self, condition: Tensor) -> Tensor:
+        return indices(len(condition) // SHARE)

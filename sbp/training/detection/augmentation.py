@@ -19,9 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from sbp.training.config import DataConfig, RecipeConfig
 from sbp.training.data.loading import NO_IMAGES, Batch, Sample
 from sbp.training.data.preprocessing import Normalize
-
-Target = dict[str, Any]
-MULTIPLE = 32  # px: the strides of a ConvNeXt's last stage
+from sbp.training.detection.target import Target, padded
 
 
 @dataclass(frozen=True)
@@ -149,11 +147,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
     images = [sample.image for sample in there if sample.image is not None]
     if not images:
         return Batch(NO_IMAGES.images, [], unreadable)
-    height, width = (max(-(-image.shape[side] // MULTIPLE) * MULTIPLE for image in images) for side in (1, 2))
-    padded = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
-    for place, image in zip(padded, images, strict=True):
+    height, width = (padded(max(image.shape[side] for image in images)) for side in (1, 2))
+    together = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    for place, image in zip(together, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
-    return Batch(padded, [sample.label for sample in there], unreadable)
+    return Batch(together, [sample.label for sample in there], unreadable)
 
 
 class PaddedNormalize(Normalize):

@@ -12,7 +12,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
 from sbp.training.config import DetectorConfig
-from sbp.training.detection.heads import MaskRoIHeads, Size, Target, as_detections, roi_stage
+from sbp.training.detection.heads import MaskRoIHeads, Size, as_detections, roi_stage
+from sbp.training.detection.target import Target
 
 IOUS = (0.5, 0.6, 0.7)
 STDS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sbp.training.data.preprocessing import decode
-from sbp.training.detection.augmentation import Target, wide_enough
+from sbp.training.detection.augmentation import wide_enough
+from sbp.training.detection.target import Target
 
 _KEYS = {
     "images": ("id", "file_name", "height", "width"),

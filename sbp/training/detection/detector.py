@@ -24,7 +24,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from sbp.training.checkpoint import load_weights
 from sbp.training.config import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.detection.cascade import cascade_heads
-from sbp.training.detection.heads import LEVELS, Size, Target, roi_stage, widened
+from sbp.training.detection.heads import LEVELS, Size, roi_stage, widened
+from sbp.training.detection.target import Target
 from sbp.training.models import apply_sbp, check_name, create
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -110,6 +111,10 @@ class Detector(nn.Module):
         proposals, rpn_losses = self.rpn(ImageList(images, sizes), features, targets)
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         return rpn_losses | losses if self.training else detections
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Of the backbone, as timm's models have it."""
+        self.backbone.body.set_grad_checkpointing(enable)
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """The layers of layer-wise learning rate decay, as timm asks for them: the stem, the first two stages, each

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-import sbp
-from sbp.training import distributed, parallel, signals
-from sbp.training.data.loading import Batch
-from sbp.training.detection.augmentation import Target
+from sbp.training import distributed
 from sbp.training.detection.coco import quiet
+from sbp.training.detection.target import Target
+from sbp.training.evaluation import validation_batches
 from sbp.training.loop import autocast
-from sbp.training.status import Preempted
 
 FIGURES = ("ap", "ap50", "ap75")  # the first three of COCOeval's: the mean over IoU 0.50 to 0.95, and at two of them
 _PASTED = 2**24  # pixels of masks that are drawn at once: 64 MB
@@ -39,37 +37,15 @@ def evaluate_detection(
     Returns box_ap, box_ap50, box_ap75, mask_ap, ... in percent. Images that were not looked at do not count.
     ground_truth: called on the main process alone.
     normalize: called with images and targets, on the model's device; see PaddedNormalize.
-    patched: the model has SBP; if it evaluates as the authors do, its masks are drawn from number 0 on.
-    Raises ValueError that names the unreadable images, and Preempted when a signal asks to stop.
+    patched, and what is raised: as for `validation_batches`.
     """
-    was_training = model.training
-    model.eval()
-    distributed.broadcast(model.buffers())
-    if patched:
-        sbp.set_draw(model, 0)
     results: list[dict[str, Any]] = []
     seen: list[int] = []
-    unreadable: list[str] = []
-    batches = iter(loader)
-    for _ in range(int(distributed.maxima([len(loader)])[0])):
-        if signals.agreed():
-            raise Preempted(f"stopped by {signals.name()} during evaluation")
-        images, targets, cannot = next(batches, Batch(torch.empty(0, dtype=torch.uint8), [], []))
-        unreadable += cannot
-        if parallel.is_sharded(model):  # then a pass needs all processes, those too that have no images left
-            shape = next((one for one in distributed.gathered(images.shape[1:]) if one), None)
-            images = images if len(images) or shape is None else torch.zeros((1, *shape), dtype=torch.uint8)
-        if not len(images):
-            continue
-        shown = targets or [{"size": tuple(images.shape[2:])}] * len(images)
-        for detection, target in zip(detect(model, images, shown, normalize, amp), targets, strict=bool(targets)):
+    for images, targets in validation_batches(model, loader, patched=patched):
+        shown = targets if len(targets) else [{"size": tuple(images.shape[2:])}]
+        for detection, target in zip(detect(model, images, shown, normalize, amp), targets, strict=len(targets) > 0):
             results += coco_results(detection, target)
             seen.append(target["image_id"])
-    model.train(was_training)
-    unreadable = [name for names in distributed.gathered(unreadable) for name in names]
-    if unreadable:
-        some = "; ".join(unreadable[:10]) + ("; ..." if len(unreadable) > 10 else "")
-        raise ValueError(f"cannot evaluate: {len(unreadable)} of the images cannot be read: {some}")
     everything = distributed.gathered_on_main((seen, results))
     images_seen = [number for one, _ in everything for number in one]
     found = [result for _, one in everything for result in one]

@@ -1,7 +1,5 @@
 """What reads an image's regions in Mask R-CNN, and in each stage of the cascade: torchvision's, in full precision."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,8 +10,8 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from sbp.training.config import DetectorConfig
+from sbp.training.detection.target import Target
 
-Target = dict[str, Any]
 Size = tuple[int, int]  # height, width
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid, those that regions are read from
@@ -129,7 +127,7 @@ class MaskRoIHeads(RoIHeads):
         targets: list[Target],
     ) -> Tensor:
         """Of sampled boxes with an object: the mean binary cross-entropy with the object's mask; else 0."""
-        objects = [label > 0 for label in labels]
+        objects = [torch.where(label > 0)[0] for label in labels]
         boxes = [one[positive] for one, positive in zip(boxes, objects, strict=True)]
         matched = [one[positive] for one, positive in zip(matched, objects, strict=True)]
         chosen = torch.cat([one[positive] for one, positive in zip(labels, objects, strict=True)])

@@ -38,9 +38,9 @@ def predicted(
     """
     was_training = model.training
     model.eval()
-    pictures = []
+    pictures, seeded = [], SeededDataset(dataset, 0)
     for index in spread(len(dataset), count):
-        images, targets = readable(collate([SeededDataset(dataset, 0)[0, index]]))
+        images, targets = readable(collate([seeded[0, index]]))
         (found,) = detect(model, images, targets, normalize, amp)
         height, width = targets[0]["size"]
         picture = draw(images[0, :, :height, :width], found, dataset.classes, threshold)

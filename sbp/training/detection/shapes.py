@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 
-from sbp.training.detection.augmentation import Target
 from sbp.training.detection.coco import as_coco
+from sbp.training.detection.target import Target
 
 CLASSES = ["circle", "rectangle", "triangle"]
 SMALLEST = 32  # px; below it a shape is a few pixels

@@ -12,12 +12,13 @@ from PIL import Image
 
 from eval import evaluate_checkpoint
 from sbp.training import setup
-from sbp.training.checkpoint import Checkpoints, find
+from sbp.training.checkpoint import find
 from sbp.training.config import DETECTORS, EvalConfig, validate
 from sbp.training.export import export
 from sbp.training.optim import build_optimizer, build_scheduler
+from sbp.training.tasks import task_of
 from sbp.training.tracking import read_metrics
-from tests.training.comparing import assert_equal, record
+from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.detection.few import few_images
 from tests.training.wandb_side import wandb_history
@@ -29,14 +30,8 @@ FOUR_IMAGES = (
     *("task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1"),
     *("detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4"),
     *("backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0"),
-    *(
-        "recipe.augment=false",
-        "recipe.epochs=100",
-        "recipe.lr=2e-3",
-        "eval_batch_size=4",
-        "eval_every_epochs=100",
-        "probe.every_steps=100",
-    ),
+    *("recipe.augment=false", "recipe.epochs=100", "recipe.lr=2e-3"),
+    *("eval_batch_size=4", "eval_every_epochs=100", "probe.every_steps=100"),
 )
 
 
@@ -70,10 +65,6 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
     assert plain.load_state_dict(body, strict=False).missing_keys == ["head.norm.weight", "head.norm.bias"]
 
 
-class Interruption(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, name):
     """Crops and sizes, sampled regions, batch norms of the cascade, drop path, random masks, an accumulated step."""
@@ -88,15 +79,7 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
     whole.mkdir()
     parts.mkdir()
     train(config, whole)
-    real, stops = Checkpoints.save, {2: 0, 4: 0}  # of 3 steps an epoch
-
-    def save(self, step, content):
-        path = real(self, step, content)
-        if stops.pop(step, None) is not None:
-            raise Interruption
-        return path
-
-    monkeypatch.setattr(Checkpoints, "save", save)
+    interrupt_once_saved(monkeypatch, 2, 4)  # of 3 steps an epoch
     for workers in (0, 1):
         with pytest.raises(Interruption):
             train(replace(config, data=replace(config.data, workers=workers)), parts)
@@ -116,7 +99,7 @@ def test_the_published_recipe_has_its_layers_and_steps():
         config = composed(f"experiment=table2/{experiment}", "data.root=/coco")
         assert (config.task, config.recipe.lr, config.global_batch_size) == ("detection", lr, 16)
         with torch.device("meta"):
-            model = setup.task_of(config).build_model(config)
+            model = task_of(config).build_model(config)
         optimizer = build_optimizer(model, config.recipe, config.recipe.lr)
         scheduler = build_scheduler(optimizer, config.recipe, steps_per_epoch=1000)
         scheduler.step_update(1000)
@@ -166,7 +149,7 @@ def test_a_detector_starts_from_the_weights_of_a_classifier(tmp_path):
     trained = timm.create_model(config.backbone.name, num_classes=3, **config.backbone.kwargs)
     torch.save(trained.state_dict(), tmp_path / "trained.pth")
     config = replace(config, backbone=replace(config.backbone, pretrained=str(tmp_path / "trained.pth")))
-    task = setup.task_of(config)
+    task = task_of(config)
     model = task.build_model(config)
     task.load_starting_weights(model, task.starting_weights(config.backbone, config.data))
     own = {name: value for name, value in trained.state_dict().items() if not name.startswith("head.")}
