@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from sbp.training.table import markdown
-from scripts.sweep_table import COLUMNS
+from scripts.sweep_table import columns_of
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {
@@ -31,7 +31,6 @@ BACKBONES = {
     "convnext": ["backbone=convnext_demo", "recipe.epochs=15"],
 }
 COMMON = ["data=digits", "recipe=demo", "logger=wandb", "logger.offline=true", "probe.every_steps=100", "threads=1"]
-HEADINGS = ["backbone", *COLUMNS]
 
 
 def main(folder: Path) -> None:
@@ -44,11 +43,15 @@ def main(folder: Path) -> None:
         rows = list(pool.map(evaluate, runs))
     rows.sort(key=lambda row: (row["backbone"], -row["keep_ratio"]))
 
-    cells = [[row["backbone"], *(str(show(row)) for show in COLUMNS.values())] for row in rows]
-    table = markdown([HEADINGS, *cells])
+    columns = columns_of(rows)
+    cells = [
+        ["backbone", *columns],
+        *([row["backbone"], *(str(show(row)) for show in columns.values())] for row in rows),
+    ]
+    table = markdown(cells)
     (folder / "table.md").write_text(table + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([HEADINGS, *cells])
+        csv.writer(file).writerows(cells)
     draw(rows, folder / "figure.png")
     print(f"\n{table}\n\n{rows[0]['device']}; top-1 on {rows[0]['images']} digits by eval.py")
     print("peak MiB is the resident memory of the process: at this size that of the libraries, not of the activations")

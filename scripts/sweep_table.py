@@ -11,7 +11,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,17 @@ def swept_keys(jobs: list[Job]) -> list[str]:
     return [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
 
 
+def columns_of(summaries: Iterable[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """COLUMNS, without the figures of the other task than that of these runs."""
+    others = ("top-1 %",) if any("box_ap" in summary for summary in summaries) else ("box AP", "mask AP")
+    return {heading: show for heading, show in COLUMNS.items() if heading not in others}
+
+
 def table(jobs: list[Job]) -> str:
     """The jobs in Markdown: what was swept, the figures, the status."""
     keys = swept_keys(jobs)
-    detection = any("box_ap" in job.summary for job in jobs)
-    aside = {key.removeprefix("sbp.") for key in keys} | ({"top-1 %"} if detection else {"box AP", "mask AP"})
-    columns = {heading: show for heading, show in COLUMNS.items() if heading not in aside}
+    shown = columns_of(job.summary for job in jobs)
+    columns = {heading: show for heading, show in shown.items() if f"sbp.{heading}" not in keys}
     named = keys or ["job"]
     lines = [[*named, *columns, "status"]]
     for job in jobs:

@@ -11,7 +11,7 @@ import pytest
 
 from sbp.training.status import write_status
 from scripts.sweep_figure import draw
-from scripts.sweep_table import main, read_jobs, swept_keys, table, write_table
+from scripts.sweep_table import columns_of, main, read_jobs, swept_keys, table, write_table
 
 FIGURES = {"keep_ratio": 0.5, "effective_keep_ratio": 0.5, "saved_bytes_per_image": 2**20, "peak_allocated": 2**30}
 
@@ -112,3 +112,11 @@ def test_the_command(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep_table", str(folder / "notes")])
     with pytest.raises(SystemExit, match="notes holds no run"):
         main()
+
+
+def test_the_columns_are_those_of_the_task():
+    of_classifiers = columns_of([FIGURES | {"top1": 90.0}, {}])
+    of_detectors = columns_of([{}, FIGURES | {"box_ap": 0.0, "mask_ap": 0.0}])  # as after a first epoch
+    assert "top-1 %" in of_classifiers and not {"box AP", "mask AP"} & of_classifiers.keys()
+    assert {"box AP", "mask AP"} <= of_detectors.keys() and "top-1 %" not in of_detectors
+    assert columns_of([]) == of_classifiers
