@@ -14,6 +14,10 @@ from sbp.state import State
 
 M = TypeVar("M", bound=nn.Module)
 
+# The attribute of an SBP layer that names the method to compile, where that is not `forward`: one in which nothing
+# depends on which layer it is, so that all of a kind share their code.
+COMPILED = "sbp_compiled_method"
+
 
 @dataclass(frozen=True)
 class Backbone:

@@ -116,6 +116,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     sbp_index: which SBP layer it is; None for one that keeps all positions and only recomputes.
     """
 
+    sbp_compiled_method = "run"
     sbp_state: ConvNeXtState
     sbp_index: int | None
     mlp: Any  # with timm's own attributes, which torch's types do not know
@@ -123,18 +124,23 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W)."""
         where = self.sbp_state.positions(self, self.sbp_index)
-        again = self.sbp_state.recomputes(self)
-        if where is None and again == "none":
+        compiled = self.training and "run" in vars(self)
+        if where is None and self.sbp_state.recomputes(self) == "none" and not compiled:
             return super().forward(x)
+        out = self.run(x, where)
+        self.sbp_state.watch(out)
+        return out
+
+    def run(self, x: Tensor, where: Positions | None) -> Tensor:
+        """forward, with these positions or all."""
         shortcut = self.shortcut(x)
-        if again == "block":
-            streams = recompute.block(partial(self._pointwise, where), recompute.lowered(x))
+        if self.sbp_state.recomputes(self) == "block":
+            pointwise = partial(self._pointwise, where)
+            streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
             streams = self._pointwise(where, x)
         y = _joined(self, streams, where)  # (B, N, C)
-        out = self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
-        self.sbp_state.watch(out)
-        return out
+        return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)

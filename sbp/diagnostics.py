@@ -41,14 +41,15 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
     own = states(model)
     if not model.training:
         raise ValueError("gradient_cosine needs training mode: in evaluation mode nothing is dropped")
-    before = [(state.draw, state.current) for state in own]
+    before = [(state.draw.clone(), state.current) for state in own]
     try:
         kept = gradient(model, compute_loss)
         with disabled(model):
             full = gradient(model, compute_loss)
     finally:
         for state, (draw, current) in zip(own, before, strict=True):
-            state.draw, state.current = draw, current
+            state.set_draw(draw)
+            state.current = current
     return compare_gradients(kept, full)
 
 

@@ -166,13 +166,13 @@ def hold_mask(model: nn.Module) -> Iterator[None]:
     with _set(own, held=True):
         yield
     for state in own:
-        state.draw = state.draw + 1
+        state.draw.add_(1)
 
 
 def set_draw(model: nn.Module, draw: int) -> None:
     """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on."""
     for state in states(model):
-        state.draw = torch.full_like(state.draw, draw)
+        state.set_draw(draw)
 
 
 def mask_state(model: nn.Module) -> dict[str, int]:
@@ -185,7 +185,7 @@ def load_mask_state(model: nn.Module, saved: dict[str, int]) -> None:
     """Continues the masks where `mask_state` read them."""
     state = _one_state(model)
     state.seed, state.rank = saved["seed"], saved["rank"]
-    state.draw = torch.full_like(state.draw, saved["draw"])
+    state.set_draw(saved["draw"])
 
 
 def effective_keep_ratio(model: nn.Module) -> float:

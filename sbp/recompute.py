@@ -43,8 +43,11 @@ def linear(
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
     called = weight is None and type(layer) is nn.Linear  # rather than read
-    weight, bias = layer.weight.flatten(1) if weight is None else weight, layer.bias
-    if scale is not None and lowered(scale).dtype != torch.float16:  # which has no room for 1e-6 of a weight
+    folds = scale is not None and lowered(scale).dtype != torch.float16  # which has no room for 1e-6 of a weight
+    # What is folded is in full precision, whatever copy the layer itself may read.
+    own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
+    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"]
+    if folds and scale is not None:
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
         scale, called = None, False
     cheap = cheap and not torch.compiler.is_compiling()
@@ -55,19 +58,26 @@ def linear(
         return lambda x: _scaled(F.linear(_chain(before, x), weight, bias), scale)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
-    random = any(isinstance(one, nn.Dropout) and one.p > 0 and one.training for one in modules)
+    random = any(one.training for one in modules) and has_dropout(*modules)
     return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
 
 
-def block(run: Callable[..., Any], *inputs: Tensor | None) -> Any:
+def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:
     """run(*inputs, again=False), of which only the inputs are saved; for the backward pass it runs with again=True.
 
-    What it returns does not matter then, so whatever needs no gradient can be left out.
+    What it returns does not matter then, so whatever needs no gradient can be left out. random: it draws random
+    numbers, which are to be the same ones again.
     """
+    how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if torch.compiler.is_compiling():  # what nothing reads is left out by the compiler
-        return checkpoint(partial(run, again=False), *inputs, use_reentrant=False)
+        return checkpoint(partial(run, again=False), *inputs, **how)
     calls = count()
-    return checkpoint(lambda *x: run(*x, again=next(calls) > 0), *inputs, use_reentrant=False)
+    return checkpoint(lambda *x: run(*x, again=next(calls) > 0), *inputs, **how)
+
+
+def has_dropout(*modules: nn.Module) -> bool:
+    """Whether any of the modules, or of those within, draws random numbers for dropout in training."""
+    return any(isinstance(one, nn.Dropout) and one.p > 0 for module in modules for one in module.modules())
 
 
 def lowered(x: Tensor) -> Tensor:

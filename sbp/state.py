@@ -49,9 +49,11 @@ class Pass:
     key: the random number of the pass, int64 without dimensions.
     """
 
-    def __init__(self, origin: tuple, shape: Shape, positions: list[Positions | None], key: Tensor) -> None:
-        self.origin = origin  # the draw or the fixed mask
+    def __init__(
+        self, shape: Shape, positions: list[Positions | None], key: Tensor, fixed: tuple[Tensor, int] | None
+    ) -> None:
         self.shape = shape
+        self.fixed = fixed  # the mask that was set, rather than drawn
         self.positions = positions
         self.key = key
         self.ran: set[int] = set()  # the SBP layers that ran with gradient
@@ -91,7 +93,8 @@ class State:
         self.enabled = True
         self.held = False
         self.fixed: tuple[Tensor, int] | None = None  # a mask (H, W) and how many positions it keeps
-        # The number of the next draw lives on the model's device, so that drawing never waits for it.
+        # The number of the next draw lives on the model's device, so that drawing never waits for it, and changes in
+        # place, so that each replay of a captured graph draws a mask of its own.
         self.draw = torch.zeros((), dtype=torch.int64)
         self.current: Pass | None = None
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
@@ -168,18 +171,16 @@ class State:
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
             return
-        if self.mask_per == "batch":
-            shape = shape._replace(images=1)
+        if self.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
+            shape = Shape(shape.grid, shape.maps, 1, shape.prefix_only, shape.skips_dropped)
         if self.draw.device != device:
             self.draw = self.draw.to(device)
-        origin = (self.draw, self.fixed)
-        if self.held and self.current is not None and self.current.shape == shape:
-            before = self.current.origin
-            if before[0] is origin[0] and before[1] is origin[1]:
-                return
+        before = self.current if self.held else None
+        if before is not None and before.shape == shape and before.fixed is self.fixed:
+            return
         key = masks.draw_key(self.seed, self.rank, self.draw)
         if not self.held:
-            self.draw = self.draw + 1  # not in place: a compiled graph may keep the old one for backward
+            self.draw.add_(1)
         if self.fixed is not None:
             chosen = self._fixed_masks(shape.grid, device)
         else:
@@ -189,7 +190,13 @@ class State:
             if (ratio, layer_map) not in known:
                 known[ratio, layer_map] = self._enlarged(*chosen[ratio], layer_map)
         positions = [known[pair] for pair in zip(self.keep_ratios, shape.maps, strict=True)]
-        self.current = Pass(origin, shape, positions, key)
+        self.current = Pass(shape, positions, key, self.fixed)
+
+    def set_draw(self, draw: int | Tensor) -> None:
+        """The next pass draws mask number `draw`."""
+        self.draw.copy_(draw) if isinstance(draw, Tensor) else self.draw.fill_(draw)
+        if self.held:
+            self.current = None
 
     def _drawn_masks(self, shape: Shape, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid, or one for each image, and how many positions it keeps."""
@@ -200,9 +207,11 @@ class State:
     def _fixed_masks(self, grid: Grid, device: torch.device) -> dict[float, tuple[Tensor, int]]:
         assert self.fixed is not None
         mask, count = self.fixed
+        if mask.device != device:  # once
+            mask, count = self.fixed = mask.to(device), count
         if tuple(mask.shape) != grid:
             raise ValueError(f"keep has shape {tuple(mask.shape)}, but the mask grid of this input is {grid}")
-        return dict.fromkeys(self.keep_ratios, (mask.to(device), count))
+        return dict.fromkeys(self.keep_ratios, (mask, count))
 
     def _enlarged(self, mask: Tensor, count: int, layer_map: LayerMap) -> Positions | None:
         rows, columns = mask.shape[-2:]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention, DropPath, GluMlp, Mlp, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -106,6 +106,7 @@ class SBPBlock(Block):
     sbp_index: which SBP layer it is; None for one that keeps all tokens and only recomputes.
     """
 
+    sbp_compiled_method = "run"
     sbp_state: ViTState
     sbp_index: int | None
     attn: Any  # with timm's own attributes, which torch's types do not know
@@ -123,7 +124,8 @@ class SBPBlock(Block):
         masked = attn_mask is not None or is_causal
         where = self.sbp_positions()
         if where is None:
-            if masked or self.sbp_state.recomputes(self) == "none":
+            compiled = "run" in vars(self)
+            if masked or not self.training or (self.sbp_state.recomputes(self) == "none" and not compiled):
                 return super().forward(x, attn_mask, is_causal)
             return self.run(Streams(x, None)).kept
         if masked:
@@ -151,7 +153,13 @@ class SBPBlock(Block):
             key=state.running.key if state.mhsa_drop == "head" and x.dropped is not None else None,
             scale=state.gradient_scale(self, self.sbp_index),
         )
-        return branches(*x) if state.recomputes(self) != "block" else recompute.block(branches, *x)
+        if state.recomputes(self) != "block":
+            return branches(*x)
+        if recompute.has_dropout(self):
+            return recompute.block(branches, *x, random=True)
+        # Drawn outside, as a captured graph cannot set its generator back.
+        scales = tuple(_drop_path_scale(one, x.kept) for one in (self.drop_path1, self.drop_path2))
+        return recompute.block(partial(branches, scales=scales), *x, random=False)
 
     def _branches(
         self,
@@ -160,12 +168,13 @@ class SBPBlock(Block):
         read: int | None,
         key: Tensor | None,
         scale: float,
+        scales: tuple[Tensor | None, Tensor | None] | None = None,
         again: bool = False,
     ) -> Streams:
         """read: how many of the kept tokens are wanted, None for all. again: the values of dropped ones are not.
 
         key: the random number that some heads are drawn by; None where all run. scale: of the gradient that enters at
-        kept tokens but prefix tokens.
+        kept tokens but prefix tokens. scales: the drop paths' decisions; None where they are still to be made.
 
         The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
         same ones whether or not the dropped stream follows.
@@ -177,11 +186,11 @@ class SBPBlock(Block):
             branch = rescale_gradient(branch, scale, self.sbp_state.prefix)
         else:
             branch, dropped_branch = _attend_with_some_heads(self, Streams(kept, dropped), read, key)
-        scale1 = _drop_path_scale(self.drop_path1, kept)
+        scale1 = _drop_path_scale(self.drop_path1, kept) if scales is None else scales[0]
         kept = _add(kept[:, :read], branch, scale1)
         mlp = self.sbp_mlp()
         branch = rescale_gradient(mlp(kept), scale, self.sbp_state.prefix)
-        scale2 = _drop_path_scale(self.drop_path2, kept)
+        scale2 = _drop_path_scale(self.drop_path2, kept) if scales is None else scales[1]
         kept = _add(kept, branch, scale2)
         if dropped is None or read is not None or (again and key is None):
             return Streams(kept, None)
@@ -340,9 +349,18 @@ def _projection(block: SBPBlock) -> Callable[[Tensor, Tensor], Tensor]:
 # -- small parts
 
 
-def _drop_path_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """One decision for all tokens of an image, kept or dropped: (B, 1, 1), zero or 1 / (1 - drop_path)."""
-    return None if isinstance(drop_path, nn.Identity) else drop_path(x.new_ones(len(x), 1, 1))
+def _drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
+    """One decision for all tokens of an image, kept or dropped: (B, 1, 1), zero or 1 / (1 - drop_path).
+
+    What timm's `DropPath` multiplies with, without a pass over the tokens.
+    """
+    if type(drop_path) is not DropPath:
+        return None if isinstance(drop_path, nn.Identity) else drop_path(x.new_ones(len(x), 1, 1))
+    if drop_path.drop_prob == 0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    scale = x.new_empty(len(x), 1, 1).bernoulli_(keep)
+    return scale.div_(keep) if keep > 0 and drop_path.scale_by_keep else scale
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

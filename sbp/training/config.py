@@ -18,6 +18,8 @@ SOURCES = {
 }
 SHUFFLES = ("full", "shards")
 AMP = ("off", "bfloat16", "float16")
+COMPILE: tuple[str | bool, ...] = (False, "blocks", "model", True)  # the last one, of earlier configs, is "model"
+CUDA_GRAPH: tuple[str | bool, ...] = ("auto", True, False)
 LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
@@ -242,6 +244,10 @@ class Config:
         how far an image is padded to the largest of its batch changes a little what is found in it.
     resume: "auto" (the latest good checkpoint in run_dir, else from the start), "never", or the path of another run's
         checkpoint to start from, where amp, recipe.lr, recipe.min_lr and recipe.clip_grad may be others.
+    compile: by torch.compile: false, "blocks" (each kind of block once: seconds), or "model" (as a whole: minutes).
+    cuda_graph: after a few steps, capture the forward and backward pass of a micro batch and replay it from then on,
+        which asks the CPU for two launches instead of a thousand: "auto" where that is possible, true (an error where
+        it is not), or false. The results are the same.
     parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
         torchrun). The result is the same, and so are the checkpoints.
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
@@ -268,7 +274,8 @@ class Config:
     seed: int = 0
     amp: str = "off"
     channels_last: bool = False
-    compile: bool = False
+    compile: Any = False
+    cuda_graph: Any = "auto"
     device: str = "auto"
     threads: int | None = None
     log_every_steps: int = 50
@@ -444,6 +451,8 @@ def validate(config: Config) -> Config:
     _one_of("data.shuffle", data.shuffle, SHUFFLES)
     _one_of("parallel", config.parallel, PARALLEL)
     _one_of("amp", config.amp, AMP)
+    _one_of("compile", config.compile, COMPILE)
+    _one_of("cuda_graph", config.cuda_graph, CUDA_GRAPH)
     _one_of("device", config.device, DEVICES)
     _one_of("logger.name", config.logger.name, LOGGERS)
     for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
@@ -619,7 +628,15 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 _FREE = (
     *("data.root", "data.download", "data.workers", "data.prefetch", "data.max_corrupt_images", "logger", "probe"),
     *("checkpoint", "log_every_steps", "parallel", "deterministic", "max_skipped_steps"),
-    *("sbp.recompute", "micro_batch_size", "eval_batch_size", "eval_every_epochs", "channels_last", "compile"),
+    *(
+        "sbp.recompute",
+        "micro_batch_size",
+        "eval_batch_size",
+        "eval_every_epochs",
+        "channels_last",
+        "compile",
+        "cuda_graph",
+    ),
     *("device", "threads", "processes", "objective", "resume", "run_dir"),
 )
 
@@ -659,9 +676,14 @@ def _check_keep_ratio(keep_ratio: Any) -> None:
             raise ValueError(f"sbp.{error}") from None
 
 
-def _one_of(key: str, value: Any, allowed: Collection[str]) -> None:
+def _one_of(key: str, value: Any, allowed: Collection[str | bool]) -> None:
     if value not in allowed:
-        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{key} must be one of {', '.join(map(_shown, allowed))}, got {_shown(value)!r}")
+
+
+def _shown(value: Any) -> Any:
+    """true and false as one writes them."""
+    return json.dumps(value) if isinstance(value, bool) else value
 
 
 def _select(config: Any, key: str) -> Any:

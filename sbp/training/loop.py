@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 import sbp
 from sbp.training import distributed, parallel, seeding, signals
+from sbp.training.casts import Casts
 from sbp.training.data.loading import Batch, Images, moved
 from sbp.training.data.preprocessing import Normalize
+from sbp.training.graphs import Graphs, Pass, Recorder
 from sbp.training.incidents import Incidents
 from sbp.training.progress import Progress
 
@@ -40,6 +42,8 @@ class Trainer:
         training, and returns its losses by name.
     normalize: what uint8 images go through on the device; None for images that the model takes as they are.
     fixed_mask: mask number 0 in every step. exact_from: the step from which backpropagation is exact; None for never.
+    recorder: captures forward and backward passes to replay them, as CUDA graphs do; None to run each one anew.
+    cast_together: under `amp`, cast the weights in one call a pass rather than one by one. Not for a compiled model.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Trainer:
         fixed_mask: bool = False,
         exact_from: int | None = None,
         channels_last: bool = False,
+        recorder: Callable[[], Recorder] | None = None,
+        cast_together: bool = False,
         seed: int = 0,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
@@ -70,8 +76,12 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.normalize = None if normalize is None else normalize.to(self.device)
-        self.wrapped = parallel.wrap(model)
+        # A captured pass cannot exchange gradients while it computes them, so they are averaged after it, without DDP.
+        self.wrapped = parallel.wrap(model) if recorder is None else parallel.same_everywhere(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
+        self.casts = Casts(model, _DTYPES[amp]) if cast_together and amp in _DTYPES else None
+        self.eager = Pass(self._forward, self._backward)
+        self.graphs = None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder)
 
     def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> float:
         """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss."""
@@ -83,6 +93,9 @@ class Trainer:
         """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.model.train()
         self.scheduler.step_update(step)
+        exact = self.patched and self.exact_from is not None and step >= self.exact_from
+        if self.graphs is not None:
+            self.graphs.begin_step(kind=exact)
         mean: Tensor | float = 0.0  # of the loss and its parts
         for micro, (images, targets) in enumerate(micro_batches):
             last = micro == self.accumulation - 1
@@ -90,13 +103,20 @@ class Trainer:
             with ExitStack() as stack:
                 if not last:
                     stack.enter_context(parallel.no_sync(self.wrapped))
-                if self.patched and self.exact_from is not None and step >= self.exact_from:
+                if exact:
                     stack.enter_context(sbp.disabled(self.model))  # for the backward pass too, which may recompute
-                loss, parts = self._loss(self._draw(step, micro), images, targets)
-                mean += torch.stack([loss, *parts.values()]).detach() / self.accumulation
+                if self.casts is not None:
+                    stack.callback(self.casts.remove)
+                inputs = self._prepared(images, targets)
+                run = self.eager if self.graphs is None else self.graphs.pass_for(inputs, adds=micro > 0)
+                if self.patched:
+                    sbp.set_draw(self.model, self._draw(step, micro))
+                mean += run.forward(*inputs) / self.accumulation
                 if last:
-                    figures = OnItsWay(mean, list(parts))
-                self.scaler.scale(loss / self.accumulation).backward()
+                    figures = OnItsWay(mean, self.parts)
+                run.backward()
+        if self.graphs is not None:
+            parallel.average_gradients(self.model)
         return figures
 
     def update(self, step: int) -> float:
@@ -126,18 +146,42 @@ class Trainer:
             return 0
         return step if self.hold_mask else step * self.accumulation + micro
 
-    def _loss(self, draw: int, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the parts that a model with losses of its own adds it up from."""
+    def _prepared(self, images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """What the model is given of a micro batch."""
         images, targets = self.to_device(images, targets, erase=True)
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)
-        if self.patched:
-            sbp.set_draw(self.model, draw)
+        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+
+    def _forward(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The loss to back-propagate, scaled; and what to report of it: itself and its parts, (1 + P,)."""
+        if self.casts is not None:
+            self.casts.put()
+        loss, parts = self._loss(images, targets)
+        self.parts = list(parts)
+        return self.scaler.scale(loss / self.accumulation), torch.stack([loss, *parts.values()]).detach()
+
+    def _loss(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the parts that a model with losses of its own adds it up from."""
         with autocast(self.amp, self.device):
             if self.criterion is not None:
                 return self.criterion(self.wrapped(images), targets), {}
             parts = self.wrapped(images, targets)
             return sum_of(parts), parts
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        if self.casts is not None:
+            self.casts.remove()
+
+    def make_room(self) -> None:
+        """For what runs between steps: where the device has less memory left than captured passes hold, they go.
+
+        They are captured again when training goes on.
+        """
+        if self.graphs is not None and self.graphs.captured and self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            if free < held:
+                self.graphs.release()
 
     def plain_loss(self, images: Tensor, targets: Targets) -> Tensor:
         """The loss of the model, not wrapped, that probes measure: without mixup and label smoothing."""

@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 
 from sbp.training import distributed
 
+_BUCKET = 2**23  # numbers that are averaged at once
+
 
 def wrap(model: nn.Module) -> nn.Module:
     """The model under DDP when there are several processes; itself when there is one, or when it is sharded."""
@@ -32,6 +34,31 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+
+
+def same_everywhere(model: nn.Module) -> nn.Module:
+    """The model, given the main process's weights and buffers, for `average_gradients` in place of DDP."""
+    with torch.no_grad():
+        distributed.broadcast([*model.parameters(), *model.buffers()])
+    return model
+
+
+def average_gradients(model: nn.Module) -> None:
+    """The mean over the processes of each gradient, in place; which parameters have one is the same in all of them."""
+    if distributed.world_size() == 1:
+        return
+    waiting: list[Tensor] = []
+    size = 0
+    for gradient in [*(p.grad for p in model.parameters() if p.grad is not None), None]:
+        if waiting and (gradient is None or size + gradient.numel() > _BUCKET or gradient.dtype != waiting[0].dtype):
+            flat = torch.cat([one.flatten() for one in waiting]).div_(distributed.world_size())
+            dist.all_reduce(flat)
+            parts = flat.split([one.numel() for one in waiting])
+            torch._foreach_copy_(waiting, [part.view_as(one) for part, one in zip(parts, waiting, strict=True)])
+            waiting, size = [], 0
+        if gradient is not None:
+            waiting.append(gradient)
+            size += gradient.numel()
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:

@@ -21,7 +21,8 @@ from sbp.training.loop import Targets, Trainer
 class PeakMemory:
     """The largest memory of training so far, in bytes: allocated and reserved on CUDA, resident on a CPU.
 
-    Making one resets the peak. What runs inside `excluded` does not count.
+    Making one resets the peak. What runs inside `excluded` does not count. A captured pass is counted when it is
+    captured: then the allocator hands out what every replay uses again, where it was.
     """
 
     def __init__(self, device: torch.device) -> None:

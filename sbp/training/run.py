@@ -100,6 +100,7 @@ class Run:
         """Those of the weights of now, on the probe's images; measured by the main process where one is enough."""
         if not (distributed.is_main() or self.trainer.collective):
             return {}
+        self.trainer.make_room()
         with self.peak.excluded():
             draw = 0 if self.trainer.fixed_mask else self.step
             return gradient_cosines(self.trainer, *self.images.probe, draw=draw)
@@ -125,6 +126,7 @@ class Run:
         Raises Preempted, with a checkpoint written, when a signal asks to stop.
         """
         measured = self.peak.read()
+        self.trainer.make_room()
         try:
             with self.peak.excluded():
                 measured |= self._evaluated(self.trainer.model)

@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sbp
-from sbp.training import distributed, environment, parallel, seeding
+from sbp.training import distributed, environment, graphs, parallel, seeding
+from sbp.training.compiling import compile_model
 from sbp.training.config import SLOPE_IMAGES, Config, evaluation_batch, plan_batches, scaled_lr
 from sbp.training.data.loading import (
     SUBSTITUTES,
@@ -21,6 +22,7 @@ from sbp.training.data.loading import (
 )
 from sbp.training.data.shards import Shards
 from sbp.training.data.sources import prepare
+from sbp.training.graphs import CudaRecorder
 from sbp.training.loop import Trainer
 from sbp.training.optim import build_ema, build_mixup, build_optimizer, build_scheduler
 from sbp.training.probes import saved_bytes_per_image
@@ -136,7 +138,7 @@ def build_trainer(
     if sharded:
         parallel.shard(model, device, ema)
     if config.compile:
-        model.compile()  # in place: no prefix in front of parameter names
+        compile_model(model, "blocks" if config.compile == "blocks" else "model")
     optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size))
     return Trainer(
         model,
@@ -154,8 +156,20 @@ def build_trainer(
         fixed_mask=config.sbp.fixed_mask,
         exact_from=exact * order.steps_per_epoch if config.sbp.exact_epochs else None,
         channels_last=config.channels_last,
+        recorder=None if _reason_against_graphs(config, model, device) else CudaRecorder,
+        cast_together=not (config.compile or sharded or config.task == "detection"),
         seed=config.seed,
     )
+
+
+def _reason_against_graphs(config: Config, model: nn.Module, device: torch.device) -> str | None:
+    """Why passes are not captured; None where they are. Raises ValueError where they must be and cannot."""
+    if config.cuda_graph is False:
+        return "cuda_graph=false"
+    reason = graphs.reason_against(model, device, detects=config.task == "detection")
+    if reason and config.cuda_graph is True:
+        raise ValueError(f"cuda_graph=true is not possible here: {reason}; take cuda_graph=auto")
+    return reason
 
 
 def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]:
@@ -181,6 +195,7 @@ def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]
         "base_lr": config.recipe.lr,
         "lr": scaled_lr(config.recipe, plan.global_batch_size),
         "amp": config.amp,
+        "cuda_graph": _reason_against_graphs(config, trainer.model, trainer.device) or True,
         "seed": config.seed,
         "device": environment.device_name(trainer.device),
         "versions": environment.versions(),
@@ -223,3 +238,6 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
     layers = "" if decay is None else f", of the {top}; times {decay:g} for each layer below it"
     log.info("lr            %g (%s)%s", facts["lr"], origin, layers)
     log.info("device        %s, amp %s", facts["device"], facts["amp"])
+    captured = facts["cuda_graph"]
+    how = f"forward and backward pass, after {graphs.WARM_UP} steps" if captured is True else f"no: {captured}"
+    log.info("cuda_graph    %s", how)

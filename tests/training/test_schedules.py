@@ -48,10 +48,10 @@ def steps(monkeypatch):
     seen: dict[int, set[bool]] = {}
     real_loss, real_update = Trainer._loss, Trainer.update
 
-    def loss(self, draw, images, labels):
+    def loss(self, images, labels):
         (state,) = sbp.state.states(self.model)
         self.on = {state.enabled}
-        out = real_loss(self, draw, images, labels)
+        out = real_loss(self, images, labels)
         out[0].register_hook(lambda _: self.on.add(state.enabled))
         return out
 
@@ -101,7 +101,7 @@ def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_pa
 
 def test_exact_steps_of_a_compiled_model_are_exact(monkeypatch):
     real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="eager"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager"))
     torch._dynamo.reset()
     gradients = []
     for overrides in (("compile=true", "sbp.exact_epochs=1", "recipe.epochs=2"), ("sbp=none", "recipe.epochs=2")):
@@ -169,9 +169,9 @@ def test_training_images_may_be_smaller_than_those_of_evaluation(tmp_path, monke
     sizes = {True: set(), False: set()}
     real = Trainer._loss
 
-    def loss(self, draw, images, labels):
+    def loss(self, images, labels):
         sizes[True].add(tuple(images.shape[-2:]))
-        return real(self, draw, images, labels)
+        return real(self, images, labels)
 
     def evaluated(model, *args, **kwargs):
         model.register_forward_pre_hook(lambda _, inputs: sizes[False].add(tuple(inputs[0].shape[-2:])))
