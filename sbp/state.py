@@ -169,7 +169,7 @@ class State:
             self._require_one_open_pass()
             return
         if self.mask_per == "batch":
-            shape = shape._replace(images=1)
+            shape = Shape(shape.grid, shape.maps, 1, shape.prefix_only, shape.skips_dropped)
         if self.draw.device != device:
             self.draw = self.draw.to(device)
         origin = (self.draw, self.fixed)
