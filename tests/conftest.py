@@ -25,18 +25,7 @@ torch.set_num_threads(1)
 
 # -- the device, and a machine that has torch, torchvision, timm and pytest alone
 
-OPTIONAL = (
-    "hydra",
-    "omegaconf",
-    "wandb",
-    "pycocotools",
-    "matplotlib",
-    "sklearn",
-    "scipy",
-    "pandas",
-    "pyarrow",
-    "datasets",
-)
+OPTIONAL = ("hydra", "omegaconf", "wandb", "pycocotools", "matplotlib", "sklearn", "scipy", "pandas", "datasets")
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -60,7 +49,7 @@ class _Module(pytest.Module):
         try:
             return super().collect()
         except self.CollectError as error:
-            missing = getattr(error.__cause__, "name", None)
+            missing = (getattr(error.__cause__, "name", None) or "").partition(".")[0]
             if missing in OPTIONAL and find_spec(missing) is None:
                 pytest.skip(f"{missing} is not installed", allow_module_level=True)
             raise
@@ -70,11 +59,9 @@ class _Module(pytest.Module):
 def device(pytestconfig: pytest.Config) -> torch.device:
     """CUDA where pytest was asked for the tests marked gpu (`-m gpu`) on a machine that has it, else the CPU."""
     asked = re.search(r"(?<!not )\bgpu\b", pytestconfig.option.markexpr)
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if asked and torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if asked and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def cuda_only(device: torch.device, reason: str) -> bool:
