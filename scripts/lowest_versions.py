@@ -22,14 +22,14 @@ def lowest(project: dict) -> dict[str, str]:
     Raises ValueError where the dependencies and the extras train and dev give none, or two different ones.
     """
     extras = project["optional-dependencies"]
-    bounds = {name: set() for name in LOWEST}
+    bounds: dict[str, set[str]] = {name: set() for name in LOWEST}
     for requirement in (*project["dependencies"], *extras["train"], *extras["dev"]):
-        if (found := BOUND.match(requirement)) and found[1] in bounds:
-            bounds[found[1]].add(found[2])
-    for name, found in bounds.items():
-        if len(found) != 1:
-            raise ValueError(f"pyproject.toml: {name} needs one lower bound (>=), got {sorted(found) or 'none'}")
-    return {name: found.pop() for name, found in bounds.items()}
+        if (bound := BOUND.match(requirement)) and bound[1] in bounds:
+            bounds[bound[1]].add(bound[2])
+    for name, versions in bounds.items():
+        if len(versions) != 1:
+            raise ValueError(f"pyproject.toml: {name} needs one lower bound (>=), got {sorted(versions) or 'none'}")
+    return {name: versions.pop() for name, versions in bounds.items()}
 
 
 def constraints(project: dict, pinned: str) -> list[str]:

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -53,6 +54,13 @@ class _Module(pytest.Module):
             if missing in OPTIONAL and find_spec(missing) is None:
                 pytest.skip(f"{missing} is not installed", allow_module_level=True)
             raise
+
+
+@pytest.fixture(autouse=True)
+def _do_without_what_a_gpu_machine_may_lack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu"):
+        for name in OPTIONAL:
+            monkeypatch.setitem(sys.modules, name, None)  # what imports it fails
 
 
 @pytest.fixture

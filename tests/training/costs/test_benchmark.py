@@ -18,6 +18,7 @@ from sbp.training.costs.benchmark_report import merged, pareto, table
 from sbp.training.costs.release import release_model
 from scripts import gpu_results
 from scripts.gpu_results import NETWORKS, SMALL, Slice, benchmark_config
+from tests.conftest import cuda_only
 
 EAGER = [name for name, arm in ARMS.items() if arm.budget is None and not arm.release]
 RELEASE = os.environ.get("SBP_RELEASE")  # the folder of the authors' release
@@ -226,10 +227,13 @@ def test_the_release_has_the_sizes_of_the_timm_model(family):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["vit_base", "convnext_base"])
-def test_memory_and_largest_batch_on_a_gpu(name):
-    config = small(name, ["plain", "sbp", "compile"], device="cuda", memory_gib=0.25, batch_size=16)
+def test_memory_and_largest_batch(device, name):
+    config = small(name, ["plain", "sbp", "compile"], device=device.type, memory_gib=0.25, batch_size=16)
     plain, sbp_arm, compiled = benchmark(config)["arms"].values()
-    for record in (plain, sbp_arm, compiled):
-        assert record["error"] is None and "largest_batch_error" not in record
-        assert 0 < record["resident"] < record["peak_allocated"] <= record["peak_reserved"]
-    assert 16 < plain["largest_batch"] < sbp_arm["largest_batch"] and compiled["largest_batch_estimated"]
+    assert not any(record["error"] or "largest_batch_error" in record for record in (plain, sbp_arm, compiled))
+    if cuda_only(device, "a CPU's memory is not counted, but for what autograd saves"):
+        for record in (plain, sbp_arm, compiled):
+            assert 0 < record["resident"] < record["peak_allocated"] <= record["peak_reserved"]
+        assert 16 < plain["largest_batch"] < sbp_arm["largest_batch"] and compiled["largest_batch_estimated"]
+    else:
+        assert sbp_arm["saved_bytes"] < plain["saved_bytes"] and "largest_batch" not in plain
