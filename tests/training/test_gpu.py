@@ -24,6 +24,7 @@ from tests.conftest import (
     small_convnext,
     small_vit,
 )
+from tests.installed import modules_besides
 from tests.training import runs
 from tests.training.comparing import assert_equal
 
@@ -133,11 +134,13 @@ def from_here() -> dict[str, str]:
 
 
 def test_they_are_found_with_torch_torchvision_timm_and_pytest_alone():
-    """No plugin of pytest's, and none of `OPTIONAL`: what needs those is skipped, with its reason. That none of those
-    marked gpu asks for them once it runs is what a fixture in `tests/conftest.py` sees to."""
+    """What needs more is skipped, with its reason. That no test marked gpu asks for more once it runs is what a fixture
+    in `tests/conftest.py` sees to."""
+    absent = modules_besides("torch", "torchvision", "timm", "pytest")
+    assert {*OPTIONAL, "pytest_timeout", "xdist"} <= set(absent)
     code = f"""
 import sys
-sys.modules.update(dict.fromkeys({(*OPTIONAL, "pytest_timeout", "xdist", "hydra_plugins")}))
+sys.modules.update(dict.fromkeys({absent}))
 import pytest
 sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", "-rs", "-p", "no:cacheprovider", "-W", "error"]))
 """

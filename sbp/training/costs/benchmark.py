@@ -1,7 +1,7 @@
 """Compares ways to train one network, the arms, by the time and the memory of a training step.
 
 All arms live in one process and take turns, so that a machine that slows down slows all of them; medians are taken
-over the rounds. Memory is each arm's own. Nothing here needs more than torch and timm.
+over the rounds. Memory is each arm's own. Nothing here needs more than torch, torchvision and timm.
 """
 
 import gc
