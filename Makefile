@@ -3,6 +3,7 @@
 #   make lint      ruff and mypy                                        make test-survival  real runs, interrupted
 #   make format    let ruff rewrite the code                            make test-slow      the slow tests
 #   make study     the paper's claims 1, 2 and 5, checked on 2 cores in under 45 minutes (DATA=folder of CIFAR-10)
+#   make test-lowest   the default tests, or TESTS="FILE ...", with the lowest torch, torchvision and timm that are allowed
 #   make clean     remove what make made
 #   make gpu-results   on a GPU machine: the figures that need one, in slices; again until nothing is left (ARGS=--help)
 
@@ -10,11 +11,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-survival test-slow lint format clean setup gpu-results
+.PHONY: help demo study test test-lowest test-survival test-slow lint format clean setup gpu-results
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+LOWEST := .venv-lowest
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(NEW_ENOUGH)' 2>/dev/null && echo $$p && break; done)
@@ -31,6 +33,9 @@ study: setup
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses auto
+
+test-lowest: $(LOWEST)/ready
+	@$(LOWEST)/bin/python -m pytest --numprocesses auto $(TESTS)
 
 test-survival: setup
 	@$(BIN)/python -m pytest -m 'survival and not slow' --numprocesses auto
@@ -53,13 +58,22 @@ gpu-results:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@{ test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)'; } \
-		|| { echo "make: Python 3.11 or later is needed; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version), once; this downloads torch and takes some minutes ..."
-	@$(PYTHON) -m venv --clear $(VENV) || { echo "make: $(PYTHON) cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]' \
-		|| { echo "make: installing failed, see above; is the Python package index reachable from here?" >&2; exit 1; }
-	@touch $@
+	$(call install,$(VENV),cat constraints.txt)
+
+$(LOWEST)/ready: pyproject.toml constraints.txt scripts/lowest_versions.py
+	$(call install,$(LOWEST),$(PYTHON) scripts/lowest_versions.py)
+
+  # Into the environment $(1), with the constraints that the command $(2) prints.
+define install
+@{ test -n "$(PYTHON)" && $(PYTHON) -c '$(NEW_ENOUGH)'; } \
+	|| { echo "make: Python 3.11 or later is needed; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+@echo "Setting up $(1) with $$($(PYTHON) --version), once; this downloads torch and takes some minutes ..."
+@$(PYTHON) -m venv --clear $(1) || { echo "make: $(PYTHON) cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+@$(2) > $(1)/constraints.txt
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(1)/constraints.txt --editable '.[train,dev]' \
+	|| { echo "make: installing failed, see above; is the Python package index reachable from here?" >&2; exit 1; }
+@touch $@
+endef
 
 clean:
-	rm -rf $(VENV) outputs .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(LOWEST) outputs .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -1,9 +1,10 @@
 """Produces the figures that need a GPU, slice by slice: python -m scripts.gpu_results [--minutes 8.5] [NAME ...]
 
-Needs torch and timm alone. With --cifar10 or --photographs the study's runs come before the compiled arms; they need
-torchvision and Hydra, too: without a network, `PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core tqdm`
-elsewhere. What is in the folder of this device already is skipped, so that the command can be given
-again until it has nothing left to do: then its exit code is 0, else 3. An interrupted slice leaves nothing behind.
+Needs torch, torchvision and timm alone, with what pip installs for them (numpy, Pillow, PyYAML, tqdm and so on). With
+--cifar10 or --photographs the study's runs come before the compiled arms; they need Hydra, too: without a network,
+`PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core` elsewhere. What is in the folder of this device
+already is skipped, so that the command can be given again until it has nothing left to do: then its exit code is 0,
+else 3. An interrupted slice leaves nothing behind.
 """
 
 import argparse

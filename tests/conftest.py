@@ -1,11 +1,19 @@
-"""Small float64 models and the comparisons that most tests of the method need."""
+"""Small float64 models and the comparisons that most tests of the method need; and what a GPU machine may lack.
+
+Tests marked gpu run on the CPU in the default suite, and with `-m gpu` on CUDA where there is one; see `device`.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -15,6 +23,76 @@ import sbp
 from sbp.masks import Positions
 
 torch.set_num_threads(1)
+
+# -- the device, and a machine that has torch, torchvision, timm and pytest alone
+
+OPTIONAL = ("hydra", "omegaconf", "wandb", "pycocotools", "matplotlib", "sklearn", "scipy", "pandas", "datasets")
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of pytest-timeout, which is not installed: tests take as long as they take")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): of pytest-timeout, which is not installed")
+
+
+def pytest_pycollect_makemodule(module_path, parent) -> pytest.Module:
+    return _Module.from_parent(parent, path=module_path)
+
+
+class _Module(pytest.Module):
+    """A file of tests, skipped where one of `OPTIONAL` that it imports is not installed."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = (getattr(error.__cause__, "name", None) or "").partition(".")[0]
+            if missing in OPTIONAL and find_spec(missing) is None:
+                pytest.skip(f"{missing} is not installed", allow_module_level=True)
+            raise
+
+
+@pytest.fixture(autouse=True)
+def _do_without_what_a_gpu_machine_may_lack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu"):
+        for name in OPTIONAL:
+            monkeypatch.setitem(sys.modules, name, None)  # what imports it fails
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """CUDA where pytest was asked for the tests marked gpu (`-m gpu`) on a machine that has it, else the CPU."""
+    asked = re.search(r"(?<!not )\bgpu\b", pytestconfig.option.markexpr)
+    if asked and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def cuda_only(device: torch.device, reason: str) -> bool:
+    """Whether to assert what nothing but CUDA can answer. reason: why the CPU cannot, which its output shows."""
+    if device.type != "cuda":
+        print(f"left to CUDA: {reason}")
+    return device.type == "cuda"
+
+
+@contextmanager
+def never_waits(device: torch.device) -> Iterator[None]:
+    """What runs inside raises RuntimeError where it waits for CUDA; on the CPU it just runs."""
+    if not cuda_only(device, "a CPU computes at once, so nothing waits for it"):
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# -- models and comparisons
 
 
 def small_vit(**kwargs) -> nn.Module:
@@ -64,9 +142,9 @@ def gradients(model: nn.Module, x: Tensor, seed: int = 3, only: int | None = Non
     torch.manual_seed(seed)  # drop path, dropout
     out = model(x)
     outs = out if isinstance(out, (list, tuple)) else [out]
-    weights = [torch.linspace(-1, 2, one.numel(), dtype=one.dtype).view_as(one) for one in outs]
+    weights = [torch.linspace(-1, 2, one.numel(), dtype=one.dtype, device=one.device).view_as(one) for one in outs]
     if only is not None:
-        rows = torch.arange(len(x)) == only
+        rows = torch.arange(len(x), device=x.device) == only
         weights = [weight * rows.view(-1, *[1] * (weight.ndim - 1)) for weight in weights]
     loss = sum((one * weight).sum() for one, weight in zip(outs, weights, strict=True))
     loss.backward()
@@ -86,7 +164,7 @@ def gradients_image_by_image(model: nn.Module, x: Tensor, masks: Tensor) -> tupl
 def masks_of(where: Positions, height: int, width: int, prefix: int = 0) -> Tensor:
     """The masks (B, H, W), or one mask (H, W), of kept positions."""
     kept = where.keep[..., prefix:] - prefix
-    empty = torch.zeros(*kept.shape[:-1], height * width, dtype=torch.bool)
+    empty = torch.zeros(*kept.shape[:-1], height * width, dtype=torch.bool, device=kept.device)
     return empty.scatter(-1, kept, True).unflatten(-1, (height, width))
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.installed import modules_besides
+
 ROOT = Path(__file__).parents[1]
 METHOD = sorted((ROOT / "sbp").glob("*.py"))
 FRAMEWORK = sorted((ROOT / "sbp" / "training").rglob("*.py"))
@@ -50,8 +52,10 @@ def test_the_method_imports_without_the_framework():
     assert result.stderr.strip() == "set()"
 
 
-def test_the_benchmark_needs_torch_and_timm_only():
-    """A GPU machine often has nothing else, and no network."""
-    absent = ("hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "pycocotools")
+def test_benchmark_and_gpu_results_need_torch_torchvision_and_timm_alone():
+    """With what these need, as pip installs them: a GPU machine often has nothing else, and no network. timm does not
+    come without torchvision, nor torchvision without numpy and Pillow."""
+    absent = modules_besides("torch", "torchvision", "timm")
+    assert {"hydra", "omegaconf", "wandb", "matplotlib", "sklearn", "pycocotools"} <= set(absent)
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import scripts.gpu_results"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,9 +1,12 @@
 import pytest
 import torch
 
+from sbp.training import seeding
+
 
 @pytest.fixture(autouse=True)
-def _threads_as_before():
+def _threads_and_algorithms_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    seeding.set_deterministic(False)

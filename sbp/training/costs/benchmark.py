@@ -1,7 +1,7 @@
 """Compares ways to train one network, the arms, by the time and the memory of a training step.
 
 All arms live in one process and take turns, so that a machine that slows down slows all of them; medians are taken
-over the rounds. Memory is each arm's own. Nothing here needs more than torch and timm.
+over the rounds. Memory is each arm's own. Nothing here needs more than torch, torchvision and timm.
 """
 
 import gc
@@ -305,7 +305,8 @@ def _free() -> None:
 def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device, record: dict[str, Any]) -> Runner:
     """The arm after its warm-up; writes its memory to the record: its own, with its batch, without other arms'.
 
-    CUDA: what stays between steps, and the peaks of a step. CPU: what autograd saves for the backward pass.
+    CUDA: what stays between steps, and the peaks of a step. What is reserved includes what lies unused beside the other
+    arms' tensors: the allocator gives it to this arm, too. CPU: what autograd saves for the backward pass.
     """
     log.info("starting %s", arm.label)
     _free()
@@ -315,7 +316,6 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
         record["saved_bytes"] = sbp.saved_bytes(lambda: runner.loss(batch))
         return runner
     allocated = torch.cuda.memory_allocated(device) - _bytes(batch)
-    reserved = torch.cuda.memory_reserved(device) - _bytes(batch)
     runner = Runner(config, arm, device)
     runner.turn(batch, config.warmup)
     torch.cuda.empty_cache()
@@ -325,7 +325,7 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     figures = {
         "resident": resident,
         "peak_allocated": torch.cuda.max_memory_allocated(device) - allocated,
-        "peak_reserved": torch.cuda.max_memory_reserved(device) - reserved,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) - allocated,
     }
     record |= dict(zip(figures, map(int, distributed.maxima(list(figures.values()))), strict=True))
     return runner

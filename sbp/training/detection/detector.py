@@ -59,7 +59,8 @@ def create_body(backbone: BackboneConfig) -> ConvNeXt:
         raise ValueError(f"backbone.name={backbone.name} is no ConvNeXt; task=detection needs one of timm's convnext*")
     body = create(backbone, num_classes=0)
     assert isinstance(body, ConvNeXt)
-    body.prune_intermediate_layers(list(range(len(body.stages))), prune_norm=True)
+    body.norm_pre = nn.Identity()
+    body.head = nn.Identity()  # type: ignore[assignment]  # older timm's `prune_intermediate_layers` leaves its norm
     return body
 
 
