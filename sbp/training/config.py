@@ -28,6 +28,7 @@ OBJECTIVES = (
     *("images_per_second", "saved_bytes_per_image", "peak_allocated"),
 )
 SLOPE_IMAGES = {"classification": 4, "detection": 2}  # enough to measure saved bytes per image as a slope
+LEAST_CLASSES = {"classification": 2, "detection": 1}  # a detector has the background beside them
 
 T = TypeVar("T")
 
@@ -115,6 +116,7 @@ class DataConfig:
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
+    num_classes: of the labels; in detection without the background, so that one is enough.
     train_images, val_images: how many a generated data set has.
     """
 
@@ -468,7 +470,7 @@ def validate(config: Config) -> Config:
     _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
     _at_least(config, 1, "data.image_size", "data.train_image_size", "data.train_images", "data.val_images")
-    _at_least(config, 2, "data.num_classes")
+    _at_least(config, LEAST_CLASSES[config.task], "data.num_classes")
     _at_least(config, SLOPE_IMAGES["classification"] if config.task == "classification" else 1, "probe.images")
     _above_zero(config, "recipe.decay_rate", "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
     _check_task(config)
@@ -564,7 +566,7 @@ def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _at_least(config, 1, "batch_size", "rounds", "steps", "warmup", "threads", "data.image_size")
-    _at_least(config, 2, "data.num_classes")
+    _at_least(config, LEAST_CLASSES[config.task], "data.num_classes")
     _above_zero(config, "seconds", "memory_gib")
     return config
 

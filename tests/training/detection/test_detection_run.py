@@ -20,6 +20,7 @@ from sbp.training.tasks import task_of
 from sbp.training.tracking import read_metrics
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
+from tests.training.detection.coco_files import coco_folder, one_class
 from tests.training.detection.few import few_images
 from tests.training.wandb_side import wandb_history
 from train import train
@@ -88,6 +89,24 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
     for key in ("state_dict", "optimizer", "step"):
         assert_equal(expected[key], resumed[key], key)
     assert record(whole) == record(parts)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_one_class_is_enough(tmp_path, name):
+    """It is not counted with the background, neither by the config nor by the heads."""
+    root = coco_folder(tmp_path / "data", both=one_class())
+    data = ("data=coco", f"data.root={root}", "data.train_split=images/train", "data.val_split=images/val")
+    sizes = ("data.num_classes=1", "data.image_size=48", "data.max_size=96", "data.workers=0")
+    config = small_detector_run(*data, *sizes, f"detector.name={name}", "global_batch_size=2", "recipe.augment=false")
+    summary = train(config, tmp_path)
+    assert 0 <= summary["box_ap"] <= 100 and summary["gradient_cosine"] > 0
+    weights = find(tmp_path)[1]["state_dict"]
+    outputs = {len(value) for name, value in weights.items() if name.endswith("cls_score.bias")}
+    assert outputs == {2}, "the class, and the background"
+    images = setup.load_images(config, CPU)
+    assert {label for i in range(3) for label in images.train.dataset.dataset[i][1]["labels"].tolist()} == {1}
+    with pytest.raises(ValueError, match=r"data\.num_classes must be at least 1, got 0"):
+        validate(small_detector_run("data.num_classes=0"))
 
 
 def test_the_published_recipe_has_its_layers_and_steps():
