@@ -29,9 +29,11 @@ from tqdm import tqdm
 
 from sbp.training import signals
 from sbp.training.config import DataConfig, RecipeConfig
+from sbp.training.data.classes import class_names
 from sbp.training.data.loading import SUBSTITUTES, SeededDataset, make_loader, spread
+from sbp.training.data.naming import path
 from sbp.training.data.preprocessing import decode, train_transform
-from sbp.training.data.sources import build_datasets, image_folder, path
+from sbp.training.data.sources import image_folder, open_datasets
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +125,7 @@ def open_splits(data: DataConfig, recipe: RecipeConfig) -> list[tuple[Split, Any
     names = (data.train_split, data.val_split)
     if data.source != "folder":
         place = data.name or data.source
-        opened = zip(names, build_datasets(data, recipe), strict=True)
+        opened = zip(names, open_datasets(data, recipe), strict=True)
         return [(describe(name, place, dataset), dataset) for name, dataset in opened]
     splits: list[tuple[Split, Any]] = []
     transform = Compose([decode, train_transform(data, recipe)])
@@ -152,8 +154,7 @@ def _why_not(folder: Path, num_classes: int) -> str:
 def describe(name: str, place: str, dataset: Any) -> Split:
     """What a data set says of itself before an image is read."""
     split = Split(name, place, length=len(dataset))
-    named = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-    split.classes = list(getattr(dataset, "classes", None) or sorted(named, key=lambda name: named[name]))
+    split.classes = class_names(dataset)
     if hasattr(dataset, "targets"):
         split.per_class = Counter(int(label) for label in dataset.targets)
     else:

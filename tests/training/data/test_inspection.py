@@ -341,6 +341,15 @@ def test_timms_data_sets_are_read_from_their_files(root):
     assert report["splits"][0]["formats"] == {"JPEG": 12}
 
 
+def test_classes_of_timms_folders_are_compared(root):
+    shutil.rmtree(root / "val" / "ant")
+    code, report = checked(root, "data=timm", "data.name=folder", "data.val_split=val")
+    assert code == 1 and [(one["split"], one["text"], one["items"]) for one in report["findings"]] == [
+        ("val", "2 classes, but data.num_classes is 3", []),
+        ("", "train and val have different classes", ["ant (in train only)"]),
+    ]
+
+
 def broken_at_first(image):
     """For image 0, whose pixels are those of seed 0."""
     if np.array_equal(np.asarray(image), pixels(0)):

@@ -15,8 +15,9 @@ from sbp.training import setup
 from sbp.training.config import plan_batches, validate
 from sbp.training.data import shards
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.data.naming import path
 from sbp.training.data.shards import expand, read_shard
-from sbp.training.data.sources import build_datasets, build_validation_set, path
+from sbp.training.data.sources import build_datasets, build_validation_set
 from tests.training.configs import small
 
 CPU = torch.device("cpu")
@@ -290,8 +291,11 @@ def test_streams_are_refused_with_what_to_do_instead(name, instead):
         build_validation_set(settings.data)
 
 
-def parquet_folder(root, bad=None):
-    """101 images in two files for each split, as a column of bytes, with integer labels."""
+def parquet_folder(root, bad=None, labels=None):
+    """101 images in two files for each split, as a column of bytes, with integer labels.
+
+    labels: those of a split that are not as in the others: split -> image -> label.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")
@@ -300,7 +304,8 @@ def parquet_folder(root, bad=None):
     for split in ("train", "validation"):
         for part, numbers in enumerate((range(50), range(50, 101))):
             images = [{"bytes": b"no image" if i == bad else png(i), "path": f"{i:04}.png"} for i in numbers]
-            table = pyarrow.table({"image": images, "label": [i % 2 for i in numbers]})
+            own = (labels or {}).get(split, {})
+            table = pyarrow.table({"image": images, "label": [own.get(i, i % 2) for i in numbers]})
             parquet.write_table(table, root / f"{split}-{part:05}-of-00002.parquet")
     return root
 
@@ -331,3 +336,34 @@ def test_a_corrupt_image_in_a_parquet_file_is_named(tmp_path):
     assert len(batch.images) == 100
     with pytest.raises(ValueError, match=r"image 60 \(0060.png\) \(not an image\)"):
         readable(batch)
+
+
+WORDS = {i: ("ant", "bee")[i % 2] for i in range(101)}
+OUTSIDE = (
+    r"split {}: 1 of 101 images have labels that are not in 0 to 1 .*; the first one is image 60 \(0060.png\) with"
+)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"train": {60: 7}}, OUTSIDE.format("train,") + " 7"),
+        ({"validation": {60: 2}}, OUTSIDE.format("validation,") + " 2"),
+        ({"validation": {60: -1}}, OUTSIDE.format("validation,") + " -1"),
+        ({"train": dict.fromkeys(range(101), 0)}, "split train, has 1 classes with numbers from 0 to 0, but"),
+        ({"train": {60: None}}, r"split train,: image 60 \(0060.png\) has the label nan, which is no integer"),
+        (dict.fromkeys(("train", "validation"), WORDS), r"split train,: image 0 .* has the label ant, which is no"),
+    ],
+    ids=["training", "validation", "no label", "one class", "null", "text"],
+)
+def test_labels_in_parquet_files_are_checked_before_anything_is_trained(tmp_path, labels, message):
+    settings = parquet_config(parquet_folder(tmp_path / "data", labels=labels), tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        setup.load_images(settings, CPU)
+
+
+def test_a_validation_split_of_parquet_files_may_lack_a_class_as_its_labels_are_numbers(tmp_path):
+    root = parquet_folder(tmp_path / "data", labels={"validation": dict.fromkeys(range(101), 1)})
+    settings = parquet_config(root, tmp_path / "cache")
+    images = setup.load_images(settings, CPU)
+    assert {int(label) for batch in images.validation for label in batch.labels} == {1}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sbp.training.config import RecipeConfig, plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
-from sbp.training.data.sources import path
+from sbp.training.data.naming import path
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.coco import CocoImages, Packed
 from sbp.training.detection.sources import build_datasets, build_validation_set
