@@ -247,7 +247,7 @@ class Config:
     parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
         torchrun). The result is the same, and so are the checkpoints.
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
-    max_skipped_steps: so many steps in a row may be left out because their loss is not finite.
+    max_skipped_steps: so many steps in a row may be left out because their loss or gradient is not finite.
     threads: of torch on the CPU; null for its own choice.
     processes: so many on this machine, each with a device of its own, which a torchrun of the run's own starts; null
         for this process alone, or for those that a torchrun around the command started.

@@ -13,14 +13,14 @@ from sbp.training.data.naming import path
 
 def class_names(dataset: Any) -> list[str]:
     """The names in label order; [] where the data set has none."""
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     named = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
     return list(getattr(dataset, "classes", None) or sorted(named, key=lambda name: named[name]))
 
 
 def labels(dataset: Any) -> np.ndarray | None:
     """The label of each image (N,), of whatever type it is; None where only reading the images would tell."""
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "label_key"):  # Parquet files and the like: one column of a table
         return np.asarray(reader.dataset.with_format("numpy")[reader.label_key][:])
     if isinstance(getattr(reader, "samples", None), list):
