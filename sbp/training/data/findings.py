@@ -65,6 +65,8 @@ def findings(train: Split, val: Split, data: DataConfig, expected: tuple[int, ..
                 if kind == "unreadable":
                     text += _consequence(split is train, len(items), data.max_corrupt_images)
                 found.append(Finding(level, split.name, f"{_count(len(items), 'image')} {text}", items))
+        if split.unused:
+            found.append(Finding(WARNING, split.name, split.unused))
         if split.ignored:
             found.append(_of_ignored(split))
         if split.read < split.length:

@@ -74,7 +74,8 @@ class Split:
 
     fault: why it cannot be opened; then nothing else is known. classes: names in label order, [] where it has none.
     per_class: images by label, of the whole split or (`counted`) of those read so far. ignored: files that are not
-    taken for images. sizes: shorter sides in pixels. marks: by kind, the images as a user finds them.
+    taken for images. unused: what of tar files looks like images or labels and is not used, in words. sizes: shorter
+    sides in pixels. marks: by kind, the images as a user finds them.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Split:
     per_class: Counter[int] = field(default_factory=Counter)
     counted: bool = False
     ignored: list[str] = field(default_factory=list)
+    unused: str = ""
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     sizes: array = field(default_factory=lambda: array("i"))
@@ -155,6 +157,7 @@ def describe(name: str, place: str, dataset: Any) -> Split:
     """What a data set says of itself before an image is read."""
     split = Split(name, place, length=len(dataset))
     split.classes = class_names(dataset)
+    split.unused = getattr(dataset, "unused", "")
     if hasattr(dataset, "targets"):
         split.per_class = Counter(int(label) for label in dataset.targets)
     else:
