@@ -4,7 +4,6 @@ Takes the groups and keys of train.py. Reads every image once; says what is wron
 complete lists go to data_check.json and corrupt_images.txt in the run's folder, also after Ctrl-C. Exit code 1: errors.
 """
 
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +22,7 @@ from sbp.training.config import Config, validate
 from sbp.training.data import findings
 from sbp.training.data.inspection import loading_speed, open_splits, read
 from sbp.training.incidents import CORRUPT_IMAGES
+from sbp.training.text import lines, write_json, write_text
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("check_data")
@@ -75,9 +75,9 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
                 "versions": environment.versions(),
                 "config": asdict(config),
             }
-            (folder / "data_check.json").write_text(json.dumps(report, indent=2) + "\n")
+            write_json(folder / "data_check.json", report)
             corrupt = [image for split in (train, val) for image in findings.unreadable(split)]
-            (folder / CORRUPT_IMAGES).write_text("".join(f"{image}\n" for image in corrupt))
+            write_text(folder / CORRUPT_IMAGES, lines(corrupt))
     if train_set or val_set:
         log.info("splits\n%s", findings.table([train, val]))
     if found:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.checkpoint import Checkpoints
+from sbp.training.text import lines, open_text
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Incidents:
         self.corrupt_images += new
         listed = self.folder / CORRUPT_IMAGES
         if distributed.is_main():
-            _write(listed, "".join(f"{name}\n" for name in self.corrupt_images))
+            _write(listed, lines(self.corrupt_images))
             for name in new:
                 log.warning("cannot read %s; another image takes its place", name)
         if len(self.corrupt_images) > self.max_corrupt_images:
@@ -124,7 +125,7 @@ class Incidents:
 
 def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        with path.open(mode) as file:
+        with open_text(path, mode) as file:
             file.write(text)
     except OSError as error:
         log.warning("cannot write %s (%s)", path, error)

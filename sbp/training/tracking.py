@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sbp.training.config import LoggerConfig
-from sbp.training.status import read_json, write_text
+from sbp.training.text import open_text, read_json, read_text, shown, write_text
 
 try:
     import wandb
@@ -74,14 +74,15 @@ class Tracker:
         self._unwritten += json.dumps(record) + "\n"
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with self.path.open("a") as file:
+            with open_text(self.path, "a") as file:
                 file.write(self._unwritten)
             self._unwritten = ""
         except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
             os.truncate(self.path, size)
         self._try(
-            "log", lambda: self._run.log(record | {f"pictures/{name}": wandb.Image(one) for name, one in pictures})
+            "log",
+            lambda: self._run.log(record | {f"pictures/{shown(name)}": wandb.Image(one) for name, one in pictures}),
         )
 
     @property
@@ -118,7 +119,7 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without a line that an interruption cut off; [] when there is no file."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def test_corrupt_images_are_counted_once_listed_and_too_many_are_an_error(tmp_pa
     assert (tmp_path / CORRUPT_IMAGES).read_text() == "a.png (empty)\nb.png (broken)\nc.png (x)\n"
     with pytest.raises(ValueError, match=r"4 training images cannot be read by step 8, data\.max_corrupt_images=3"):
         again.replaced(7, ["d.png (x)"])
+
+
+def test_names_that_are_not_utf8_or_have_line_breaks_are_listed_as_they_are(tmp_path, caplog):
+    name = os.fsdecode(b"bad\xff.png (broken)")
+    found = incidents(tmp_path)
+    found.replaced(0, [name, "two\nlines.png (empty)"])
+    assert (tmp_path / CORRUPT_IMAGES).read_bytes() == b"bad\xff.png (broken)\ntwo\\nlines.png (empty)\n"
+    found.left_out(0, float("nan"), [name])
+    assert json.loads((tmp_path / SKIPPED_STEPS).read_text())["images"] == [name]
 
 
 def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_row(tmp_path, caplog):

@@ -146,7 +146,9 @@ def _matching(root: Path, name: str) -> list[Path]:
 def indexed(shards: list[Path], label: str) -> Index:
     """The index of these shards: from a file if there is one and no shard has changed, else read and written there."""
     stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)])
-    name = hashlib.sha256("\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        "\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode(errors="surrogateescape")
+    ).hexdigest()[:16]
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbp"
     places = [folder / f".sbp-index-{name}.npz" for folder in (shards[0].parent, user)]
     for place in places:
