@@ -1,7 +1,5 @@
 """Images and their objects in COCO's layout: a folder of images and an annotation file for each split."""
 
-import contextlib
-import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -15,15 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sbp.training.data.preprocessing import decode
+from sbp.training.detection.annotations import as_coco, check_scored, read_annotations, with_area
 from sbp.training.detection.augmentation import wide_enough
 from sbp.training.detection.target import Target
-
-_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "bbox", "segmentation"),
-    "categories": ("id", "name"),
-}
-_LEAST_COORDINATES = 6  # a polygon of fewer than three points has no area; pycocotools takes four numbers for a box
 
 
 class CocoImages(Dataset):
@@ -52,7 +44,7 @@ class CocoImages(Dataset):
             objects = _objects(content, list(self.categories))
         else:
             objects = {}
-            _check_scored(content, self.file)
+            check_scored(content, self.file)
         self.images = Packed(
             [image["id"], image["file_name"], image["height"], image["width"], objects.get(image["id"], [])]
             for image in content["images"]
@@ -111,55 +103,6 @@ class Packed:
         return json.loads(self.bytes[first:last].tobytes())
 
 
-def read_annotations(file: Path) -> dict[str, Any]:
-    """The content of an annotation file. Raises ValueError for a file that has not what is needed of COCO's format."""
-    if not file.is_file():
-        raise ValueError(f"no annotation file {file}; data.annotations says where it lies below data.root")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    for part, keys in _KEYS.items():
-        rows = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise ValueError(f'{file} has no list "{part}"; expected an annotation file of COCO\'s instances')
-        for key in keys:
-            missing = sum(key not in row for row in rows)
-            if missing:
-                raise ValueError(f'{file}: {missing} of {len(rows)} {part} have no "{key}"')
-    wrong = sum(len(row["bbox"]) != 4 for row in content["annotations"])
-    if wrong:
-        raise ValueError(f'{file}: {wrong} annotations have a "bbox" that is not x, y, width, height')
-    for part, key in (("images", "image_id"), ("categories", "category_id")):
-        known = {row["id"] for row in content[part]}
-        if not known:
-            raise ValueError(f"{file} has no {part}")
-        if len(known) < len(content[part]):
-            raise ValueError(f"{file}: several {part} have the same id")
-        for row in content["annotations"]:
-            if row[key] not in known:
-                raise ValueError(f"{file}: an annotation has {key} {row[key]}, which is not among the {part}")
-    return content
-
-
-def as_coco(content: dict[str, Any]) -> COCO:
-    """The content of an annotation file, as pycocotools has it."""
-    for number, row in enumerate(content["annotations"], 1):
-        row["id"] = number  # COCOeval takes 0 for "no match"
-        row.setdefault("iscrowd", 0)
-        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
-    coco = COCO()
-    coco.dataset = content
-    with quiet():
-        coco.createIndex()
-    return coco
-
-
-def quiet() -> contextlib.AbstractContextManager:
-    """Inside, nothing is printed: pycocotools reports all that it does."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
 def _objects(content: dict[str, Any], categories: list[int]) -> dict[int, list]:
     """By image: (label, box, segmentation) of each object that can be learned from."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
@@ -171,29 +114,10 @@ def _objects(content: dict[str, Any], categories: list[int]) -> dict[int, list]:
     boxes = corners.clamp(min=0).minimum(limits)
     objects = defaultdict(list)
     for row, box, wide in zip(rows, boxes.tolist(), wide_enough(boxes).tolist(), strict=True):
-        segmentation = _with_area(row["segmentation"])
+        segmentation = with_area(row["segmentation"])
         if wide and segmentation:
             objects[row["image_id"]].append((label[row["category_id"]], box, segmentation))
     return dict(objects)
-
-
-def _with_area(segmentation: Any) -> Any:
-    """Run lengths as they are, or the polygons that have three points."""
-    if not isinstance(segmentation, list):
-        return segmentation
-    return [polygon for polygon in segmentation if len(polygon) >= _LEAST_COORDINATES]
-
-
-def _check_scored(content: dict[str, Any], file: Path) -> None:
-    """Raises ValueError for annotations that pycocotools cannot score with."""
-    rows = content["annotations"]
-    if not any(not row.get("iscrowd") for row in rows):
-        raise ValueError(f"{file} has no objects to score with")
-    bad = sum(not row["segmentation"] or _with_area(row["segmentation"]) != row["segmentation"] for row in rows)
-    if bad:
-        raise ValueError(
-            f"{file}: {bad} of {len(rows)} annotations have no mask, or polygons of fewer than three points"
-        )
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from PIL import Image
 from sbp.training.config import RecipeConfig, plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.naming import path
+from sbp.training.detection.annotations import run_lengths
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.coco import CocoImages, Packed
 from sbp.training.detection.sources import build_datasets, build_validation_set
@@ -20,10 +21,12 @@ from tests.training.detection.coco_files import (
     annotation,
     coco_folder,
     coco_settings,
+    compressed,
     content,
     disc,
     plain,
     rectangle,
+    uncompressed,
 )
 
 CPU = torch.device("cpu")
@@ -188,7 +191,9 @@ def changed(part, key, value):
         (without("images", "height"), '5 of 5 images have no "height"'),
         (changed("annotations", "image_id", 99), "an annotation has image_id 99, which is not among the images"),
         (changed("annotations", "category_id", 5), "has category_id 5, which is not among the categories"),
-        (changed("annotations", "bbox", [1, 2, 3]), '1 annotations have a "bbox" that is not x, y, width, height'),
+        (changed("images", "id", 1.5), "the ids of the images must be whole numbers, or all be texts"),
+        (changed("categories", "id", "3"), "the ids of the categories must be whole numbers, or all be texts"),
+        (changed("annotations", "image_id", [10]), r"an annotation has image_id \[10\], which is not among the images"),
         (changed("images", "id", 10), "several images have the same id"),
         (
             {"categories": [*content()["categories"], {"id": 8, "name": "bird"}]},
@@ -201,6 +206,93 @@ def test_an_annotation_file_that_cannot_be_trained_on_is_refused(tmp_path, parts
     with pytest.raises(ValueError, match=message) as error:
         plain(coco_settings(coco_folder(tmp_path, **parts)))
     assert "instances_train.json" in str(error.value)
+
+
+RLE = compressed(disc(SIZES[0], 40, 20, 10))
+LIST = uncompressed(disc(SIZES[0], 40, 20, 10))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("segmentation", RLE | {"size": [60, 40]}, r"run lengths have the size \[60, 40\], and its image \[40, 60\]"),
+        ("segmentation", LIST | {"size": [40, 61]}, r"run lengths have the size \[40, 61\], and its image \[40, 60\]"),
+        ("segmentation", RLE | {"size": [40.0, 60]}, r"run lengths have the size \[40.0, 60\]"),
+        ("segmentation", RLE | {"counts": RLE["counts"][:-3]}, r"add up to \d+ pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": LIST["counts"][:-1]}, r"add up to \d+ pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": [10**12]}, "add up to 1000000000000 pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": [-1, 2401]}, r'"counts" that are none: \[-1, 2401\]'),
+        ("segmentation", LIST | {"counts": [2400.5]}, '"counts" that are none'),
+        ("segmentation", RLE | {"counts": "\u00e9"}, '"counts" that are none'),
+        ("segmentation", RLE | {"counts": "o"}, '"counts" that are none: "o"'),
+        ("segmentation", RLE | {"counts": ""}, '"counts" that are none: ""'),
+        ("segmentation", {"size": [40, 60]}, 'its run lengths must have "size" and "counts"'),
+        ("segmentation", [5, 4, 25, 4, 25, 14], r'its "segmentation" is \[5, 4, .*must be a list of polygons'),
+        ("segmentation", [[5, 4, 25, 4, 25, 14, 9]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", [[5, 4, 25, 4, 25, "14"]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", [[5, 4, 25, 4, 25, float("nan")]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", "polygon", "must be a list of polygons, each a list x, y"),
+        ("bbox", None, 'its "bbox" is null, and must be x, y, width, height'),
+        ("bbox", [1, 2, 3], r'its "bbox" is \[1, 2, 3\], and must be x, y, width, height'),
+        ("bbox", [1, 2, 3, float("inf")], 'its "bbox" is .*, and must be x, y, width, height'),
+        ("area", "40", 'its "area" is "40", and must be a number'),
+        ("iscrowd", "no", 'its "iscrowd" is "no", and must be 0 or 1'),
+    ],
+)
+def test_an_annotation_that_is_not_as_cocos_is_named_at_the_start(tmp_path, key, value, message, training):
+    root = coco_folder(tmp_path)
+    file = root / "annotations" / f"instances_{'train' if training else 'val'}.json"
+    whole = content()
+    whole["annotations"][1] |= {"id": 77, key: value}
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"{file}: annotation 77: .*{message}"):
+        opened(root, training)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("height", "40", '"height" is "40", and must be a whole number of pixels'),
+        ("height", None, '"height" is null, and must be a whole number of pixels'),
+        ("width", 0, '"width" is 0, and must be a whole number of pixels'),
+        ("file_name", None, '"file_name" is null, and no text'),
+    ],
+)
+def test_an_image_that_is_not_as_cocos_is_named(tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=f"instances_train.json: image 11: its {message}"):
+        opened(coco_folder(tmp_path, **changed("images", key, value)))
+
+
+def test_how_many_are_wrong_is_said(tmp_path):
+    rows = [row | {"bbox": None} for row in content()["annotations"]]
+    with pytest.raises(ValueError, match=r"annotation 0: .* \(10 annotations have such faults\)"):
+        opened(coco_folder(tmp_path, annotations=rows))
+
+
+def test_null_for_area_and_iscrowd_counts_as_missing(tmp_path):
+    whole = content()
+    for row in whole["annotations"]:
+        if not row["iscrowd"]:
+            row |= {"iscrowd": None, "area": None}
+    root = coco_folder(tmp_path, both=whole)
+    train, val = opened(root), opened(root, training=False)
+    assert [train[i][1]["image_id"] for i in range(len(train))] == [10, 11, 12]
+    truth = val.ground_truth()
+    assert truth.anns[1]["area"] == 200 and truth.anns[1]["iscrowd"] == 0
+    assert sum(row["iscrowd"] for row in truth.anns.values()) == 2
+
+
+def test_run_lengths_are_read_from_both_forms():
+    """Those that pycocotools writes, of masks with short runs, long ones and none."""
+    generator = np.random.default_rng(0)
+    masks = [disc((50, 70), 30, 20, 15), np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8)]
+    masks += [(generator.random((40, 300)) < share).astype(np.uint8) for share in (0.001, 0.1, 0.5, 0.99)]
+    masks += [np.zeros((2000, 3000), np.uint8)]
+    for mask in masks:
+        expected = uncompressed(mask)["counts"]
+        assert run_lengths(expected).tolist() == expected
+        assert run_lengths(compressed(mask)["counts"]).tolist() == expected
 
 
 @pytest.mark.parametrize(
