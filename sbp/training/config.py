@@ -156,8 +156,8 @@ class RecipeConfig:
     layer_decay: the learning rate of each layer is that of the next one times this, counted from the classifier down
         to the stem, each block a layer; null for one rate. In detection the layers are the stem, the first two stages,
         each three blocks of the third one, the fourth one, and the detector on top.
-    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones; the others end at min_lr,
-        "poly" with the power decay_rate.
+    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones, epochs of the run, warm-up and
+        all; the others end at min_lr, "poly" with the power decay_rate.
     warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
@@ -480,6 +480,11 @@ def validate(config: Config) -> Config:
             f"recipe.warmup_steps={recipe.warmup_steps} is in place of recipe.warmup_epochs, which must then be 0, got "
             f"{recipe.warmup_epochs}"
         )
+    if recipe.scheduler == "rsqrt" and not (recipe.warmup_epochs or recipe.warmup_steps):
+        raise ValueError(
+            "recipe.warmup_epochs or recipe.warmup_steps must be above 0 with recipe.scheduler=rsqrt, whose fall is as "
+            "slow as the warm-up"
+        )
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(
             f"recipe.warmup_epochs must be less than recipe.epochs, got {recipe.warmup_epochs} and {recipe.epochs}"
@@ -506,10 +511,11 @@ def _check_milestones(recipe: RecipeConfig) -> None:
         if milestones is not None:
             raise ValueError(f"recipe.decay_milestones needs recipe.scheduler=multistep, got {recipe.scheduler}")
         return
-    if not milestones or milestones != sorted({one for one in milestones if 0 < one < recipe.epochs}):
+    first = recipe.warmup_epochs
+    if not milestones or milestones != sorted({one for one in milestones if first < one < recipe.epochs}):
         raise ValueError(
-            f"recipe.decay_milestones must be increasing epochs in (0, {recipe.epochs}) (recipe.epochs) with "
-            f"recipe.scheduler=multistep, got {milestones}"
+            f"recipe.decay_milestones must be increasing epochs in ({first}, {recipe.epochs}) (recipe.warmup_epochs, "
+            f"recipe.epochs) with recipe.scheduler=multistep, got {milestones}"
         )
 
 
