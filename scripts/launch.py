@@ -60,15 +60,18 @@ def job_folder(overrides: ListConfig) -> str:
     """The name of a sweep's job: the overrides that the sweep varies, such as backbone-vit_tiny+sbp.keep_ratio-0.5.
 
     Of characters that neither a shell nor Hydra's own command line takes for something else, and of bounded length.
+    Where that does not leave the whole name, its hash keeps different jobs apart.
     """
     swept = os.environ.get(_SWEPT, "").split()
     named = [override for override in overrides if _key(override) not in NOT_SWEPT]
     chosen = [override for override in named if _key(override) in swept] or named or ["job"]
     name = "+".join(override.lstrip("+~").replace("=", "-", 1) for override in chosen)
     safe = re.sub(r"[^A-Za-z0-9.+_-]", "_", name)
-    if len(safe) > LONGEST_NAME:
-        safe = f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return safe
+    joined = len(chosen) > 1 and any("+" in override.lstrip("+~") for override in chosen)  # where does one value end?
+    if safe == name and len(safe) <= LONGEST_NAME and not joined:
+        return safe
+    digest = hashlib.sha256("\0".join(chosen).encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{safe[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _key(override: str) -> str:
