@@ -25,6 +25,8 @@ MARKS = {
         WARNING,
         "with an EXIF orientation, which nothing applies: the network sees them as stored, turned or mirrored",
     ),
+    "turned": (NOTE, "with an EXIF orientation, turned upright as they were annotated"),
+    "not turned": (NOTE, "with an EXIF orientation, left as stored: so says the size in their annotations"),
     "in both": (WARNING, "identical to images in {other}, which then measures what was learned by heart"),
     "deep": (WARNING, "with more than 8 bits a channel; conversion to RGB turns all above 255 white"),
     "transparent": (WARNING, "with transparency; conversion to RGB drops it and shows what it hid"),
@@ -96,7 +98,10 @@ def _of_classes(split: Split, num_classes: int) -> list[Finding]:
     if split.counted and not split.complete:
         return found  # the rest needs all labels
     if empty := [name for label, name in enumerate(names) if not split.per_class[label]]:
-        found.append(Finding(ERROR, split.name, f"{_count(len(empty), 'class', 'classes')} without images", empty))
+        level, what = (WARNING, "objects") if split.objects else (ERROR, "images")
+        found.append(Finding(level, split.name, f"{_count(len(empty), 'class', 'classes')} without {what}", empty))
+    if split.objects:
+        return found  # which are never as many of each
     least, most = _smallest_and_largest(split)
     if most > IMBALANCE * least:
         text = f"the largest class has {most:,} images, the smallest {least:,}: top-1 says little about small classes"
@@ -148,7 +153,7 @@ def _row(split: Split) -> dict[str, str]:
         "read": "all" if split.complete else f"{split.read:,}",
         "cannot be read": f"{len(unreadable(split)):,}",
         "classes": f"{len(split.classes) or len(split.per_class):,}",
-        "images in a class": _range(least, most),
+        f"{'objects' if split.objects else 'images'} in a class": _range(least, most),
         "shorter side": f"{_range(*np.quantile(sizes, (0, 1)))} px, median {np.median(sizes):.0f}",
         "formats": _shares(split.formats),
         "colours": _shares(split.modes),

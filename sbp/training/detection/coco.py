@@ -1,26 +1,35 @@
 """Images and their objects in COCO's layout: a folder of images and an annotation file for each split."""
 
+import io
 import json
-from collections import defaultdict
-from collections.abc import Iterable
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sbp.training.data.preprocessing import decode
+from sbp.training.data.preprocessing import UPRIGHT, decode, decode_with_orientation, orientation
 from sbp.training.detection.annotations import as_coco, check_scored, read_annotations, with_area
 from sbp.training.detection.augmentation import wide_enough
 from sbp.training.detection.target import Target
+
+log = logging.getLogger(__name__)
+
+_LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 
 class CocoImages(Dataset):
     """The images of a split, each as `transform(image, target)` gives it.
 
+    An image that EXIF says to turn is turned, as annotators saw it, unless the width and height in the annotation file
+    are those of the image as stored. counts: by label, the objects of the file that are no crowds.
     In training, crowds and objects too small or without a mask are left out, and so are images without others.
     categories: name by id, in label order: label 1 is the smallest id. classes: the names.
     Raises ValueError for what cannot be trained on, before any image is read.
@@ -45,6 +54,9 @@ class CocoImages(Dataset):
         else:
             objects = {}
             check_scored(content, self.file)
+        label = {category: number for number, category in enumerate(self.categories, 1)}
+        self.counts = Counter(label[row["category_id"]] for row in content["annotations"] if not row.get("iscrowd"))
+        self.told = False
         self.images = Packed(
             [image["id"], image["file_name"], image["height"], image["width"], objects.get(image["id"], [])]
             for image in content["images"]
@@ -60,9 +72,13 @@ class CocoImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Raises OSError for a file that cannot be read, or has another size than its annotations."""
         number, name, height, width, objects = self.images[index]
-        image = decode((self.folder / name).read_bytes())
-        if (image.width, image.height) != (width, height):
-            raise OSError(f"{image.width} x {image.height} pixels, in {self.file.name} {width} x {height}")
+        image, turn = decode_with_orientation((self.folder / name).read_bytes())
+        transpose = self.turning(image.size, turn, (width, height))
+        if turn != 1 and not self.told:
+            self.told = True  # of one image in each loader process
+            done = "left as stored, the size that it is annotated with" if transpose is None else "turned upright"
+            log.info("%s has the EXIF orientation %d: %s; others may follow", self.filename(index), turn, done)
+        image = image if transpose is None else image.transpose(transpose)
         target: Target = {"image_id": number}
         if self.training:
             labels, boxes, segmentations = zip(*objects, strict=True)
@@ -74,13 +90,54 @@ class CocoImages(Dataset):
             }
         return self.transform(image, target)
 
+    def turning(self, size: tuple[int, int], turn: int, annotated: tuple[int, int]) -> Image.Transpose | None:
+        """How to turn a stored image of this size (width, height), with EXIF's orientation `turn`, as it was annotated.
+
+        Where both ways have the annotated size, as of a square, upright. Raises OSError where neither has.
+        """
+        if (size[::-1] if turn in _LYING else size) == annotated:
+            return UPRIGHT[turn]
+        if size == annotated:
+            return None
+        says = f", with the EXIF orientation {turn}" if turn != 1 else ""
+        raise OSError(f"{size[0]} x {size[1]} pixels{says}, in {self.file.name} {annotated[0]} x {annotated[1]}")
+
     def filename(self, index: int, absolute: bool = True) -> str:
         name = self.images[index][1]
         return str(self.folder / name) if absolute else name
 
+    def files(self) -> "Files":
+        """For the check of data."""
+        return Files(self)
+
     def ground_truth(self) -> COCO:
         """What pycocotools scores with: the file as it is, crowds and all, read again."""
         return as_coco(read_annotations(self.file))
+
+
+class Files(Dataset):
+    """The files of a split's images, for the check of data: `transform(decode(content))`, and 0 for a label.
+
+    Items of the check's transform get `turned`: whether training turns them as EXIF says; None where that says nothing.
+    """
+
+    def __init__(self, images: CocoImages) -> None:
+        self.images, self.filename = images, images.filename
+        self.decode: Callable[[bytes], Any] = decode
+        self.transform: Callable[[Any], Any] = np.asarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Raises OSError as `CocoImages`."""
+        _, name, height, width, _ = self.images.images[index]
+        content = (self.images.folder / name).read_bytes()
+        facts = self.transform(self.decode(content))
+        opened = Image.open(io.BytesIO(content))
+        turn = orientation(opened)
+        transpose = self.images.turning(opened.size, turn, (width, height))
+        return facts._replace(turned=None if turn == 1 else transpose is not None), 0
 
 
 class Packed:

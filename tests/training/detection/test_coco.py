@@ -6,15 +6,18 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sbp.training.config import RecipeConfig, plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.naming import path
+from sbp.training.data.preprocessing import UPRIGHT
 from sbp.training.detection.annotations import run_lengths
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.coco import CocoImages, Packed
 from sbp.training.detection.sources import build_datasets, build_validation_set
+from scripts.check_data import CheckDataConfig, check
+from tests.training.configs import composed
 from tests.training.detection.coco_files import (
     CATEGORIES,
     SIZES,
@@ -327,3 +330,104 @@ def test_what_is_missing_is_named(tmp_path, spoil, keys, message):
         (root / "annotations" / "instances_val.json").write_bytes(spoil)
     with pytest.raises(ValueError, match=message):
         plain(coco_settings(**{"root": root} | keys))
+
+
+def turned_image(folder, turn, annotated, side=30):
+    """A set of one training image, 30 px high and `side` wide when it is upright, stored so that EXIF turns it upright.
+
+    annotated: the (height, width) that the annotation file gives it.
+    """
+    root = coco_folder(folder)
+    upright = Image.fromarray(np.random.default_rng(0).integers(256, size=(30, side, 3), dtype=np.uint8))
+    undo = {6: 8, 8: 6}.get(turn, turn)  # quarter turns; the others undo themselves
+    stored = upright if turn == 1 else upright.transpose(UPRIGHT[undo])
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored.save(root / "images" / "train" / "10.png", exif=exif)
+    assert np.array_equal(ImageOps.exif_transpose(Image.open(root / "images" / "train" / "10.png")), upright)
+    whole = content()
+    whole["images"] = [whole["images"][0] | {"height": annotated[0], "width": annotated[1]}]
+    whole["annotations"] = [annotation(10, 7, (5, 4, 9, 5), rectangle(5, 4, 9, 5))]
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(whole))
+    return opened(root), np.asarray(upright), np.asarray(stored)
+
+
+@pytest.mark.parametrize("side", [20, 30], ids=["lying or standing", "square"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_image_is_turned_as_exif_says_where_it_is_annotated_upright(tmp_path, caplog, turn, side):
+    caplog.set_level("INFO")
+    images, upright, _ = turned_image(tmp_path, turn, (30, side), side)
+    image, target = images[0]
+    assert np.array_equal(image, upright) and target["masks"].shape == (1, 30, side)
+    images[0]
+    assert caplog.text.count(f"10.png has the EXIF orientation {turn}: turned upright") == (turn != 1)
+
+
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_an_image_stays_as_stored_where_it_is_annotated_so(tmp_path, caplog, turn):
+    caplog.set_level("INFO")
+    images, _, stored = turned_image(tmp_path, turn, (20, 30), 20)
+    assert np.array_equal(images[0][0], stored)
+    assert f"10.png has the EXIF orientation {turn}: left as stored" in caplog.text
+
+
+def test_a_size_that_neither_way_has_is_said_with_the_orientation(tmp_path):
+    images, *_ = turned_image(tmp_path, 6, (21, 30), 20)
+    with pytest.raises(OSError, match=r"30 x 20 pixels, with the EXIF orientation 6, in .*json 30 x 21"):
+        images[0]
+
+
+def checked(root, folder):
+    """(exit code, what data_check.json has)."""
+    splits = ("data.train_split=images/train", "data.val_split=images/val")
+    sizes = ("data.num_classes=3", "data.image_size=48", "data.max_size=96", "data.workers=0")
+    short = ("recipe.short_sides=[48]", "recipe.crop_share=0")
+    given = ("task=detection", "data=coco", "recipe=detection", f"data.root={root}", *splits, *sizes, *short)
+    code = 0
+    try:
+        check(composed(*given, name="check_data", kind=CheckDataConfig), folder)
+    except SystemExit as end:
+        code = end.code
+    return code, json.loads((folder / "data_check.json").read_text())
+
+
+def test_the_check_of_data_reads_images_with_objects(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = coco_folder(tmp_path / "data")
+    for number in range(10, 15):
+        file = root / "images" / "train" / f"{number}.png"
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)  # not that of validation
+    code, report = checked(root, tmp_path)
+    assert code == 0 and report["findings"] == []
+    train, val = report["splits"]
+    assert (train["read"], val["read"]) == (3, 5) and train["per_class"] == {"cat": 5, "dog": 2, "hat": 1}
+    assert "| objects in a class | 1 to 5" in caplog.text
+
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    train_images = root / "images" / "train"
+    Image.open(train_images / "10.png").save(train_images / "10.png", exif=exif)
+    Image.open(train_images / "11.png").rotate(90, expand=True).save(train_images / "11.png")
+    exif[0x0112] = 8
+    lying = root / "images" / "val" / "13.png"
+    Image.open(lying).save(lying, exif=exif)
+    whole = content()
+    whole["annotations"] = [row for row in whole["annotations"] if row["category_id"] != 90]
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(whole))
+    code, report = checked(root, tmp_path)
+    assert code == 1
+    assert [(one["level"], one["split"], one["text"][:23]) for one in report["findings"]] == [
+        ("error", "images/train", "1 image that cannot be "),
+        ("warning", "images/val", "1 class without objects"),
+        ("note", "images/train", "1 image with an EXIF or"),
+        ("note", "images/val", "1 image with an EXIF or"),
+    ]
+    error, _, turned, stored = report["findings"]
+    assert "11.png (60 x 40 pixels, in instances_train.json 40 x 60)" in error["items"][0]
+    assert "turned upright" in turned["text"] and "left as stored" in stored["text"]
+
+
+def test_the_check_of_data_has_nothing_to_do_for_generated_shapes(tmp_path):
+    given = ("task=detection", "data=shapes", "recipe=detection", "recipe.short_sides=null")
+    with pytest.raises(ValueError, match=r"data\.source must not be shapes here"):
+        check(composed(*given, name="check_data", kind=CheckDataConfig), tmp_path)
