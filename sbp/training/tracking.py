@@ -32,7 +32,8 @@ def new_run_id() -> str:
 class Tracker:
     """Writes figures to folder/metrics.jsonl and, when asked for, to wandb; to be used in a `with` statement.
 
-    What wandb cannot do is one warning, never an error. Without a key or a network it writes an offline run.
+    What wandb cannot do is one warning, never an error. Without a key or a network it writes an offline run. Where
+    wandb's own settings, such as WANDB_MODE, ask for an offline run or none, there is that.
     resumed_at: the number of steps of the checkpoint; later lines of an interrupted run are taken out first, and the
         wandb run, which goes on with the same id, gets the earlier lines that it lacks.
     enabled: False on all processes but the main one: nothing is written.
@@ -130,7 +131,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:
     """A run, online if that works within settings.init_timeout seconds, else offline, else None."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb waits, at the end, to report to its makers
-    modes: tuple[Literal["online", "offline"], ...] = ("offline",) if settings.offline else ("online", "offline")
+    mode = _asked_for()
+    if mode == "disabled":
+        log.info("wandb: off, as its own settings say (WANDB_MODE=disabled, or `wandb disabled`)")
+        return None
+    offline = settings.offline or mode in ("offline", "dryrun")
+    modes: tuple[Literal["online", "offline"], ...] = ("offline",) if offline else ("online", "offline")
     for mode in modes:
         try:
             wandb.setup(wandb.Settings(silent=True))  # else login asks the server for the user's name
@@ -164,6 +170,15 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
         log.info("wandb: %s", f"offline; upload it with `{_sync_command(run)}`" if mode == "offline" else run.url)
         return run
     return None
+
+
+def _asked_for() -> str:
+    """The mode that wandb's own variables and files ask for: online, offline, disabled, ..."""
+    try:
+        return wandb.setup(wandb.Settings(silent=True)).settings.mode
+    except Exception as error:  # what is wrong with them is said where a run is tried
+        log.debug("wandb's settings: %r", error)
+        return "online"
 
 
 def _end_wandb() -> None:
