@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
+from timm.optim import get_optimizer_info
+
 from sbp import masks
 from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
@@ -499,10 +501,33 @@ def validate(config: Config) -> Config:
         raise ValueError(f"recipe.ema_decay must be null or lie in (0, 1), got {recipe.ema_decay}")
     if recipe.layer_decay is not None and not 0 < recipe.layer_decay <= 1:
         raise ValueError(f"recipe.layer_decay must be null or lie in (0, 1], got {recipe.layer_decay}")
-    for key in ("label_smoothing", "flip", "random_erasing", "mixup_switch"):
+    for key in ("flip", "random_erasing", "mixup_switch"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")
+    _check_rates(config)
+    _check_optimizer(recipe.optimizer)
     return config
+
+
+def _check_rates(config: Config) -> None:
+    """Raises ValueError for those that leave nothing to learn from: at 1 all is dropped, or all classes are alike."""
+    rates = {"backbone.drop_path": config.backbone.drop_path, "recipe.label_smoothing": config.recipe.label_smoothing}
+    for name, value in config.backbone.kwargs.items():
+        if name.endswith("drop_rate") or name == "drop_path_rate":  # timm's names
+            rates[f"backbone.kwargs.{name}"] = value
+    for key, rate in rates.items():
+        if isinstance(rate, (int, float)) and not 0 <= rate < 1:
+            raise ValueError(f"{key} must lie in [0, 1), got {rate}")
+
+
+def _check_optimizer(name: str) -> None:
+    """Raises ValueError for one that timm does not know, or that needs more than gradients."""
+    try:
+        info = get_optimizer_info(name.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ValueError(f"recipe.optimizer={name}: {error}") from None
+    if info.second_order:
+        raise ValueError(f"recipe.optimizer={name} needs second derivatives, which are not computed; take another one")
 
 
 def _check_milestones(recipe: RecipeConfig) -> None:

@@ -4,6 +4,7 @@ A class that one split lacks moves the numbers of those after it, and nothing wo
 with other labels than it has learned.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def labels(dataset: Any) -> np.ndarray | None:
     return None
 
 
+def hidden(names: Iterable[Any]) -> str:
+    """What an error adds where classes are hidden folders, which some programs leave in each folder that they show."""
+    found = [name for name in names if isinstance(name, str) and name.startswith(".")]
+    return (
+        f"; {', '.join(found)} is counted among them, a hidden folder, and hardly a class: remove it" if found else ""
+    )
+
+
 def check_labels(dataset: Any, place: str, num_classes: int, training: bool) -> None:
     """Raises ValueError unless the classes are `num_classes`, and each image has the number of one as its label.
 
@@ -41,7 +50,7 @@ def check_labels(dataset: Any, place: str, num_classes: int, training: bool) -> 
     """
     names, numbers = class_names(dataset), labels(dataset)
     if names and len(names) != num_classes:
-        raise ValueError(f"{place} has {len(names)} classes, but data.num_classes is {num_classes}")
+        raise ValueError(f"{place} has {len(names)} classes, but data.num_classes is {num_classes}{hidden(names)}")
     if numbers is None or not len(numbers):
         return
     if numbers.dtype.kind not in "iu":
@@ -71,5 +80,6 @@ def check_same_classes(train: Any, val: Any, places: tuple[str, str]) -> None:
     if not one or not other or one == other:
         return
     if differing := sorted(map(str, set(one) ^ set(other))):
-        raise ValueError(f"{' and '.join(places)} have different classes: {differing[0]} is in one of them only")
+        one_only = f"{differing[0]} is in one of them only{hidden(differing)}"
+        raise ValueError(f"{' and '.join(places)} have different classes: {one_only}")
     raise ValueError(f"{' and '.join(places)} have their classes in different order")

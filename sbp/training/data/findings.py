@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sbp.training.config import DataConfig
+from sbp.training.data.classes import hidden
 from sbp.training.data.inspection import Loading, Split
 from sbp.training.table import markdown
 
@@ -90,7 +91,9 @@ def _of_classes(split: Split, num_classes: int) -> list[Finding]:
     if len(names) != num_classes:
         found.append(
             Finding(
-                ERROR, split.name, f"{_count(len(names), 'class', 'classes')}, but data.num_classes is {num_classes}"
+                ERROR,
+                split.name,
+                f"{_count(len(names), 'class', 'classes')}, but data.num_classes is {num_classes}{hidden(names)}",
             )
         )
     if outside := [f"label {label}" for label in sorted(split.per_class) if label >= len(names)]:

@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.data.classes import check_labels, check_same_classes
+from sbp.training.data.classes import check_labels, check_same_classes, hidden
 from sbp.training.data.cluttered import DIGITS, ClutteredDigits
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform
 from sbp.training.data.shards import Shards, find_shards, indexed
@@ -123,11 +123,13 @@ def image_folder(folder: Path, num_classes: int, transform: Any = None) -> Image
     if len(classes) == 1:
         raise ValueError(f"{folder} has one class only ({classes[0]}); is it the folder of a single class?")
     if len(classes) != num_classes:
-        raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
+        raise ValueError(
+            f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}{hidden(classes)}"
+        )
     try:
         return ImageFolder(str(folder), transform, loader=_load)
     except FileNotFoundError as error:  # a class without images; torchvision says which
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}: {error}{hidden(classes)}") from None
 
 
 def _load(path: str) -> Image.Image:

@@ -187,6 +187,13 @@ def test_classes_must_be_as_many_as_configured_and_the_same_in_both_splits(root)
     assert found["items"] == ["cat (in train only)", "dog (in val only)"]
 
 
+def test_a_hidden_folder_among_the_classes_is_named(root):
+    shutil.copytree(root / "train" / "ant", root / "train" / ".ipynb_checkpoints")
+    code, report = checked(root)
+    said = "4 classes, but data.num_classes is 3; .ipynb_checkpoints is counted among them, a hidden folder"
+    assert code == 1 and report["findings"][0]["text"].startswith(said)
+
+
 def test_too_many_unreadable_images_would_stop_training(root):
     for name in CLASSES:
         (root / "train" / name / "0.jpg").write_bytes(b"")

@@ -267,6 +267,23 @@ def test_splits_of_different_classes_are_refused(tmp_path):
         build_datasets(folder_config(root).data, folder_config(root).recipe)
 
 
+@pytest.mark.parametrize("timms", [False, True])
+def test_a_hidden_folder_among_the_classes_is_named(tmp_path, timms):
+    root = image_folders(tmp_path, ("ant", "bee", ".ipynb_checkpoints"))
+    config = folder_config(root, *(TIMMS_FOLDER if timms else ()), "data.num_classes=2")
+    with pytest.raises(ValueError, match=r"3 class.*, but data.num_classes is 2; .ipynb_checkpoints is counted"):
+        build_datasets(config.data, config.recipe)
+    shutil.rmtree(root / "val" / ".ipynb_checkpoints")
+    config.data.num_classes = 3
+    with pytest.raises(ValueError, match="2 class"):
+        build_datasets(config.data, config.recipe)
+    for file in (root / "train" / ".ipynb_checkpoints").iterdir():
+        file.unlink()
+    if not timms:  # which takes folders with images only
+        with pytest.raises(ValueError, match=r"no valid file.*; .ipynb_checkpoints is counted"):
+            build_datasets(config.data, config.recipe)
+
+
 TIMMS_FOLDER = ("data=timm", "data.name=folder", "data.val_split=val")
 
 
