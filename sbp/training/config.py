@@ -110,6 +110,8 @@ class DataConfig:
         "coco" (root/split/image and the annotation files), or "shapes" (generated).
     annotations: the annotation file of a split, in COCO's format, below root; {split} stands for the last part of
         train_split or val_split.
+    background: in detection, train also on images of which the annotation file has nothing, so that all that is found
+        in them is wrong.
     image_size, max_size: in detection the shorter side becomes image_size pixels, the longer one at most max_size.
     train_image_size: of training images, where it is not image_size, that of evaluation and of the model; a ViT needs
         backbone.kwargs.dynamic_img_size=true for it.
@@ -126,6 +128,7 @@ class DataConfig:
     name: str | None = None
     root: str | None = None
     annotations: str = "annotations/instances_{split}.json"
+    background: bool = False
     train_split: str = "train"
     val_split: str = "val"
     download: bool = False
@@ -554,7 +557,7 @@ _CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detect
     "data.train_image_size": None,
     "compile": False,  # training images have other sizes in each step
 }
-_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0}
+_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0, "data.background": False}
 
 
 def _check_task(config: Config) -> None:
@@ -573,6 +576,8 @@ def _check_task(config: Config) -> None:
         raise ValueError(f"detector.anchor_sizes must be 5 sizes in pixels, got {detector.anchor_sizes}")
     if not config.backbone.name.startswith("convnext"):
         raise ValueError(f"backbone.name must be a timm ConvNeXt with task=detection, got {config.backbone.name}")
+    if data.background and data.source != "coco":
+        raise ValueError(f"data.background=true needs data.source=coco, got {data.source}")
     if data.source == "coco" and data.root is None:
         raise ValueError("data.root is needed: the folder that holds the image folders and the annotation files")
     if not 0 <= recipe.crop_share <= 1:

@@ -37,9 +37,7 @@ def labels(dataset: Any) -> np.ndarray | None:
 def hidden(names: Iterable[Any]) -> str:
     """What an error adds where classes are hidden folders, which some programs leave in each folder that they show."""
     found = [name for name in names if isinstance(name, str) and name.startswith(".")]
-    return (
-        f"; {', '.join(found)} is counted among them, a hidden folder, and hardly a class: remove it" if found else ""
-    )
+    return f"; {', '.join(found)} is counted among them, a hidden folder, hardly a class: remove it" if found else ""
 
 
 def check_labels(dataset: Any, place: str, num_classes: int, training: bool) -> None:

@@ -30,13 +30,21 @@ class CocoImages(Dataset):
 
     An image that EXIF says to turn is turned, as annotators saw it, unless the width and height in the annotation file
     are those of the image as stored. counts: by label, the objects of the file that are no crowds.
-    In training, crowds and objects too small or without a mask are left out, and so are images without others.
+    In training, crowds and objects too small or without a mask are left out, and so are images without others; but with
+    `background` those stay of which the file has no annotation at all.
     categories: name by id, in label order: label 1 is the smallest id. classes: the names.
     Raises ValueError for what cannot be trained on, before any image is read.
     """
 
     def __init__(
-        self, root: Path, split: str, annotations: str, num_classes: int, transform: Any, training: bool
+        self,
+        root: Path,
+        split: str,
+        annotations: str,
+        num_classes: int,
+        transform: Any,
+        training: bool,
+        background: bool = False,
     ) -> None:
         self.folder, self.file = root / split, root / annotations.replace("{split}", Path(split).name)
         self.transform, self.training = transform, training
@@ -51,6 +59,11 @@ class CocoImages(Dataset):
             raise ValueError(f"{self.file} has {len(self.classes)} categories, but data.num_classes is {num_classes}")
         if training:
             objects = _objects(content, list(self.categories))
+            if not objects:
+                raise ValueError(f"{self.file} has no images with objects to train on")
+            if background:
+                annotated = {row["image_id"] for row in content["annotations"]}
+                objects |= {image["id"]: [] for image in content["images"] if image["id"] not in annotated}
         else:
             objects = {}
             check_scored(content, self.file)
@@ -62,9 +75,6 @@ class CocoImages(Dataset):
             for image in content["images"]
             if not training or image["id"] in objects
         )
-        if not len(self.images):
-            what = "images with objects to train on" if training else "images"
-            raise ValueError(f"{self.file} has no {what}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -81,11 +91,12 @@ class CocoImages(Dataset):
         image = image if transpose is None else image.transpose(transpose)
         target: Target = {"image_id": number}
         if self.training:
-            labels, boxes, segmentations = zip(*objects, strict=True)
-            masks = np.stack([_mask(segmentation, height, width) for segmentation in segmentations])
+            masks = np.empty((len(objects), height, width), np.uint8)
+            for mask, (_, _, segmentation) in zip(masks, objects, strict=True):
+                mask[:] = _mask(segmentation, height, width)
             target |= {
-                "boxes": torch.tensor(boxes, dtype=torch.float32),
-                "labels": torch.tensor(labels),
+                "boxes": torch.tensor([box for _, box, _ in objects], dtype=torch.float32).view(-1, 4),
+                "labels": torch.tensor([label for label, _, _ in objects], dtype=torch.int64),
                 "masks": torch.from_numpy(masks),
             }
         return self.transform(image, target)

@@ -83,6 +83,25 @@ def test_training_leaves_out_crowds_what_has_no_area_and_images_without_objects(
     assert [images[i][1]["image_id"] for i in range(len(images))] == [10]
 
 
+def test_background_is_taken_where_it_is_asked_for(tmp_path):
+    """Of the images without objects to learn from, 13 has a crowd; what goes through all transforms is 14."""
+    root = coco_folder(tmp_path)
+    recipe = RecipeConfig(crop_share=0.5, crop_short_sides=[40], crop_sides=[24, 36], short_sides=[32, 48, 64])
+    train, val = build_datasets(coco_settings(root, background=True), recipe)
+    assert [train[i][1]["image_id"] for i in range(len(train))] == [10, 11, 12, 14] and len(val) == 5
+    sampler = TrainSampler(len(train), plan_batches(4, None, 1), 0)
+    for epoch in range(4):
+        sampler.start_at(epoch)
+        (batch,) = loader(train, sampler)
+        (target,) = [one for one in batch.labels if one["image_id"] == 14]
+        assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32
+        assert target["labels"].shape == (0,) and target["labels"].dtype == torch.int64
+        assert target["masks"].shape == (0, *target["size"]) and target["masks"].dtype == torch.uint8
+    rows = [row for row in content()["annotations"] if row["iscrowd"]]
+    with pytest.raises(ValueError, match="has no images with objects to train on"):
+        build_datasets(coco_settings(coco_folder(tmp_path / "none", annotations=rows), background=True), recipe)
+
+
 def test_evaluation_has_all_images_and_scores_with_all_that_the_file_has(tmp_path):
     images = opened(coco_folder(tmp_path), training=False)
     assert [images[i][1] for i in range(len(images))] == [{"image_id": number} for number in range(10, 15)]

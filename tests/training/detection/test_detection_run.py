@@ -93,11 +93,14 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_one_class_is_enough(tmp_path, name):
-    """It is not counted with the background, neither by the config nor by the heads."""
+    """It is not counted with the background, neither by the config nor by the heads. A batch of this has an image
+    without objects.
+    """
     root = coco_folder(tmp_path / "data", both=one_class())
     data = ("data=coco", f"data.root={root}", "data.train_split=images/train", "data.val_split=images/val")
     sizes = ("data.num_classes=1", "data.image_size=48", "data.max_size=96", "data.workers=0")
-    config = small_detector_run(*data, *sizes, f"detector.name={name}", "global_batch_size=2", "recipe.augment=false")
+    options = (f"detector.name={name}", "data.background=true", "global_batch_size=2", "recipe.augment=false")
+    config = small_detector_run(*data, *sizes, *options)
     summary = train(config, tmp_path)
     assert 0 <= summary["box_ap"] <= 100 and summary["gradient_cosine"] > 0
     weights = find(tmp_path)[1]["state_dict"]
@@ -152,6 +155,7 @@ def test_the_published_recipe_has_its_layers_and_steps():
         ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must be 5 sizes in pixels, got \[8, 16\]"),
         ("data.max_size=32", "data.max_size must be at least the largest shorter side, 64, got 32"),
         ("data=coco", "data.root is needed"),
+        ("data.background=true", "data.background=true needs data.source=coco, got shapes"),
         ("recipe.scheduler=multistep", r"recipe.decay_milestones must be increasing epochs in \(0, 1\)"),
         ("recipe.decay_milestones=[1]", "recipe.decay_milestones needs recipe.scheduler=multistep, got cosine"),
         ("recipe.crop_sides=[9]", r"recipe.crop_sides must be a smallest and a largest side, got \[9\]"),
