@@ -60,6 +60,10 @@ def lines(names: Iterable[str]) -> str:
     return "".join(name.replace("\r", "\\r").replace("\n", "\\n") + "\n" for name in names)
 
 
-def shown(name: str) -> str:
-    """With backslashes for what is not UTF-8."""
-    return name.encode(errors="backslashreplace").decode()
+def shown(value: Any) -> Any:
+    """A text, or the texts in dictionaries and lists, with backslashes for what is not UTF-8."""
+    if isinstance(value, dict):
+        return {shown(key): shown(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shown(one) for one in value]
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value

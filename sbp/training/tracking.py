@@ -94,7 +94,7 @@ class Tracker:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """The run's final figures, shown by wandb in its table of runs."""
         if self.enabled:
-            self._try("take the summary", lambda: self._run.summary.update(dict(summary)))
+            self._try("take the summary", lambda: self._run.summary.update(shown(dict(summary))))
 
     def __enter__(self) -> "Tracker":
         return self
@@ -146,11 +146,11 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
                 project=settings.project,
                 entity=settings.entity,
                 group=settings.group,
-                name=folder.name,
+                name=shown(folder.name),
                 id=run_id,
                 resume="allow",  # what is there stays: offline, that is for the upload
                 dir=folder,
-                config=dict(config),
+                config=shown(dict(config)),
                 mode=mode,
                 settings=wandb.Settings(
                     init_timeout=settings.init_timeout,

@@ -96,6 +96,15 @@ def test_wandbs_own_settings_are_heeded(tmp_path, monkeypatch, caplog, variable,
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "lr": 1.0}]
 
 
+def test_names_that_are_not_utf8_do_not_cost_the_wandb_run(tmp_path, caplog):
+    config = {"data": {"root": os.fsdecode(b"caf\xe9"), "workers": 1}, "lists": [os.fsdecode(b"\xff"), 1]}
+    with caplog.at_level(logging.WARNING), Tracker(tmp_path, OFFLINE, config, run_id="a") as tracker:
+        tracker.log(1, {"lr": 1.0})
+        tracker.summarise({"config": config})
+        assert tracker.shows
+    assert not caplog.text and wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
+
+
 @pytest.mark.parametrize("answers", [False, None], ids=["refuses", "never answers"])
 def test_a_server_out_of_reach_means_an_offline_run(tmp_path, monkeypatch, caplog, answers):
     with socket.create_server(("127.0.0.1", 0)) as silent:
