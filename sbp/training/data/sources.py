@@ -31,8 +31,8 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
     """
     train, val = open_datasets(data, recipe)
     check_labels(train, _place(data, "train"), data.num_classes, training=True)
+    check_same_classes(train, val, (_place(data, "train"), _place(data, "val")))  # which says more than their number
     check_labels(val, _place(data, "val"), data.num_classes, training=False)
-    check_same_classes(train, val, (_place(data, "train"), _place(data, "val")))
     return train, val
 
 

@@ -275,7 +275,7 @@ def test_a_hidden_folder_among_the_classes_is_named(tmp_path, timms):
         build_datasets(config.data, config.recipe)
     shutil.rmtree(root / "val" / ".ipynb_checkpoints")
     config.data.num_classes = 3
-    with pytest.raises(ValueError, match="2 class"):
+    with pytest.raises(ValueError, match=r"2 class|.ipynb_checkpoints is in one of them only; "):
         build_datasets(config.data, config.recipe)
     for file in (root / "train" / ".ipynb_checkpoints").iterdir():
         file.unlink()
@@ -293,10 +293,9 @@ def test_a_class_that_validation_lacks_is_named_before_it_shifts_the_labels(tmp_
     root = image_folders(tmp_path, ("ant", "bee", "cat"))
     shutil.rmtree(root / "val" / "ant")
     config = folder_config(root, *TIMMS_FOLDER, f"data.name={name}", "data.num_classes=3")
-    only_two = f"{name}, split val, has 2 classes, but data.num_classes is 3"
-    with pytest.raises(ValueError, match=only_two):
+    with pytest.raises(ValueError, match=r"have different classes: ant is in one of them only"):
         setup.load_images(config, CPU)
-    with pytest.raises(ValueError, match=only_two):
+    with pytest.raises(ValueError, match=f"{name}, split val, has 2 classes, but data.num_classes is 3"):
         build_validation_set(config.data)
     (root / "val" / "bee").rename(root / "val" / "ant")
     shutil.copytree(root / "val" / "cat", root / "val" / "dog")
