@@ -23,7 +23,7 @@ from sbp.training.data import findings
 from sbp.training.data.inspection import loading_speed, open_splits, read
 from sbp.training.incidents import CORRUPT_IMAGES
 from sbp.training.tasks import task_of
-from sbp.training.text import lines, write_json, write_text
+from sbp.training.text import lines, shown, write_json, write_text
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("check_data")
@@ -81,7 +81,7 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
     if train_set or val_set:
         log.info("splits\n%s", findings.table([train, val]))
     if found:
-        log.info("findings\n%s", findings.listing(found))
+        log.info("findings\n%s", shown(findings.listing(found)))
     log.info("%s; complete lists in %s", findings.conclusion(found), folder / "data_check.json")
     if stopped:
         log.warning("stopped by %s: what was not read is not known", stopped.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.checkpoint import Checkpoints
-from sbp.training.text import lines, open_text
+from sbp.training.text import lines, open_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Incidents:
         if distributed.is_main():
             _write(listed, lines(self.corrupt_images))
             for name in new:
-                log.warning("cannot read %s; another image takes its place", name)
+                log.warning("cannot read %s; another image takes its place", shown(name))
         if len(self.corrupt_images) > self.max_corrupt_images:
             raise ValueError(
                 f"{len(self.corrupt_images)} training images cannot be read by step {step + 1}, "

@@ -24,6 +24,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from sbp.training.text import shown
+
 log = logging.getLogger(__name__)
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "ppm", "pgm", "jp2")
@@ -74,7 +76,7 @@ class Shards(Dataset):
         if self.index.unused.max() >= len(self.index.label):
             raise ValueError(f"{root}/{split}: {self.unused}; {len(self.index.label)} images are used")
         if self.unused:
-            log.warning("%s/%s: %s", root, split, self.unused)
+            log.warning("%s/%s: %s", root, split, shown(self.unused))
         self.counts = np.bincount(self.index.shard, minlength=len(self.shards))  # images in each shard
         for shard, count, expected in zip(self.shards, self.counts, counts or self.counts, strict=True):
             if count != expected:

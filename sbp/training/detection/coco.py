@@ -19,6 +19,7 @@ from sbp.training.data.preprocessing import UPRIGHT, decode, decode_with_orienta
 from sbp.training.detection.annotations import as_coco, check_scored, read_annotations, with_area
 from sbp.training.detection.augmentation import wide_enough
 from sbp.training.detection.target import Target
+from sbp.training.text import shown
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class CocoImages(Dataset):
         if turn != 1 and not self.told:
             self.told = True  # of one image in each loader process
             done = "left as stored, the size that it is annotated with" if transpose is None else "turned upright"
-            log.info("%s has the EXIF orientation %d: %s; others may follow", self.filename(index), turn, done)
+            log.info("%s has the EXIF orientation %d: %s; others may follow", shown(self.filename(index)), turn, done)
         image = image if transpose is None else image.transpose(transpose)
         target: Target = {"image_id": number}
         if self.training:
