@@ -4,7 +4,6 @@ The model and the preprocessing are those of the run that wrote it. `sbp.eval=pu
 code does, with masks and partial attention.
 """
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from sbp.training.config import Config, EvalConfig, evaluation_batch, from_dict,
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.models import fit_position_embedding
 from sbp.training.tasks import task_of
+from sbp.training.text import write_json
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("eval")
@@ -66,7 +66,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
         "preprocessing": asdict(preprocessing),
     }
     if distributed.is_main():
-        (folder / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "eval.json", result)
     return result
 
 

@@ -4,7 +4,6 @@ Takes the groups and keys of train.py. Reads every image once; says what is wron
 complete lists go to data_check.json and corrupt_images.txt in the run's folder, also after Ctrl-C. Exit code 1: errors.
 """
 
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +22,8 @@ from sbp.training.config import Config, validate
 from sbp.training.data import findings
 from sbp.training.data.inspection import loading_speed, open_splits, read
 from sbp.training.incidents import CORRUPT_IMAGES
+from sbp.training.tasks import task_of
+from sbp.training.text import lines, shown, write_json, write_text
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("check_data")
@@ -47,18 +48,17 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
     expected: as `findings` takes it. Raises ValueError for a config or a data set that cannot be checked.
     """
     validate(config)
-    if config.task != "classification":
-        raise ValueError(
-            f"task must be classification here, got {config.task}; of detection, train.py checks the files"
-        )
+    if config.data.source == "shapes":
+        raise ValueError("data.source must not be shapes here: there is nothing to check in generated images")
     if config.max_images is not None and config.max_images < 1:
         raise ValueError(f"max_images must be null or at least 1, got {config.max_images}")
     data, loading, digests = config.data, None, dict[bytes, str]()
     with signals.noted():
-        (train, train_set), (val, val_set) = open_splits(data, config.recipe)
+        (train, train_set), (val, val_set) = open_splits(config)
         try:
             if train.length:
-                loading = loading_speed(train_set, config.seed, data.workers, data.prefetch)
+                collate = task_of(config).collate
+                loading = loading_speed(train_set, config.seed, data.workers, data.prefetch, collate)
                 if loading:
                     log.info("loading    %s", findings.meaning(loading, train.length))
             for split, dataset in ((val, val_set), (train, train_set)):  # the smaller one first: its digests are kept
@@ -75,13 +75,13 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
                 "versions": environment.versions(),
                 "config": asdict(config),
             }
-            (folder / "data_check.json").write_text(json.dumps(report, indent=2) + "\n")
+            write_json(folder / "data_check.json", report)
             corrupt = [image for split in (train, val) for image in findings.unreadable(split)]
-            (folder / CORRUPT_IMAGES).write_text("".join(f"{image}\n" for image in corrupt))
+            write_text(folder / CORRUPT_IMAGES, lines(corrupt))
     if train_set or val_set:
         log.info("splits\n%s", findings.table([train, val]))
     if found:
-        log.info("findings\n%s", findings.listing(found))
+        log.info("findings\n%s", shown(findings.listing(found)))
     log.info("%s; complete lists in %s", findings.conclusion(found), folder / "data_check.json")
     if stopped:
         log.warning("stopped by %s: what was not read is not known", stopped.name)

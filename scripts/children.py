@@ -14,6 +14,7 @@ from typing import Any
 from sbp.training import signals
 from sbp.training.status import STATUS, Preempted, read_status
 from sbp.training.summary import SUMMARY
+from sbp.training.text import read_text
 from scripts.sweep_table import FAILURE
 
 ROOT = Path(__file__).parents[1]
@@ -63,10 +64,10 @@ def run_children(command: list[str], folder: Path) -> dict[str, Any]:
     status = read_status(folder) if _stamp(folder) != before else {}
     state = status.get("state")
     if code == 0 or state == "completed":
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        summary: dict[str, Any] = json.loads(read_text(folder / SUMMARY))
         return summary
     if (failure := folder / FAILURE).is_file():
-        raise RunFailed(failure.read_text().partition("\n\n")[0])
+        raise RunFailed(read_text(failure).partition("\n\n")[0])
     if state == "preempted" or (asked and state != "failed"):
         raise Preempted(status.get("message") or f"stopped by {asked[0].name if asked else 'a signal'}")
     raise RunFailed(status.get("message") or f"its torchrun ended with {_named(code)}, and no word from the run itself")

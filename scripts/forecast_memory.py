@@ -6,7 +6,6 @@ Takes the groups and keys of train.py, and memory_gib, world_size and rules (con
 that of the run: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
 """
 
-import json
 import logging
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from sbp.training.costs import forecast as forecasts
 from sbp.training.costs.forecast import PARTS, TODAY, Forecast
 from sbp.training.costs.forecast_paper import PAPER
 from sbp.training.table import markdown
+from sbp.training.text import write_json
 from scripts.launch import join_processes, run_job
 
 log = logging.getLogger("forecast")
@@ -82,7 +82,7 @@ def report(config: ForecastConfig, folder: Path) -> None:
         "versions": environment.versions(),
         "config": asdict(config),
     }
-    (folder / "forecast.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(folder / "forecast.json", result)
     log.info("%s", folder / "forecast.json")
 
 

@@ -3,6 +3,7 @@
 import atexit
 import gc
 import hashlib
+import io
 import logging
 import os
 import re
@@ -37,6 +38,7 @@ from sbp.training.status import (
     write_status,
 )
 from sbp.training.summary import METRIC, finished
+from sbp.training.text import open_text
 from scripts.children import ROOT, RunFailed, quoted, run_children, torchrun
 from scripts.slurm import Requeue
 from scripts.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
@@ -58,15 +60,18 @@ def job_folder(overrides: ListConfig) -> str:
     """The name of a sweep's job: the overrides that the sweep varies, such as backbone-vit_tiny+sbp.keep_ratio-0.5.
 
     Of characters that neither a shell nor Hydra's own command line takes for something else, and of bounded length.
+    Where that does not leave the whole name, its hash keeps different jobs apart.
     """
     swept = os.environ.get(_SWEPT, "").split()
     named = [override for override in overrides if _key(override) not in NOT_SWEPT]
     chosen = [override for override in named if _key(override) in swept] or named or ["job"]
     name = "+".join(override.lstrip("+~").replace("=", "-", 1) for override in chosen)
     safe = re.sub(r"[^A-Za-z0-9.+_-]", "_", name)
-    if len(safe) > LONGEST_NAME:
-        safe = f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return safe
+    joined = len(chosen) > 1 and any("+" in override.lstrip("+~") for override in chosen)  # where does one value end?
+    if safe == name and len(safe) <= LONGEST_NAME and not joined:
+        return safe
+    digest = hashlib.sha256("\0".join(chosen).encode(errors="surrogateescape")).hexdigest()[:8]
+    return f"{safe[: LONGEST_NAME - 9]}-{digest}"
 
 
 def _key(override: str) -> str:
@@ -177,6 +182,7 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
         if signals.agreed():
             log.warning("asked to stop; the same command goes on from here")
             sys.exit(EXIT_PREEMPTED)
+    _show_any_name()
     requeue = Requeue()
     before = None if distributed.from_main(is_taken(folder)) else read_status(folder)
     if distributed.is_main() and before is not None:
@@ -219,6 +225,14 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
     elif message is not None:
         sys.exit(f"error: {_on_this_process(message)}")
     return result
+
+
+def _show_any_name() -> None:
+    """A file's name need not be UTF-8: else a line of the log that has one would be a traceback in its place."""
+    streams = [sys.stdout, *(getattr(handler, "stream", None) for handler in logging.getLogger().handlers)]
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, Any]:
@@ -305,7 +319,7 @@ def _write_failure(folder: Path, message: str, before: dict[str, Any] | None) ->
     if before is None:
         return
     try:
-        with (folder / FAILURE).open("x") as file:
+        with open_text(folder / FAILURE, "x") as file:
             file.write(f"{message}\n\n{traceback.format_exc()}")
     except FileExistsError:
         return

@@ -18,9 +18,10 @@ from typing import Any
 
 import yaml
 
-from sbp.training.status import STATUS, is_alive, read_json, read_status, write_text
+from sbp.training.status import STATUS, is_alive, read_status
 from sbp.training.summary import SUMMARY
 from sbp.training.table import markdown
+from sbp.training.text import read_json, read_text, write_text
 from sbp.training.tracking import METRICS
 
 FAILURE = "failure.txt"
@@ -71,7 +72,7 @@ def read_job(folder: Path) -> Job:
     state, detail, summary, failed_at = status.get("state", "starting"), "", {}, 0.0
     if failure.is_file():
         state, failed_at = "failed", failure.stat().st_mtime
-        detail = next(iter(failure.read_text().splitlines()), "")
+        detail = next(iter(read_text(failure).splitlines()), "")
     elif state in ("starting", "completed") and (summary := read_json(folder / SUMMARY)):
         state = "done"
     elif state == "completed":  # a power failure took its summary

@@ -5,6 +5,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar, get_type_hints
 
+from timm.optim import get_optimizer_info
+
 from sbp import masks
 from sbp.recompute import MODES
 from sbp.state import EVALUATIONS
@@ -30,6 +32,7 @@ OBJECTIVES = (
     *("images_per_second", "saved_bytes_per_image", "peak_allocated"),
 )
 SLOPE_IMAGES = {"classification": 4, "detection": 2}  # enough to measure saved bytes per image as a slope
+LEAST_CLASSES = {"classification": 2, "detection": 1}  # a detector has the background beside them
 
 T = TypeVar("T")
 
@@ -109,6 +112,8 @@ class DataConfig:
         "coco" (root/split/image and the annotation files), or "shapes" (generated).
     annotations: the annotation file of a split, in COCO's format, below root; {split} stands for the last part of
         train_split or val_split.
+    background: in detection, train also on images of which the annotation file has nothing, so that all that is found
+        in them is wrong.
     image_size, max_size: in detection the shorter side becomes image_size pixels, the longer one at most max_size.
     train_image_size: of training images, where it is not image_size, that of evaluation and of the model; a ViT needs
         backbone.kwargs.dynamic_img_size=true for it.
@@ -117,6 +122,7 @@ class DataConfig:
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
+    num_classes: of the labels; in detection without the background, so that one is enough.
     train_images, val_images: how many a generated data set has.
     """
 
@@ -124,6 +130,7 @@ class DataConfig:
     name: str | None = None
     root: str | None = None
     annotations: str = "annotations/instances_{split}.json"
+    background: bool = False
     train_split: str = "train"
     val_split: str = "val"
     download: bool = False
@@ -156,8 +163,8 @@ class RecipeConfig:
     layer_decay: the learning rate of each layer is that of the next one times this, counted from the classifier down
         to the stem, each block a layer; null for one rate. In detection the layers are the stem, the first two stages,
         each three blocks of the third one, the fourth one, and the detector on top.
-    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones; the others end at min_lr,
-        "poly" with the power decay_rate.
+    scheduler: "multistep" multiplies the rate by decay_rate at each of decay_milestones, epochs of the run, warm-up and
+        all; the others end at min_lr, "poly" with the power decay_rate.
     warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
@@ -251,7 +258,7 @@ class Config:
     parallel: several processes each hold the whole model ("ddp"), or a share of each parameter ("fsdp", which needs
         torchrun). The result is the same, and so are the checkpoints.
     deterministic: only algorithms that give the same bits each time, which on CUDA are slower.
-    max_skipped_steps: so many steps in a row may be left out because their loss is not finite.
+    max_skipped_steps: so many steps in a row may be left out because their loss or gradient is not finite.
     threads: of torch on the CPU; null for its own choice.
     processes: so many on this machine, each with a device of its own, which a torchrun of the run's own starts; null
         for this process alone, or for those that a torchrun around the command started.
@@ -477,7 +484,7 @@ def validate(config: Config) -> Config:
     _at_least(config, 1, "eval_every_epochs", "probe.every_steps", "checkpoint.every_epochs")
     _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep", "recipe.epochs", "recipe.lr_base_batch_size")
     _at_least(config, 1, "data.image_size", "data.train_image_size", "data.train_images", "data.val_images")
-    _at_least(config, 2, "data.num_classes")
+    _at_least(config, LEAST_CLASSES[config.task], "data.num_classes")
     _at_least(config, SLOPE_IMAGES["classification"] if config.task == "classification" else 1, "probe.images")
     _above_zero(config, "recipe.decay_rate", "recipe.lr", "recipe.clip_grad", "data.crop_pct", "recipe.crop_scale")
     _check_task(config)
@@ -486,6 +493,11 @@ def validate(config: Config) -> Config:
         raise ValueError(
             f"recipe.warmup_steps={recipe.warmup_steps} is in place of recipe.warmup_epochs, which must then be 0, got "
             f"{recipe.warmup_epochs}"
+        )
+    if recipe.scheduler == "rsqrt" and not (recipe.warmup_epochs or recipe.warmup_steps):
+        raise ValueError(
+            "recipe.warmup_epochs or recipe.warmup_steps must be above 0 with recipe.scheduler=rsqrt, whose fall is as "
+            "slow as the warm-up"
         )
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(
@@ -501,10 +513,33 @@ def validate(config: Config) -> Config:
         raise ValueError(f"recipe.ema_decay must be null or lie in (0, 1), got {recipe.ema_decay}")
     if recipe.layer_decay is not None and not 0 < recipe.layer_decay <= 1:
         raise ValueError(f"recipe.layer_decay must be null or lie in (0, 1], got {recipe.layer_decay}")
-    for key in ("label_smoothing", "flip", "random_erasing", "mixup_switch"):
+    for key in ("flip", "random_erasing", "mixup_switch"):
         if not 0 <= getattr(recipe, key) <= 1:
             raise ValueError(f"recipe.{key} must lie in [0, 1], got {getattr(recipe, key)}")
+    _check_rates(config)
+    _check_optimizer(recipe.optimizer)
     return config
+
+
+def _check_rates(config: Config) -> None:
+    """Raises ValueError for those that leave nothing to learn from: at 1 all is dropped, or all classes are alike."""
+    rates = {"backbone.drop_path": config.backbone.drop_path, "recipe.label_smoothing": config.recipe.label_smoothing}
+    for name, value in config.backbone.kwargs.items():
+        if name.endswith("drop_rate") or name == "drop_path_rate":  # timm's names
+            rates[f"backbone.kwargs.{name}"] = value
+    for key, rate in rates.items():
+        if isinstance(rate, (int, float)) and not 0 <= rate < 1:
+            raise ValueError(f"{key} must lie in [0, 1), got {rate}")
+
+
+def _check_optimizer(name: str) -> None:
+    """Raises ValueError for one that timm does not know, or that needs more than gradients."""
+    try:
+        info = get_optimizer_info(name.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ValueError(f"recipe.optimizer={name}: {error}") from None
+    if info.second_order:
+        raise ValueError(f"recipe.optimizer={name} needs second derivatives, which are not computed; take another one")
 
 
 def _check_milestones(recipe: RecipeConfig) -> None:
@@ -513,10 +548,11 @@ def _check_milestones(recipe: RecipeConfig) -> None:
         if milestones is not None:
             raise ValueError(f"recipe.decay_milestones needs recipe.scheduler=multistep, got {recipe.scheduler}")
         return
-    if not milestones or milestones != sorted({one for one in milestones if 0 < one < recipe.epochs}):
+    first = recipe.warmup_epochs
+    if not milestones or milestones != sorted({one for one in milestones if first < one < recipe.epochs}):
         raise ValueError(
-            f"recipe.decay_milestones must be increasing epochs in (0, {recipe.epochs}) (recipe.epochs) with "
-            f"recipe.scheduler=multistep, got {milestones}"
+            f"recipe.decay_milestones must be increasing epochs in ({first}, {recipe.epochs}) (recipe.warmup_epochs, "
+            f"recipe.epochs) with recipe.scheduler=multistep, got {milestones}"
         )
 
 
@@ -530,7 +566,7 @@ _CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detect
     "data.train_image_size": None,
     "compile": False,  # training images have other sizes in each step
 }
-_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0}
+_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0, "data.background": False}
 
 
 def _check_task(config: Config) -> None:
@@ -549,6 +585,8 @@ def _check_task(config: Config) -> None:
         raise ValueError(f"detector.anchor_sizes must be 5 sizes in pixels, got {detector.anchor_sizes}")
     if not config.backbone.name.startswith("convnext"):
         raise ValueError(f"backbone.name must be a timm ConvNeXt with task=detection, got {config.backbone.name}")
+    if data.background and data.source != "coco":
+        raise ValueError(f"data.background=true needs data.source=coco, got {data.source}")
     if data.source == "coco" and data.root is None:
         raise ValueError("data.root is needed: the folder that holds the image folders and the annotation files")
     if not 0 <= recipe.crop_share <= 1:
@@ -573,7 +611,7 @@ def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
     _one_of("amp", config.amp, AMP)
     _one_of("device", config.device, DEVICES)
     _at_least(config, 1, "batch_size", "rounds", "steps", "warmup", "threads", "data.image_size")
-    _at_least(config, 2, "data.num_classes")
+    _at_least(config, LEAST_CLASSES[config.task], "data.num_classes")
     _above_zero(config, "seconds", "memory_gib")
     return config
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a run without ending it: unreadable images, and steps whose loss is not finite."""
+"""What goes wrong in a run without ending it: unreadable images, and steps whose loss or gradient is not finite."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.checkpoint import Checkpoints
+from sbp.training.text import lines, open_text, shown
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +21,21 @@ REMEDY = "What helps, from there with resume=FILE in another run_dir:"
 class Incidents:
     """Counts them, lists them in the run's folder, and says when there are too many. The same on all processes.
 
-    max_corrupt_images: of different ones, in the whole run. max_skipped_steps: in a row.
+    max_corrupt_images: of different ones, in the whole run. max_skipped_steps: in a row. amp, clip_grad: those of the
+    run, so that what is already so is not advised.
     """
 
-    def __init__(self, folder: Path, checkpoints: Checkpoints, max_corrupt_images: int, max_skipped_steps: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        checkpoints: Checkpoints,
+        max_corrupt_images: int,
+        max_skipped_steps: int,
+        amp: str = "off",
+        clip_grad: float | None = None,
+    ) -> None:
         self.folder, self.checkpoints = folder, checkpoints
+        self.amp, self.clip_grad = amp, clip_grad
         self.max_corrupt_images, self.max_skipped_steps = max_corrupt_images, max_skipped_steps
         self.corrupt_images: list[str] = []
         self.skipped_steps = self.skipped_in_a_row = 0
@@ -41,9 +52,9 @@ class Incidents:
         self.corrupt_images += new
         listed = self.folder / CORRUPT_IMAGES
         if distributed.is_main():
-            _write(listed, "".join(f"{name}\n" for name in self.corrupt_images))
+            _write(listed, lines(self.corrupt_images))
             for name in new:
-                log.warning("cannot read %s; another image takes its place", name)
+                log.warning("cannot read %s; another image takes its place", shown(name))
         if len(self.corrupt_images) > self.max_corrupt_images:
             raise ValueError(
                 f"{len(self.corrupt_images)} training images cannot be read by step {step + 1}, "
@@ -58,29 +69,37 @@ class Incidents:
             f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}"
         )
 
-    def left_out(self, step: int, loss: float, images: list[str]) -> None:
-        """The loss of step number `step` was not finite in some process (here it was `loss`), so it changed nothing.
+    def left_out(self, step: int, value: float, images: list[str], what: str = "loss") -> None:
+        """The loss of step number `step` was not finite in some process (here it was `value`), so it changed nothing.
 
-        images: those of its global batch. Raises ValueError after too many such steps in a row.
+        images: those of its global batch. what: "loss", or "gradient norm". Raises ValueError after too many such
+        steps in a row.
         """
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        loss = next(value for value in distributed.gathered(loss) if not math.isfinite(value))
+        value = next(one for one in distributed.gathered(value) if not math.isfinite(one))
         listed = self.folder / SKIPPED_STEPS
         if distributed.is_main():
-            _write(listed, json.dumps({"step": step + 1, "loss": str(loss), "images": images}) + "\n", "a")
-            log.warning("step %d left out: its loss is %s; its images are listed in %s", step + 1, loss, listed)
+            line = {"step": step + 1, what.replace(" ", "_"): str(value), "images": images}
+            _write(listed, json.dumps(line) + "\n", "a")
+            log.warning("step %d left out: its %s is %s; its images are listed in %s", step + 1, what, value, listed)
         if self.skipped_in_a_row > self.max_skipped_steps:
             raise ValueError(
-                f"the loss is {loss} in step {step + 1}; {self.skipped_in_a_row} steps in a row had to be left out "
+                f"the {what} is {value} in step {step + 1}; {self.skipped_in_a_row} steps in a row had to be left out "
                 f"(max_skipped_steps={self.max_skipped_steps}). Their images ({images[0]}, ...) are in {listed}. "
-                f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. "
-                f"{REMEDY} recipe.clip_grad=1, a lower recipe.lr, amp=bfloat16"
+                f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}. {REMEDY} {self._remedies()}"
             )
 
-    def went_well(self, step: int, scale: float) -> None:
-        """A step had a finite loss, which was multiplied by `scale` (1 but in float16) for the backward pass.
+    def _remedies(self) -> str:
+        """Settings that are not in force."""
+        clip = "recipe.clip_grad=1" if self.clip_grad is None or self.clip_grad > 1 else "a lower recipe.clip_grad"
+        precision = {"float16": ", amp=bfloat16", "bfloat16": ", amp=off"}.get(self.amp, "")
+        return f"a lower recipe.lr, {clip}{precision}"
 
+    def went_well(self, step: int, scale: float) -> None:
+        """A step had a finite loss, and but in float16 a finite gradient.
+
+        scale: what the loss was multiplied by for the backward pass; 1 but in float16.
         Raises ValueError when gradients have been infinite so often that float16 cannot hold them at any scale.
         """
         self.skipped_in_a_row = 0
@@ -106,7 +125,7 @@ class Incidents:
 
 def _write(path: Path, text: str, mode: str = "w") -> None:
     try:
-        with path.open(mode) as file:
+        with open_text(path, mode) as file:
             file.write(text)
     except OSError as error:
         log.warning("cannot write %s (%s)", path, error)

@@ -119,14 +119,15 @@ class Trainer:
             parallel.average_gradients(self.model)
         return figures
 
-    def update(self, step: int) -> float:
+    def update(self, step: int) -> "Update":
         """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones.
 
-        Returns the scale of the next loss: 1 but in float16, where a gradient that was not finite has halved it.
+        Where the gradient's norm is not finite, all stay as they are, in all processes alike.
         """
-        if self.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        norm = self._clipped_norm()
+        if norm is not None and not math.isfinite(norm):
+            self.skip()
+            return Update(norm, self.scaler.get_scale())
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -134,7 +135,18 @@ class Trainer:
         scale = self.scaler.get_scale()
         if self.ema is not None and scale >= before:  # else the weights are as before
             self.ema.update(self.model, step=step + 1)
-        return scale
+        return Update(norm, scale)
+
+    def _clipped_norm(self) -> float | None:
+        """The norm of the whole gradient before it is clipped, here; None in float16, where the scaler looks itself."""
+        parameters = list(self.model.parameters())
+        norm: Tensor | None = None
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        elif not self.scaler.is_enabled():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return None if norm is None or self.scaler.is_enabled() else parallel.number(norm)
 
     def skip(self) -> None:
         """Forgets the gradients: the weights stay, only the schedule goes on."""
@@ -245,6 +257,16 @@ def sum_of(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
+class Update(NamedTuple):
+    """norm: of the gradient, before clipping; not finite where nothing was changed, None in float16.
+
+    scale: that of the next loss: 1 but in float16, where a gradient that was not finite has halved it.
+    """
+
+    norm: float | None
+    scale: float
+
+
 class OnItsWay:
     """A loss that the device has yet to compute, and its parts.
 
@@ -290,8 +312,8 @@ def train_epoch(
     first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
     global batch and its parts, lr, images per second, share of time spent waiting for data, steps left out and images
     replaced.
-    Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss,
-    than `incidents` allows.
+    Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss or
+    gradient, than `incidents` allows.
     """
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
@@ -309,7 +331,11 @@ def train_epoch(
             trainer.skip()
             incidents.left_out(step, loss, images.names(step))
         else:
-            incidents.went_well(step, trainer.update(step))
+            norm, scale = trainer.update(step)
+            if norm is None or math.isfinite(norm):
+                incidents.went_well(step, scale)
+            else:
+                incidents.left_out(step, norm, images.names(step), what="gradient norm")
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):

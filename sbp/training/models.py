@@ -4,6 +4,7 @@ from typing import Any
 
 import timm
 from timm.layers import resample_abs_pos_embed
+from timm.models import ConvNeXt
 from torch import Tensor, nn
 
 import sbp
@@ -34,6 +35,11 @@ def build_model(
 def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
     """Patches the model, in place, when `settings.enabled`. Raises ValueError for settings that do not fit it."""
     if settings.enabled:
+        if isinstance(model, ConvNeXt) and settings.mhsa_drop != SbpConfig.mhsa_drop:
+            raise ValueError(
+                f"sbp.mhsa_drop={settings.mhsa_drop} is of attention, which a ConvNeXt has not: leave it at "
+                f"{SbpConfig.mhsa_drop}"
+            )
         sbp.apply(
             model,
             keep_ratio=settings.keep_ratio,

@@ -3,7 +3,7 @@
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -32,15 +32,17 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimi
 def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch: int) -> Scheduler:
     """Linear warm-up, then the schedule over the epochs that are left; a pure function of the step number.
 
-    With recipe.warmup_steps the warm-up takes the place of the schedule's first steps.
+    With recipe.warmup_steps the warm-up takes the place of the schedule's first steps. Raises ValueError for a warm-up
+    that is not over when the run is, or when the rate is to fall for the first time.
     """
+    _check_warmup(recipe, steps_per_epoch)
     within = recipe.warmup_steps is not None
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=recipe.scheduler,
         num_epochs=recipe.epochs if within else recipe.epochs - recipe.warmup_epochs,
         warmup_epochs=recipe.warmup_steps / steps_per_epoch if within else recipe.warmup_epochs,  # type: ignore[arg-type, operator]
-        warmup_prefix=not within,
+        warmup_prefix=not within and recipe.scheduler != "multistep",  # whose milestones are epochs of the run
         decay_milestones=recipe.decay_milestones or (),  # type: ignore[arg-type]
         decay_rate=recipe.decay_rate,
         warmup_lr=recipe.warmup_lr,
@@ -49,7 +51,26 @@ def build_scheduler(optimizer: Optimizer, recipe: RecipeConfig, steps_per_epoch:
         updates_per_epoch=steps_per_epoch,
     )
     assert scheduler is not None
+    if isinstance(scheduler, MultiStepLRScheduler):
+        scheduler.decay_t = [step + 1 for step in scheduler.decay_t]  # timm's come a step early
     return scheduler
+
+
+def _check_warmup(recipe: RecipeConfig, steps_per_epoch: int) -> None:
+    steps, total = recipe.warmup_steps, recipe.epochs * steps_per_epoch
+    if steps is None:
+        return
+    if steps >= total:
+        raise ValueError(
+            f"recipe.warmup_steps must be less than the {total} steps of the run ({recipe.epochs} epochs of "
+            f"{steps_per_epoch}), got {steps}"
+        )
+    milestones = recipe.decay_milestones
+    if milestones and steps >= milestones[0] * steps_per_epoch:
+        raise ValueError(
+            f"recipe.warmup_steps must be less than the {milestones[0] * steps_per_epoch} steps to the first of "
+            f"recipe.decay_milestones, epoch {milestones[0]}, got {steps}"
+        )
 
 
 def build_mixup(recipe: RecipeConfig, num_classes: int, micro_batch_size: int) -> Mixup | None:

@@ -124,6 +124,11 @@ def whole(state: Any) -> Any:
     return state
 
 
+def number(value: Tensor) -> float:
+    """A tensor of one number, which each process may hold a part of. All processes have to call it."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Loads the state dict of an optimizer, as a whole one on the CPU, whatever its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

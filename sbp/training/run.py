@@ -42,7 +42,7 @@ class Run:
         self.images = setup.load_images(config, self.device)
         self.trainer = setup.build_trainer(config, self.images.order, self.device, weights)
         limits = config.data.max_corrupt_images, config.max_skipped_steps
-        self.incidents = Incidents(folder, self.checkpoints, *limits)
+        self.incidents = Incidents(folder, self.checkpoints, *limits, config.amp, config.recipe.clip_grad)
         self.step, self.run_id = 0, new_run_id()
         if origin is not None:
             content = origin.content

@@ -1,7 +1,6 @@
 """The state of a run in its folder, for whoever looks at it from outside: a requeueing script, a sweep's table."""
 
 import fcntl
-import json
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 
 from sbp.training import distributed, signals
 from sbp.training.config import Config
+from sbp.training.text import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def write_status(folder: Path, state: str, **facts: Any) -> None:
     }
     status = {"state": state, "exit_code": EXIT_CODES.get(state), **writer, **facts}
     try:
-        write_text(folder / STATUS, json.dumps(status, indent=2) + "\n")
+        write_json(folder / STATUS, status)
     except OSError as error:  # the run is worth more than its description
         log.warning("cannot write %s (%s)", folder / STATUS, error)
 
@@ -156,27 +156,3 @@ def is_alive(status: Mapping[str, Any]) -> bool | None:
     except PermissionError:
         pass
     return True
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's content; {} when there is none, or when a power failure has left it empty or cut."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError:
-        log.warning("%s is damaged: left out", path)
-        return {}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whatever stops the process or the machine, it holds the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

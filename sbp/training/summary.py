@@ -1,6 +1,5 @@
 """The final figures of a run, from its record."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, median
@@ -8,7 +7,8 @@ from typing import Any
 
 from sbp.training import distributed
 from sbp.training.config import Config, check_same_run
-from sbp.training.status import read_json, read_status, write_text
+from sbp.training.status import read_status
+from sbp.training.text import read_json, write_json
 from sbp.training.tracking import METRICS, read_metrics
 
 METRIC = {"classification": "top1", "detection": "box_ap"}  # that decides which checkpoint is the best
@@ -18,7 +18,7 @@ RUN = "run.json"
 
 def record_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes folder/run.json: all that is needed to repeat the run, from its start on."""
-    write_text(folder / RUN, json.dumps(facts, indent=2) + "\n")
+    write_json(folder / RUN, facts)
 
 
 def finished(folder: Path, config: Config) -> dict[str, Any] | None:
@@ -81,5 +81,5 @@ def summarise(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "images_per_second": median(speeds) if (speeds := values("images_per_second")) else None,
     }
     summary |= {name.removeprefix("memory/"): max(values(name)) for name in sorted(memory)}
-    write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    write_json(folder / SUMMARY, summary)
     return summary

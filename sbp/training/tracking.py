@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from sbp.training.config import LoggerConfig
-from sbp.training.status import read_json, write_text
+from sbp.training.text import open_text, read_json, read_text, shown, write_text
 
 try:
     import wandb
@@ -32,7 +32,8 @@ def new_run_id() -> str:
 class Tracker:
     """Writes figures to folder/metrics.jsonl and, when asked for, to wandb; to be used in a `with` statement.
 
-    What wandb cannot do is one warning, never an error. Without a key or a network it writes an offline run.
+    What wandb cannot do is one warning, never an error. Without a key or a network it writes an offline run. Where
+    wandb's own settings, such as WANDB_MODE, ask for an offline run or none, there is that.
     resumed_at: the number of steps of the checkpoint; later lines of an interrupted run are taken out first, and the
         wandb run, which goes on with the same id, gets the earlier lines that it lacks.
     enabled: False on all processes but the main one: nothing is written.
@@ -74,14 +75,15 @@ class Tracker:
         self._unwritten += json.dumps(record) + "\n"
         size = self.path.stat().st_size if self.path.is_file() else 0
         try:
-            with self.path.open("a") as file:
+            with open_text(self.path, "a") as file:
                 file.write(self._unwritten)
             self._unwritten = ""
         except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
             os.truncate(self.path, size)
         self._try(
-            "log", lambda: self._run.log(record | {f"pictures/{name}": wandb.Image(one) for name, one in pictures})
+            "log",
+            lambda: self._run.log(record | {f"pictures/{shown(name)}": wandb.Image(one) for name, one in pictures}),
         )
 
     @property
@@ -92,7 +94,7 @@ class Tracker:
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """The run's final figures, shown by wandb in its table of runs."""
         if self.enabled:
-            self._try("take the summary", lambda: self._run.summary.update(dict(summary)))
+            self._try("take the summary", lambda: self._run.summary.update(shown(dict(summary))))
 
     def __enter__(self) -> "Tracker":
         return self
@@ -118,7 +120,7 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without a line that an interruption cut off; [] when there is no file."""
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in read_text(path).splitlines() if path.is_file() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -129,7 +131,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any], run_id: str) -> Any:
     """A run, online if that works within settings.init_timeout seconds, else offline, else None."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else wandb waits, at the end, to report to its makers
-    modes: tuple[Literal["online", "offline"], ...] = ("offline",) if settings.offline else ("online", "offline")
+    mode = _asked_for()
+    if mode == "disabled":
+        log.info("wandb: off, as its own settings say (WANDB_MODE=disabled, or `wandb disabled`)")
+        return None
+    offline = settings.offline or mode in ("offline", "dryrun")
+    modes: tuple[Literal["online", "offline"], ...] = ("offline",) if offline else ("online", "offline")
     for mode in modes:
         try:
             wandb.setup(wandb.Settings(silent=True))  # else login asks the server for the user's name
@@ -139,11 +146,11 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
                 project=settings.project,
                 entity=settings.entity,
                 group=settings.group,
-                name=folder.name,
+                name=shown(folder.name),
                 id=run_id,
                 resume="allow",  # what is there stays: offline, that is for the upload
                 dir=folder,
-                config=dict(config),
+                config=shown(dict(config)),
                 mode=mode,
                 settings=wandb.Settings(
                     init_timeout=settings.init_timeout,
@@ -163,6 +170,15 @@ def _start_wandb(folder: Path, settings: LoggerConfig, config: Mapping[str, Any]
         log.info("wandb: %s", f"offline; upload it with `{_sync_command(run)}`" if mode == "offline" else run.url)
         return run
     return None
+
+
+def _asked_for() -> str:
+    """The mode that wandb's own variables and files ask for: online, offline, disabled, ..."""
+    try:
+        return wandb.setup(wandb.Settings(silent=True)).settings.mode
+    except Exception as error:  # what is wrong with them is said where a run is tried
+        log.debug("wandb's settings: %r", error)
+        return "online"
 
 
 def _end_wandb() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 from dataclasses import asdict, replace
@@ -20,12 +21,30 @@ from tests.training.configs import small
 def test_a_job_is_named_by_what_the_sweep_varies(monkeypatch):
     monkeypatch.setenv("SBP_SWEPT", "sbp.keep_ratio backbone")
     given = ["run_dir=here", "seed=1", "backbone=vit_tiny", "+sbp.keep_ratio=[0.5, 1]"]
-    assert launch.job_folder(given) == "backbone-vit_tiny+sbp.keep_ratio-_0.5__1_"
+    assert re.fullmatch(r"backbone-vit_tiny\+sbp.keep_ratio-_0.5__1_-[0-9a-f]{8}", launch.job_folder(given))
+    assert launch.job_folder([*given[:3], "sbp.keep_ratio=0.5"]) == "backbone-vit_tiny+sbp.keep_ratio-0.5"
     monkeypatch.setenv("SBP_SWEPT", "")
     assert launch.job_folder(given[:2]) == "seed-1"
     assert launch.job_folder([]) == "job"
     long = [launch.job_folder([f"data.root=/{'x' * 200}{end}"]) for end in "ab"]
     assert len(long[0]) == launch.LONGEST_NAME and long[0] != long[1]
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        [["data.root=t/a/b"], ["data.root=t/a_b"], ["data.root=t_a_b"]],
+        [["sbp.keep_ratio=[0.5,1]"], ["sbp.keep_ratio=[0.5 1]"]],
+        [["backbone.name=a", "data.root=b+data.root-c"], ["backbone.name=a+data.root-b", "data.root=c"]],
+        [[f"data.root={'x' * 200}/a"], [f"data.root={'x' * 200}_a"]],
+        [["data.root='a'"], ['data.root="a"'], ["data.root=\u00e4"], ["data.root=\u00f6"]],
+    ],
+)
+def test_different_jobs_have_different_folders(monkeypatch, jobs):
+    monkeypatch.setenv("SBP_SWEPT", "")
+    folders = [launch.job_folder(job) for job in jobs]
+    assert len(set(folders)) == len(jobs) and folders == [launch.job_folder(job) for job in jobs]
+    assert all(re.fullmatch(r"[A-Za-z0-9.+_-]{1,120}", folder) for folder in folders)
 
 
 def test_a_complete_run_is_known_by_its_config(tmp_path):

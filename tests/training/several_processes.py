@@ -54,6 +54,9 @@ def main(here: Path, elsewhere: Path) -> None:
             ways[f"{kind} after {path.parent.name}/{path.stem}"] = train(backbone, kind, read=path)
     torch.save(found, here / f"{distributed.rank()}.pt")
     every_process_has_a_share_and_skips_a_step_that_overflows_on_one()
+    for kind in ("ddp", "fsdp"):
+        for clip_grad in ("null", "1"):
+            every_process_leaves_out_a_step_whose_gradient_is_not_finite_on_one(kind, clip_grad)
     distributed.stop()
 
 
@@ -72,6 +75,22 @@ def every_process_has_a_share_and_skips_a_step_that_overflows_on_one() -> None:
         after = [p.full_tensor() for model in (trainer.model, averages) for p in model.parameters()]
         assert trainer.scaler.get_scale() == scale
         assert all(map(torch.equal, before, after)) == (step == 1), step
+
+
+def every_process_leaves_out_a_step_whose_gradient_is_not_finite_on_one(kind: str, clip_grad: str) -> None:
+    config = small(f"parallel={kind}", "recipe.ema_decay=0.9", f"recipe.clip_grad={clip_grad}")
+    trainer = setup.build_trainer(config, setup.load_images(config, CPU).order, CPU)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    infinite = torch.full_like(images, torch.inf) if distributed.rank() == 1 else images
+    for step, batch in enumerate([images, infinite, images]):
+        before = [whole(p) for model in (trainer.model, trainer.ema.module) for p in model.parameters()]
+        trainer.backward(step, [(batch, labels)])
+        norm, _ = trainer.update(step)
+        after = [whole(p) for model in (trainer.model, trainer.ema.module) for p in model.parameters()]
+        assert all(map(torch.equal, before, after)) == (step == 1), (kind, step)
+        assert (norm == norm and norm < torch.inf) == (step != 1), (kind, norm)
+        norms = distributed.gathered(str(norm))
+        assert len(set(norms)) == 1, f"{kind}: the norm is that of the whole gradient: {norms}"
 
 
 def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | None = None) -> dict:

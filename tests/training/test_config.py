@@ -20,6 +20,7 @@ from sbp.training.config import (
     scaled_lr,
     validate,
 )
+from sbp.training.tasks import task_of
 from tests.training.configs import ROOT, composed, small
 
 GROUPS = ("backbone", "sbp", "data", "recipe", "logger")
@@ -100,13 +101,24 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
         *("sbp.mhsa_drop=v", "sbp.eval=never", "amp=float8", "device=tpu", "data.source=web", "logger.name=mlflow"),
         *("recipe.epochs=0", "recipe.warmup_epochs=20", "recipe.lr=0", "recipe.label_smoothing=2", "data.mean=[0.5]"),
         *("global_batch_size=0", "micro_batch_size=0", "recipe.ema_decay=1", "data.num_classes=1", "seed=-1"),
+        *("recipe.label_smoothing=1", "backbone.drop_path=1", "backbone.drop_path=-0.1", "recipe.optimizer=adamm"),
+        *("recipe.optimizer=adahessian", "recipe.optimizer=lookahead_adahessian", "+backbone.kwargs.proj_drop_rate=1"),
         *("recipe.scheduler=step", "data.interpolation=cubic", "data.train_image_size=0"),
         *("sbp.exact_epochs=-1", "sbp.exact_epochs=21"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_rejected_by_name(override):
-    with pytest.raises(ValueError, match=override.split("=")[0].replace(".", r"\.")):
+    with pytest.raises(ValueError, match=override.lstrip("+").split("=")[0].replace(".", r"\.")):
         validate(composed("data=digits", "recipe=demo", override))
+
+
+def test_what_only_attention_has_is_refused_for_a_convnext():
+    for name in ("head", "query", "qkv_exact"):
+        config = validate(small(f"sbp.mhsa_drop={name}", backbone="convnext"))
+        with pytest.raises(ValueError, match=rf"sbp\.mhsa_drop={name} is of attention, which a ConvNeXt has not"):
+            task_of(config).build_model(config)
+        config.sbp.enabled = False
+        task_of(config).build_model(config)
 
 
 def test_exact_epochs_need_sbp_in_the_others():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
 from sbp.training.probes import PeakMemory
 from sbp.training.status import Preempted, RunStatus, only_run_in, read_status
 from sbp.training.tracking import read_metrics
-from tests.training.comparing import assert_same_run, record
+from tests.training.comparing import assert_equal, assert_same_run, record
 from tests.training.configs import small
 from train import train
 
@@ -33,6 +34,15 @@ def test_corrupt_images_are_counted_once_listed_and_too_many_are_an_error(tmp_pa
     assert (tmp_path / CORRUPT_IMAGES).read_text() == "a.png (empty)\nb.png (broken)\nc.png (x)\n"
     with pytest.raises(ValueError, match=r"4 training images cannot be read by step 8, data\.max_corrupt_images=3"):
         again.replaced(7, ["d.png (x)"])
+
+
+def test_names_that_are_not_utf8_or_have_line_breaks_are_listed_as_they_are(tmp_path, caplog):
+    name = os.fsdecode(b"bad\xff.png (broken)")
+    found = incidents(tmp_path)
+    found.replaced(0, [name, "two\nlines.png (empty)"])
+    assert (tmp_path / CORRUPT_IMAGES).read_bytes() == b"bad\xff.png (broken)\ntwo\\nlines.png (empty)\n"
+    found.left_out(0, float("nan"), [name])
+    assert json.loads((tmp_path / SKIPPED_STEPS).read_text())["images"] == [name]
 
 
 def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_row(tmp_path, caplog):
@@ -92,6 +102,64 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monk
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert lines[2]["skipped_steps"] == 1 and lines[-1].get("val/top1") is not None
     assert all(value.isfinite().all() for value in find(tmp_path)[1]["state_dict"].values())
+
+
+@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+def test_a_gradient_that_is_not_finite_costs_its_step_and_nothing_else(tmp_path, monkeypatch, amp):
+    """One element of it, where the loss is finite."""
+    real, seen = loop.Trainer.backward, {}
+
+    def backward(self, step, micro_batches):
+        loss = real(self, step, micro_batches)
+        states = self.model.state_dict(), self.ema.module.state_dict()
+        seen[step] = [{name: value.clone() for name, value in state.items()} for state in states]
+        if step == 5:
+            next(self.model.parameters()).grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    config = small("probe.every_steps=null", "log_every_steps=1", "recipe.ema_decay=0.9", f"amp={amp}")
+    summary = train(config, tmp_path)
+    assert_equal(seen[5], seen[6])
+    assert not torch.equal(seen[6][0]["head.weight"], seen[7][0]["head.weight"])
+    (line,) = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
+    assert (line["step"], line["gradient_norm"], len(line["images"])) == (6, "inf", 32)
+    assert read_metrics(tmp_path / "metrics.jsonl")[6]["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in find(tmp_path)[1]["state_dict_ema"].values())
+    assert summary["top1"] > 15
+
+
+def test_gradients_that_stay_infinite_end_a_run_with_the_files_of_the_first_such_step(tmp_path, monkeypatch):
+    real = loop.Trainer.backward
+
+    def backward(self, step, micro_batches):
+        loss = real(self, step, micro_batches)
+        if step >= 5:
+            next(self.model.parameters()).grad.view(-1)[0] = float("nan")
+        return loss
+
+    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    config = small("probe.every_steps=null", "amp=bfloat16", "recipe.clip_grad=1", "max_skipped_steps=2")
+    with pytest.raises(ValueError, match="the gradient norm is nan in step 8; 3 steps in a row had to") as error:
+        train(config, tmp_path)
+    assert "in another run_dir: a lower recipe.lr, a lower recipe.clip_grad, amp=off" in str(error.value)
+    lines = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("amp", "clip_grad", "remedies"),
+    [
+        ("off", None, "a lower recipe.lr, recipe.clip_grad=1"),
+        ("off", 5.0, "a lower recipe.lr, recipe.clip_grad=1"),
+        ("bfloat16", 1.0, "a lower recipe.lr, a lower recipe.clip_grad, amp=off"),
+        ("float16", 0.5, "a lower recipe.lr, a lower recipe.clip_grad, amp=bfloat16"),
+    ],
+)
+def test_what_is_advised_is_not_in_force_already(tmp_path, amp, clip_grad, remedies):
+    found = Incidents(tmp_path, Checkpoints(tmp_path), 0, 0, amp, clip_grad)
+    with pytest.raises(ValueError, match=f"in another run_dir: {remedies}$"):
+        found.left_out(0, float("nan"), ["a.png"])
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 import timm
+import torch
 
 import sbp
-from sbp.training.config import RecipeConfig, validate
+from sbp.training.config import SCHEDULERS, RecipeConfig, validate
 from sbp.training.models import build_model
 from sbp.training.optim import build_optimizer, build_scheduler
 from tests.training.configs import BACKBONES, small
@@ -61,3 +62,69 @@ def test_without_it_nothing_is_scaled_and_a_bad_value_is_refused():
         with pytest.raises(ValueError, match=r"recipe\.layer_decay must be null or lie in \(0, 1\]"):
             validate(small(f"recipe.layer_decay={value}"))
     validate(small("recipe.layer_decay=1"))
+
+
+MULTISTEP = ("recipe.scheduler=multistep", "recipe.decay_milestones=[5,7]")
+
+
+def rates(steps_per_epoch=10, **recipe):
+    """The learning rate of each step of a run of 8 epochs with the peak 1."""
+    settings = RecipeConfig(**{"epochs": 8, "min_lr": 0.0, "warmup_lr": 0.0, "warmup_epochs": 0} | recipe)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = build_scheduler(optimizer, settings, steps_per_epoch)
+    found = []
+    for step in range(settings.epochs * steps_per_epoch):
+        scheduler.step_update(step)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps"),
+    [({}, 0), ({"warmup_epochs": 3}, 30), ({"warmup_epochs": 4}, 40), ({"warmup_steps": 7}, 7)],
+)
+def test_milestones_are_epochs_of_the_run_whatever_the_warm_up(warmup, steps):
+    found = rates(scheduler="multistep", decay_milestones=[5, 7], **warmup)
+    expected = [step / steps if step < steps else 0.1 ** ((step >= 50) + (step >= 70)) for step in range(80)]
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("warmup", [{"warmup_epochs": 3}, {"warmup_steps": 30}])
+def test_each_schedule_reaches_its_peak_and_ends_with_the_run(scheduler, warmup):
+    milestones = {"decay_milestones": [5, 7]} if scheduler == "multistep" else {}
+    found = rates(scheduler=scheduler, decay_rate=0.5, **warmup, **milestones)
+    assert found[:30] == pytest.approx([step / 30 for step in range(30)], abs=0.01)
+    assert max(found) == max(found[29:32]) and found[30] > 0.2  # what a schedule has lost in place of a warm-up
+    assert scheduler == "constant" or found[-1] < 0.3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"warmup_steps": 500}, r"recipe\.warmup_steps must be less than the 80 steps of the run .*, got 500"),
+        ({"warmup_steps": 80}, r"recipe\.warmup_steps must be less than the 80 steps of the run .*, got 80"),
+        (
+            {"warmup_steps": 50, "scheduler": "multistep", "decay_milestones": [5, 7]},
+            r"must be less than the 50 steps to the first of recipe\.decay_milestones, epoch 5, got 50",
+        ),
+    ],
+)
+def test_a_warm_up_that_the_run_has_no_room_for_is_refused(recipe, message):
+    with pytest.raises(ValueError, match=message):
+        rates(**recipe)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("recipe.scheduler=rsqrt",), "must be above 0 with recipe.scheduler=rsqrt"),
+        (
+            (*MULTISTEP, "recipe.epochs=8", "recipe.warmup_epochs=5"),
+            r"increasing epochs in \(5, 8\) \(recipe.warmup_epochs, recipe.epochs\) .*, got \[5, 7\]",
+        ),
+    ],
+)
+def test_a_schedule_that_does_not_fit_its_warm_up_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate(small(*overrides))

@@ -7,10 +7,13 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from sbp.training.tracking import read_metrics
-from tests.training.configs import BACKBONES, ROOT
+from scripts.check_data import CheckDataConfig, check
+from tests.training.configs import BACKBONES, ROOT, composed
 from tests.training.several_processes import train
+from train import train as train_run
 
 TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -118,3 +121,30 @@ def test_a_mistake_ends_in_one_line_and_exit_code_1(tmp_path, arguments, message
     assert result.returncode == 1
     assert f"error: {message}" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_corrupt_image_with_any_name_ends_neither_training_nor_the_check_of_data(tmp_path, monkeypatch):
+    """Nor what goes on from a checkpoint that knows of it; what is shown has backslashes for what is not UTF-8."""
+    bad = os.fsdecode(b"caf\xe9.png")
+    for split in ("train", "val"):
+        for number, name in enumerate(("a", "b")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (32, 32), (number * 200, i, 0)).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "train" / "a" / bad).write_bytes(b"no image")
+    data = ("data=imagenet", "data.root=.", "data.num_classes=2", "data.image_size=32", "data.workers=1")
+    command = (*TINY, *data, "global_batch_size=8", "probe.images=4")
+    result = run(ROOT / "train.py", *command, "run_dir=run", folder=tmp_path)
+    assert result.returncode == 0 and "Logging error" not in result.stderr, result.stderr
+    monkeypatch.chdir(tmp_path)
+    train_run(composed(*command, "resume=run/checkpoints/best.pt"), tmp_path / "again")
+    shown = "cannot read train/a/caf\\udce9.png (not an image); another image takes its place"
+    assert shown in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "run" / "corrupt_images.txt").read_bytes() == b"train/a/caf\xe9.png (not an image)\n"
+    (tmp_path / "check").mkdir()
+    with pytest.raises(SystemExit):
+        check(composed(*data, "data.workers=0", name="check_data", kind=CheckDataConfig), tmp_path / "check")
+    assert (tmp_path / "check" / "corrupt_images.txt").read_bytes() == b"train/a/caf\xe9.png (not an image)\n"
+    report = json.loads((tmp_path / "check" / "data_check.json").read_text())
+    (found,) = [one for one in report["findings"] if one["level"] == "error"]
+    assert found["items"] == [f"train/a/{bad} (not an image)"]

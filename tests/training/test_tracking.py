@@ -78,6 +78,33 @@ def test_no_key_means_an_offline_run_and_no_question(tmp_path, monkeypatch, capl
     assert wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "runs"),
+    [("WANDB_MODE", "disabled", 0), ("WANDB_MODE", "offline", 1), ("WANDB_MODE", "dryrun", 1)],
+)
+def test_wandbs_own_settings_are_heeded(tmp_path, monkeypatch, caplog, variable, value, runs):
+    """With a key, which is then not said to be missing."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv(variable, value)
+    settings = LoggerConfig(name="wandb", init_timeout=1)
+    with caplog.at_level(logging.INFO), Tracker(tmp_path, settings, {}, run_id="a") as tracker:
+        tracker.log(1, {"lr": 1.0})
+        assert tracker.shows == bool(runs)
+    assert "not possible" not in caplog.text and "API key" not in caplog.text
+    assert len(list(tmp_path.glob("wandb/*run-*"))) == runs
+    assert ("wandb: off, as its own settings say" in caplog.text) == (not runs)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "lr": 1.0}]
+
+
+def test_names_that_are_not_utf8_do_not_cost_the_wandb_run(tmp_path, caplog):
+    config = {"data": {"root": os.fsdecode(b"caf\xe9"), "workers": 1}, "lists": [os.fsdecode(b"\xff"), 1]}
+    with caplog.at_level(logging.WARNING), Tracker(tmp_path, OFFLINE, config, run_id="a") as tracker:
+        tracker.log(1, {"lr": 1.0})
+        tracker.summarise({"config": config})
+        assert tracker.shows
+    assert not caplog.text and wandb_history(tmp_path) == [{"step": 1, "lr": 1.0}]
+
+
 @pytest.mark.parametrize("answers", [False, None], ids=["refuses", "never answers"])
 def test_a_server_out_of_reach_means_an_offline_run(tmp_path, monkeypatch, caplog, answers):
     with socket.create_server(("127.0.0.1", 0)) as silent:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sbp.training.costs.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
-from sbp.training.status import write_text
 from sbp.training.table import markdown
+from sbp.training.text import write_text
 
 STYLES = {EXACT: ("#3b6fb6", "o"), DROPPING: ("#8a8a8a", "s"), SBP: ("#d1495b", "D"), RELEASE: ("#e0a030", "^")}
 
@@ -31,7 +31,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
 
 def write_report(result: dict[str, Any], folder: Path, name: str) -> None:
     """The table and the figure alone."""
-    (folder / f"{name}.md").write_text(f"{caption(result)}\n\n{table(result)}\n")
+    write_text(folder / f"{name}.md", f"{caption(result)}\n\n{table(result)}\n")
     if find_spec("matplotlib") and any(record.get("time_ratio") for record in result["arms"].values()):
         draw(result, folder / f"{name}.png")
 

@@ -4,7 +4,7 @@ After the cluttered MNIST of Mnih et al., "Recurrent Models of Visual Attention"
 from image to image and the pieces look like parts of it, a model has to look at every position.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 SMALLEST = 16  # px; below it a digit has fewer pixels than its source
-CLASSES = 10
+DIGITS = "0123456789"
+CLASSES = len(DIGITS)
 PIECES = 4  # in an image
 WINDOW = 4  # a piece is so many pixels wide and high, of a digit's 8
 SIZES = 16 / 32, 20 / 32  # of the 8 x 8 px that a digit is drawn in, its empty border too, as a share of the image
@@ -31,6 +32,8 @@ class ClutteredDigits(Dataset):
     It is a function of the sources, i and stream alone, whatever the number of images and the run's seed. All are
     generated here, and kept as uint8. Raises ValueError for an image_size below `SMALLEST`.
     """
+
+    classes: ClassVar = list(DIGITS)
 
     def __init__(
         self, digits: np.ndarray, labels: list[int], stream: int, length: int, image_size: int, transform: Any

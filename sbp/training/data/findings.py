@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sbp.training.config import DataConfig
+from sbp.training.data.classes import hidden
 from sbp.training.data.inspection import Loading, Split
 from sbp.training.table import markdown
 
@@ -25,6 +26,8 @@ MARKS = {
         WARNING,
         "with an EXIF orientation, which nothing applies: the network sees them as stored, turned or mirrored",
     ),
+    "turned": (NOTE, "with an EXIF orientation, turned upright as they were annotated"),
+    "not turned": (NOTE, "with an EXIF orientation, left as stored: so says the size in their annotations"),
     "in both": (WARNING, "identical to images in {other}, which then measures what was learned by heart"),
     "deep": (WARNING, "with more than 8 bits a channel; conversion to RGB turns all above 255 white"),
     "transparent": (WARNING, "with transparency; conversion to RGB drops it and shows what it hid"),
@@ -65,6 +68,8 @@ def findings(train: Split, val: Split, data: DataConfig, expected: tuple[int, ..
                 if kind == "unreadable":
                     text += _consequence(split is train, len(items), data.max_corrupt_images)
                 found.append(Finding(level, split.name, f"{_count(len(items), 'image')} {text}", items))
+        if split.unused:
+            found.append(Finding(WARNING, split.name, split.unused))
         if split.ignored:
             found.append(_of_ignored(split))
         if split.read < split.length:
@@ -86,7 +91,9 @@ def _of_classes(split: Split, num_classes: int) -> list[Finding]:
     if len(names) != num_classes:
         found.append(
             Finding(
-                ERROR, split.name, f"{_count(len(names), 'class', 'classes')}, but data.num_classes is {num_classes}"
+                ERROR,
+                split.name,
+                f"{_count(len(names), 'class', 'classes')}, but data.num_classes is {num_classes}{hidden(names)}",
             )
         )
     if outside := [f"label {label}" for label in sorted(split.per_class) if label >= len(names)]:
@@ -94,7 +101,10 @@ def _of_classes(split: Split, num_classes: int) -> list[Finding]:
     if split.counted and not split.complete:
         return found  # the rest needs all labels
     if empty := [name for label, name in enumerate(names) if not split.per_class[label]]:
-        found.append(Finding(ERROR, split.name, f"{_count(len(empty), 'class', 'classes')} without images", empty))
+        level, what = (WARNING, "objects") if split.objects else (ERROR, "images")
+        found.append(Finding(level, split.name, f"{_count(len(empty), 'class', 'classes')} without {what}", empty))
+    if split.objects:
+        return found  # which are never as many of each
     least, most = _smallest_and_largest(split)
     if most > IMBALANCE * least:
         text = f"the largest class has {most:,} images, the smallest {least:,}: top-1 says little about small classes"
@@ -146,7 +156,7 @@ def _row(split: Split) -> dict[str, str]:
         "read": "all" if split.complete else f"{split.read:,}",
         "cannot be read": f"{len(unreadable(split)):,}",
         "classes": f"{len(split.classes) or len(split.per_class):,}",
-        "images in a class": _range(least, most),
+        f"{'objects' if split.objects else 'images'} in a class": _range(least, most),
         "shorter side": f"{_range(*np.quantile(sizes, (0, 1)))} px, median {np.median(sizes):.0f}",
         "formats": _shares(split.formats),
         "colours": _shares(split.modes),

@@ -12,7 +12,7 @@ import time
 import warnings
 from array import array
 from collections import Counter
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
@@ -28,10 +28,13 @@ from torchvision.transforms import Compose
 from tqdm import tqdm
 
 from sbp.training import signals
-from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.data.loading import SUBSTITUTES, SeededDataset, make_loader, spread
-from sbp.training.data.preprocessing import decode, train_transform
-from sbp.training.data.sources import build_datasets, image_folder, path
+from sbp.training.config import Config, DataConfig
+from sbp.training.data.classes import class_names
+from sbp.training.data.loading import SUBSTITUTES, Batch, Sample, SeededDataset, collate, make_loader, spread
+from sbp.training.data.naming import path
+from sbp.training.data.preprocessing import decode, orientation, train_transform
+from sbp.training.data.sources import image_folder, open_datasets
+from sbp.training.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +56,8 @@ _WARM_BATCHES, _TIMED_BATCHES = 2, 16  # for each loader process
 class Facts(NamedTuple):
     """One image. problem: the image and why it cannot be read, or ""; nothing else is known then.
 
-    size: shorter side in pixels. digest: of the file's bytes, or of the pixels where there is no file.
+    size: shorter side in pixels. digest: of the file's bytes, or of the pixels where there is no file. turned: in
+    detection, whether training turns the image as `orientation` says.
     """
 
     problem: str = ""
@@ -64,6 +68,7 @@ class Facts(NamedTuple):
     orientation: int = 1
     transparent: bool = False
     digest: bytes = b""
+    turned: bool | None = None
 
 
 @dataclass
@@ -71,8 +76,9 @@ class Split:
     """What is known of a split so far.
 
     fault: why it cannot be opened; then nothing else is known. classes: names in label order, [] where it has none.
-    per_class: images by label, of the whole split or (`counted`) of those read so far. ignored: files that are not
-    taken for images. sizes: shorter sides in pixels. marks: by kind, the images as a user finds them.
+    per_class: images by label, of the whole split or (`counted`) of those read so far; or the `objects` in them.
+    ignored: files that are not taken for images. unused: what of tar files looks like images or labels and is not used,
+    in words. sizes: shorter sides in pixels. marks: by kind, the images as a user finds them.
     """
 
     name: str
@@ -85,7 +91,9 @@ class Split:
     classes: list[str] = field(default_factory=list)
     per_class: Counter[int] = field(default_factory=Counter)
     counted: bool = False
+    objects: bool = False
     ignored: list[str] = field(default_factory=list)
+    unused: str = ""
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
     sizes: array = field(default_factory=lambda: array("i"))
@@ -114,16 +122,20 @@ class Split:
         self.marks.setdefault(kind, []).append(image)
 
 
-def open_splits(data: DataConfig, recipe: RecipeConfig) -> list[tuple[Split, Any]]:
+def open_splits(config: Config) -> list[tuple[Split, Any]]:
     """Training and validation: what they say of themselves, and the data set; None where it cannot be opened.
 
     The training set has its transform. Image folders that training refuses are opened too, where there is something
     to read. Raises ValueError for what else cannot be trained on.
     """
+    data, recipe = config.data, config.recipe
     names = (data.train_split, data.val_split)
+    if config.task == "detection":
+        both = zip(names, task_of(config).build_datasets(config), strict=True)
+        return [(describe(name, data.source, dataset), dataset) for name, dataset in both]
     if data.source != "folder":
         place = data.name or data.source
-        opened = zip(names, build_datasets(data, recipe), strict=True)
+        opened = zip(names, open_datasets(data, recipe), strict=True)
         return [(describe(name, place, dataset), dataset) for name, dataset in opened]
     splits: list[tuple[Split, Any]] = []
     transform = Compose([decode, train_transform(data, recipe)])
@@ -152,9 +164,12 @@ def _why_not(folder: Path, num_classes: int) -> str:
 def describe(name: str, place: str, dataset: Any) -> Split:
     """What a data set says of itself before an image is read."""
     split = Split(name, place, length=len(dataset))
-    named = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or {}
-    split.classes = list(getattr(dataset, "classes", None) or sorted(named, key=lambda name: named[name]))
-    if hasattr(dataset, "targets"):
+    split.classes = class_names(dataset)
+    split.unused = getattr(dataset, "unused", "")
+    if hasattr(dataset, "counts") and hasattr(dataset, "files"):
+        split.objects = True
+        split.per_class = Counter({label - 1: count for label, count in dataset.counts.items()})
+    elif hasattr(dataset, "targets"):
         split.per_class = Counter(int(label) for label in dataset.targets)
     else:
         split.counted = True
@@ -173,7 +188,8 @@ def unusual(facts: Facts, name: str, image_size: int) -> dict[str, str]:
     """What is unusual about an image that can be read: kind -> detail."""
     found = {}
     if facts.orientation in TURNED:
-        found["rotated"] = TURNED[facts.orientation]
+        kind = {None: "rotated", True: "turned", False: "not turned"}[facts.turned]
+        found[kind] = TURNED[facts.orientation]
     if facts.mode in _DEEP:
         found["deep"] = facts.mode
     elif facts.transparent or facts.mode in _ALPHA:
@@ -198,6 +214,8 @@ class Inspection(Dataset):
     """The name and the Facts of each image; the data set's own decoder and transform give way to `look`."""
 
     def __init__(self, dataset: Any) -> None:
+        if hasattr(dataset, "files"):  # images with objects
+            dataset = dataset.files()
         dataset.transform = look
         if isinstance(dataset, ImageFolder):
             dataset.loader = _read_bytes
@@ -223,17 +241,10 @@ def look(image: bytes | Image.Image) -> Facts:
         format=opened.format or "",
         mode=opened.mode,
         size=min(opened.size),
-        orientation=_orientation(opened),
+        orientation=orientation(opened),
         transparent="transparency" in opened.info,
         digest=hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=16).digest(),
     )
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Pillow raises several for broken EXIF, which training does not read
-        return 1
 
 
 def read(
@@ -304,7 +315,13 @@ class Loading(NamedTuple):
     cores: int
 
 
-def loading_speed(dataset: Any, seed: int, workers: int, prefetch: int) -> Loading | None:
+def loading_speed(
+    dataset: Any,
+    seed: int,
+    workers: int,
+    prefetch: int,
+    collate: Callable[[Sequence[Sample]], Batch] = collate,
+) -> Loading | None:
     """Of random images, through the data set's transform and the loader that training uses; no model runs.
 
     Timed once each loader process is at work. None when a signal asks to stop.
@@ -314,6 +331,7 @@ def loading_speed(dataset: Any, seed: int, workers: int, prefetch: int) -> Loadi
     indices = np.random.default_rng(seed).integers(len(dataset), size=(batches, _PER_BATCH)).tolist()
     order: Any = [[(0, index) for index in batch] for batch in indices]
     options: dict[str, Any] = {"seed": seed, "workers": workers, "prefetch": prefetch, "substitutes": SUBSTITUTES}
+    options["collate"] = collate
     started, images = time.perf_counter(), 0
     for number, batch in enumerate(make_loader(dataset, order, device=torch.device("cpu"), **options), 1):
         images += len(batch.labels)

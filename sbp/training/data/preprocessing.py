@@ -5,12 +5,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from sbp.training.config import DataConfig, RecipeConfig
+
+UPRIGHT = {  # what turns a stored image upright, by EXIF's number
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,32 @@ class Preprocessing:
 
 
 def decode(content: bytes) -> Image.Image:
-    """The RGB image in an image file's content. Raises OSError for what Pillow cannot read."""
+    """The RGB image in an image file's content, as stored. Raises OSError for what Pillow cannot read."""
+    return decode_with_orientation(content)[0]
+
+
+def decode_with_orientation(content: bytes) -> tuple[Image.Image, int]:
+    """As `decode`, and the number with which EXIF says how the stored image has to be turned to be upright; 1 for not
+    at all.
+    """
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
+        image = Image.open(io.BytesIO(content))
+        return image.convert("RGB"), orientation(image)
     except UnidentifiedImageError:
         raise OSError("not an image") from None  # Pillow's message has an address in it, another one each time
     except (OSError, MemoryError):
         raise
     except Exception as error:  # SyntaxError, ValueError and others, by format
         raise OSError(str(error)) from error
+
+
+def orientation(image: Image.Image) -> int:
+    """What EXIF says of an opened image, 1 to 8; 1 where it says nothing that can be read."""
+    try:
+        number = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow raises several for broken EXIF
+        return 1
+    return number if number in UPRIGHT else 1
 
 
 def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:

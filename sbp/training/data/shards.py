@@ -1,5 +1,7 @@
 """Images in tar shards, as webdataset writes them: key.jpg beside key.cls (a class number) or key.json.
 
+Nothing is lost without a word: what looks like an image or a label and is not used is counted.
+
 Such shards are meant to be streamed, which can neither go on exactly within an epoch nor count each image once on any
 number of processes. But a tar file is not compressed: where each image lies is found once, from the headers, and then
 the shards are a data set like others.
@@ -12,7 +14,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from sbp.training.text import shown
+
 log = logging.getLogger(__name__)
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "avif", "ppm", "pgm", "jp2")
+LABELS = ("cls", "json")
+_PICTURES = {suffix[1:] for suffix in Image.registered_extensions()} | {*IMAGES, "heic", "heif", "jxl", "svg"}
 INFO = ("_info.json", "info.json")  # names that timm looks for
 _HEADER = 512  # bytes in front of each file in a tar
 
@@ -33,6 +39,8 @@ class Index(NamedTuple):
     """Where the images lie. shard, label: int32 (N,). offset, size: int64 (N,), bytes. stamps: int64 (shards, 2).
 
     Images come in the order of the shards, and stamps are their sizes and times of change when they were read.
+    unused: int64 (2,), how many members look like an image, or like a label, and are not used. examples: str (2,), one
+    of each as shard:member, or "".
     """
 
     shard: np.ndarray
@@ -40,14 +48,17 @@ class Index(NamedTuple):
     size: np.ndarray
     label: np.ndarray
     stamps: np.ndarray
+    unused: np.ndarray
+    examples: np.ndarray
 
 
 class Shards(Dataset):
     """The images of a split. Items are (transform(decode(content)), label).
 
     split: a pattern of file names in root, with {0000..1023} or wildcards, or the name of a split in root/_info.json.
-    Raises ValueError for shards that are missing, compressed or not whole, for an image without a label, and when the
-    classes are not 0 to num_classes - 1.
+    unused: what looks like an image or a label and is not used, in words; "" where there is none. Raises ValueError
+    where that is half of either, for shards that are missing, compressed or not whole, for an image without a label,
+    and when the classes are not 0 to num_classes - 1.
     """
 
     def __init__(
@@ -61,10 +72,16 @@ class Shards(Dataset):
         self.transform, self.decode = transform, decode
         self.shards, counts, label = find_shards(root, split)
         self.index = indexed(self.shards, label)
+        self.unused = _in_words(self.index)
+        if self.index.unused.max() >= len(self.index.label):
+            raise ValueError(f"{root}/{split}: {self.unused}; {len(self.index.label)} images are used")
+        if self.unused:
+            log.warning("%s/%s: %s", root, split, shown(self.unused))
         self.counts = np.bincount(self.index.shard, minlength=len(self.shards))  # images in each shard
         for shard, count, expected in zip(self.shards, self.counts, counts or self.counts, strict=True):
             if count != expected:
-                raise ValueError(f"{shard} has {count} images, but {expected} according to {root}/_info.json")
+                also = f"; {self.unused}" if self.unused else ""
+                raise ValueError(f"{shard} has {count} images, but {expected} according to {root}/_info.json{also}")
         classes = np.unique(self.index.label)
         if not np.array_equal(classes, np.arange(num_classes)):
             raise ValueError(
@@ -83,7 +100,7 @@ class Shards(Dataset):
         """shard:member, as `tar --extract --file shard member` takes them; of a long name the first 100 characters."""
         shard = self.shards[self.index.shard[index]]
         header = self._read(index, self.index.offset[index] - _HEADER, _HEADER)
-        member = header[:100].rstrip(b"\0").decode(errors="replace")
+        member = header[:100].rstrip(b"\0").decode(errors="surrogateescape")
         return f"{shard if absolute else shard.name}:{member}"
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
@@ -131,7 +148,9 @@ def _matching(root: Path, name: str) -> list[Path]:
 def indexed(shards: list[Path], label: str) -> Index:
     """The index of these shards: from a file if there is one and no shard has changed, else read and written there."""
     stamps = np.array([(stat.st_size, stat.st_mtime_ns) for stat in map(os.stat, shards)])
-    name = hashlib.sha256("\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode()).hexdigest()[:16]
+    name = hashlib.sha256(
+        "\n".join([label, *(str(shard.resolve()) for shard in shards)]).encode(errors="surrogateescape")
+    ).hexdigest()[:16]
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sbp"
     places = [folder / f".sbp-index-{name}.npz" for folder in (shards[0].parent, user)]
     for place in places:
@@ -159,46 +178,129 @@ def indexed(shards: list[Path], label: str) -> Index:
 def _read_headers(shards: list[Path], label: str, stamps: np.ndarray) -> Index:
     log.info("reading the headers of %d shards in %s, once", len(shards), shards[0].parent)
     found: list[tuple[int, int, int, int]] = []
+    unused: tuple[list[str], list[str]] = [], []
     with ThreadPoolExecutor(16) as pool:  # which wait for the disk, not for each other
         read = pool.map(lambda shard: read_shard(shard, label), shards)
         bar = tqdm(read, "headers of the shards", len(shards), unit="shard", leave=False, disable=None)
-        for number, images in enumerate(bar):  # disable=None: no bar in a log file
-            found += [(number, *image) for image in images]
+        for number, content in enumerate(bar):  # disable=None: no bar in a log file
+            found += [(number, *image) for image in content.images]
+            for names, own in zip(unused, content.unused, strict=True):
+                names += [f"{shards[number]}:{name}" for name in own]
     shard_number, offset, size, labels = np.array(found, dtype=np.int64).reshape(-1, 4).T
-    return Index(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps)
+    counts, examples = [len(names) for names in unused], [names[0] if names else "" for names in unused]
+    return Index(
+        *(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps),
+        *(np.array(counts, dtype=np.int64), np.array(examples)),
+    )
 
 
-def read_shard(shard: Path, label: str = "") -> list[tuple[int, int, int]]:
-    """(offset, size, label) of each image. Raises ValueError as `Shards`.
+def _in_words(index: Index) -> str:
+    parts = zip(index.unused.tolist(), ("images", "labels"), index.examples.tolist(), strict=True)
+    return ", and ".join(
+        f"{count} files look like {what} and are not used, such as {example}" for count, what, example in parts if count
+    )
+
+
+class Content(NamedTuple):
+    """What a shard has. images: (offset, size, label) of each. unused: members that look like an image, or like a
+    label, and are not used.
+    """
+
+    images: list[tuple[int, int, int]]
+    unused: tuple[list[str], list[str]]
+
+
+def read_shard(shard: Path, label: str = "") -> Content:
+    """Reads the headers of a shard, and its labels. Raises ValueError as `Shards`.
 
     label: the key of the label in the JSON files; "" for the .cls files or, where there is none, the key "label".
+    A key is all in front of the last dot. What has more behind the key of an image that is used, such as key.mask.png,
+    belongs to that image; so do files of the same key and another kind. Of a key that stands twice the last image and
+    the last label count, as when the shard is unpacked.
     """
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                key = f"{folder}/{stem}"
-                if kind.lower() in IMAGES:
-                    images[key] = member.offset_data, member.size
-                elif (kind == "cls" and not label) or (kind == "json" and (label or key not in labels)):
-                    content = tar.extractfile(member).read()  # type: ignore[union-attr]
-                    value = content if kind == "cls" else json.loads(content).get(label or "label")
-                    if value is not None:
-                        labels[key] = int(value)
+            members = [member for member in tar.getmembers() if not member.isdir()]
             end = tar.offset
+            content = _with_content(members)
+            keys: dict[str, dict[str, list[tarfile.TarInfo]]] = {}
+            for member, source in zip(members, content, strict=True):
+                key, kind = _key_and_kind(member.name)
+                if source is not None and kind in (*IMAGES, *LABELS):
+                    keys.setdefault(key, {}).setdefault(kind, []).append(source)
+            pictured = {key: next((k for k in IMAGES if k in kinds), "") for key, kinds in keys.items()}
+            pictured = {key: kind for key, kind in pictured.items() if kind}
+            labels = {key: _label_of(tar, keys[key], len(keys[key][kind]), label) for key, kind in pictured.items()}
         with shard.open("rb") as file:
             file.seek(end)
             if file.read(_HEADER) != bytes(_HEADER):  # tarfile takes some broken files for whole ones
                 raise tarfile.ReadError("it ends in the middle")
     except (OSError, tarfile.TarError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {shard} as an uncompressed tar file of images and labels ({error})") from None
-    if not images:
+    if not pictured:
         raise ValueError(f"{shard} has no image (a file that ends in {', '.join(IMAGES)})")
-    bare = sorted(images.keys() - labels.keys())
+    used = {key: keys[key][kind][-1] for key, kind in pictured.items() if labels[key] is not None}
+    bare = sorted(key for key in pictured if key not in used and not _belongs(key, used))
     if bare:
         wanted = f"{label} in a .json file" if label else "a .cls file, or label in a .json file"
         raise ValueError(f"{shard}: {bare[0].lstrip('/')} has no label ({wanted})")
-    return [(*place, labels[key]) for key, place in images.items()]
+    unused: tuple[list[str], list[str]] = [], []
+    for member, source in zip(members, content, strict=True):
+        key, kind = _key_and_kind(member.name)
+        if (key in used and (kind != pictured[key] or source is used[key])) or _belongs(key, used):
+            continue
+        if kind in _PICTURES:
+            unused[0].append(member.name)
+        elif kind in LABELS:
+            unused[1].append(member.name)
+    return Content([(m.offset_data, m.size, labels[key]) for key, m in used.items()], unused)  # type: ignore[misc]
+
+
+def _with_content(members: list[tarfile.TarInfo]) -> list[tarfile.TarInfo | None]:
+    """For each member the one that has its content: a link's is another one's, and its own size is 0."""
+    files = {os.path.normpath(member.name): member for member in members if member.isreg()}
+
+    def source(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if member.isreg():
+            return member
+        folder = os.path.dirname(member.name) if member.issym() else ""
+        return files.get(os.path.normpath(os.path.join(folder, member.linkname)))
+
+    return [source(member) for member in members]
+
+
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """Hidden files, such as those that macOS puts beside each file, are of no kind."""
+    folder, _, file = name.rpartition("/")
+    stem, _, kind = file.rpartition(".")
+    return f"{folder}/{stem}", "" if file.startswith(".") else kind.lower()
+
+
+def _belongs(key: str, images: Collection[str]) -> bool:
+    """Whether an image's key is in front of a dot in this one."""
+    folder, _, stem = key.rpartition("/")
+    parts = stem.split(".")
+    return any(f"{folder}/{'.'.join(parts[:count])}" in images for count in range(1, len(parts)))
+
+
+def _label_of(tar: tarfile.TarFile, kinds: dict[str, list[tarfile.TarInfo]], images: int, label: str) -> int | None:
+    """The number of a key's class; None where its files do not say. images: how many the key has.
+
+    Raises ValueError for what is no number, and where it is not known which label is the image's.
+    """
+    kind = "cls" if "cls" in kinds and not label else "json"
+    found = [_number(tar.extractfile(member), member.name, kind, label or "label") for member in kinds.get(kind, [])]
+    if len(found) != images and len(set(found)) > 1:
+        raise ValueError(f"{kinds[kind][0].name} stands there {len(found)} times, with several labels")
+    return found[-1] if found else None
+
+
+def _number(file: Any, name: str, kind: str, label: str) -> int | None:
+    value = file.read()
+    try:
+        value = value if kind == "cls" else json.loads(value).get(label)
+        if value is not None and int(value) != float(value):
+            raise ValueError(f"{value} is no whole number")
+        return None if value is None else int(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,7 +1,7 @@
 """The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -12,7 +12,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
 from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.data.cluttered import ClutteredDigits
+from sbp.training.data.classes import check_labels, check_same_classes, hidden
+from sbp.training.data.cluttered import DIGITS, ClutteredDigits
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform
 from sbp.training.data.shards import Shards, find_shards, indexed
 
@@ -28,11 +29,16 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
 
     Raises ValueError for a data set that cannot be trained on, before any image is read.
     """
-    train, val = _dataset(data, "train", train_transform(data, recipe)), build_validation_set(data)
-    if isinstance(train, ImageFolder) and isinstance(val, ImageFolder) and train.classes != val.classes:
-        only = min(set(train.classes) ^ set(val.classes))
-        raise ValueError(f"{train.root} and {val.root} have different classes: {only} is in one of them only")
+    train, val = open_datasets(data, recipe)
+    check_labels(train, _place(data, "train"), data.num_classes, training=True)
+    check_same_classes(train, val, (_place(data, "train"), _place(data, "val")))  # which says more than their number
+    check_labels(val, _place(data, "val"), data.num_classes, training=False)
     return train, val
+
+
+def open_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dataset]:
+    """As `build_datasets`, with classes and labels that are not looked at."""
+    return _dataset(data, "train", train_transform(data, recipe)), _dataset(data, "val", validation_transform(data))
 
 
 def prepare(data: DataConfig) -> None:
@@ -45,11 +51,25 @@ def prepare(data: DataConfig) -> None:
 
 def build_validation_set(data: DataConfig) -> Dataset:
     """The validation set alone. Raises ValueError as `build_datasets`."""
-    return _dataset(data, "val", validation_transform(data))
+    dataset = _dataset(data, "val", validation_transform(data))
+    check_labels(dataset, _place(data, "val"), data.num_classes, training=False)
+    return dataset
+
+
+def _split_name(data: DataConfig, split: str) -> str:
+    return data.train_split if split == "train" else data.val_split
+
+
+def _place(data: DataConfig, split: str) -> str:
+    """What an error calls a split."""
+    name = _split_name(data, split)
+    if data.source in ("folder", "webdataset"):
+        return str(Path(data.root or "") / name)
+    return f"{data.name if data.source == 'timm' else data.source}, split {name},"
 
 
 def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
-    name = data.train_split if split == "train" else data.val_split
+    name = _split_name(data, split)
     if data.source == "digits":
         return Digits(split, transform)
     length = data.train_images if split == "train" else data.val_images
@@ -103,11 +123,13 @@ def image_folder(folder: Path, num_classes: int, transform: Any = None) -> Image
     if len(classes) == 1:
         raise ValueError(f"{folder} has one class only ({classes[0]}); is it the folder of a single class?")
     if len(classes) != num_classes:
-        raise ValueError(f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}")
+        raise ValueError(
+            f"{folder} has {len(classes)} class folders, but data.num_classes is {num_classes}{hidden(classes)}"
+        )
     try:
         return ImageFolder(str(folder), transform, loader=_load)
     except FileNotFoundError as error:  # a class without images; torchvision says which
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{folder}: {error}{hidden(classes)}") from None
 
 
 def _load(path: str) -> Image.Image:
@@ -119,6 +141,8 @@ class Digits(Dataset):
 
     One fixed split, a fifth of each class for validation, whatever the run's seed.
     """
+
+    classes: ClassVar = list(DIGITS)
 
     def __init__(self, split: str, transform: Any) -> None:
         from sklearn.datasets import load_digits  # slow to import, and no other data needs it
@@ -152,13 +176,3 @@ class SyntheticImages(Dataset):
         generator = np.random.default_rng(index)
         pixels = generator.integers(256, size=(self.image_size, self.image_size, 3), dtype=np.uint8)
         return self.transform(Image.fromarray(pixels)), index % self.num_classes
-
-
-def path(dataset: Any, index: int) -> str:
-    """What a user can find an image by."""
-    if hasattr(dataset, "samples"):
-        return dataset.samples[index][0]
-    name = dataset.filename(index, absolute=True) if hasattr(dataset, "filename") else None
-    if isinstance(dataset, ImageDataset) and not (name and Path(name).is_file()):  # a row of Parquet files
-        return f"image {index} ({name})" if name else f"image {index}"
-    return name or f"image {index}"

@@ -1,41 +1,51 @@
 """Images and their objects in COCO's layout: a folder of images and an annotation file for each split."""
 
-import contextlib
 import io
 import json
-from collections import defaultdict
-from collections.abc import Iterable
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sbp.training.data.preprocessing import decode
+from sbp.training.data.preprocessing import UPRIGHT, decode, decode_with_orientation, orientation
+from sbp.training.detection.annotations import as_coco, check_scored, read_annotations, with_area
 from sbp.training.detection.augmentation import wide_enough
 from sbp.training.detection.target import Target
+from sbp.training.text import shown
 
-_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "bbox", "segmentation"),
-    "categories": ("id", "name"),
-}
-_LEAST_COORDINATES = 6  # a polygon of fewer than three points has no area; pycocotools takes four numbers for a box
+log = logging.getLogger(__name__)
+
+_LYING = (5, 6, 7, 8)  # EXIF's orientations that exchange width and height
 
 
 class CocoImages(Dataset):
     """The images of a split, each as `transform(image, target)` gives it.
 
-    In training, crowds and objects too small or without a mask are left out, and so are images without others.
+    An image that EXIF says to turn is turned, as annotators saw it, unless the width and height in the annotation file
+    are those of the image as stored. counts: by label, the objects of the file that are no crowds.
+    In training, crowds and objects too small or without a mask are left out, and so are images without others; but with
+    `background` those stay of which the file has no annotation at all.
     categories: name by id, in label order: label 1 is the smallest id. classes: the names.
     Raises ValueError for what cannot be trained on, before any image is read.
     """
 
     def __init__(
-        self, root: Path, split: str, annotations: str, num_classes: int, transform: Any, training: bool
+        self,
+        root: Path,
+        split: str,
+        annotations: str,
+        num_classes: int,
+        transform: Any,
+        training: bool,
+        background: bool = False,
     ) -> None:
         self.folder, self.file = root / split, root / annotations.replace("{split}", Path(split).name)
         self.transform, self.training = transform, training
@@ -50,17 +60,22 @@ class CocoImages(Dataset):
             raise ValueError(f"{self.file} has {len(self.classes)} categories, but data.num_classes is {num_classes}")
         if training:
             objects = _objects(content, list(self.categories))
+            if not objects:
+                raise ValueError(f"{self.file} has no images with objects to train on")
+            if background:
+                annotated = {row["image_id"] for row in content["annotations"]}
+                objects |= {image["id"]: [] for image in content["images"] if image["id"] not in annotated}
         else:
             objects = {}
-            _check_scored(content, self.file)
+            check_scored(content, self.file)
+        label = {category: number for number, category in enumerate(self.categories, 1)}
+        self.counts = Counter(label[row["category_id"]] for row in content["annotations"] if not row.get("iscrowd"))
+        self.told = False
         self.images = Packed(
             [image["id"], image["file_name"], image["height"], image["width"], objects.get(image["id"], [])]
             for image in content["images"]
             if not training or image["id"] in objects
         )
-        if not len(self.images):
-            what = "images with objects to train on" if training else "images"
-            raise ValueError(f"{self.file} has no {what}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,27 +83,73 @@ class CocoImages(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Raises OSError for a file that cannot be read, or has another size than its annotations."""
         number, name, height, width, objects = self.images[index]
-        image = decode((self.folder / name).read_bytes())
-        if (image.width, image.height) != (width, height):
-            raise OSError(f"{image.width} x {image.height} pixels, in {self.file.name} {width} x {height}")
+        image, turn = decode_with_orientation((self.folder / name).read_bytes())
+        transpose = self.turning(image.size, turn, (width, height))
+        if turn != 1 and not self.told:
+            self.told = True  # of one image in each loader process
+            done = "left as stored, the size that it is annotated with" if transpose is None else "turned upright"
+            log.info("%s has the EXIF orientation %d: %s; others may follow", shown(self.filename(index)), turn, done)
+        image = image if transpose is None else image.transpose(transpose)
         target: Target = {"image_id": number}
         if self.training:
-            labels, boxes, segmentations = zip(*objects, strict=True)
-            masks = np.stack([_mask(segmentation, height, width) for segmentation in segmentations])
+            masks = np.empty((len(objects), height, width), np.uint8)
+            for mask, (_, _, segmentation) in zip(masks, objects, strict=True):
+                mask[:] = _mask(segmentation, height, width)
             target |= {
-                "boxes": torch.tensor(boxes, dtype=torch.float32),
-                "labels": torch.tensor(labels),
+                "boxes": torch.tensor([box for _, box, _ in objects], dtype=torch.float32).view(-1, 4),
+                "labels": torch.tensor([label for label, _, _ in objects], dtype=torch.int64),
                 "masks": torch.from_numpy(masks),
             }
         return self.transform(image, target)
+
+    def turning(self, size: tuple[int, int], turn: int, annotated: tuple[int, int]) -> Image.Transpose | None:
+        """How to turn a stored image of this size (width, height), with EXIF's orientation `turn`, as it was annotated.
+
+        Where both ways have the annotated size, as of a square, upright. Raises OSError where neither has.
+        """
+        if (size[::-1] if turn in _LYING else size) == annotated:
+            return UPRIGHT[turn]
+        if size == annotated:
+            return None
+        says = f", with the EXIF orientation {turn}" if turn != 1 else ""
+        raise OSError(f"{size[0]} x {size[1]} pixels{says}, in {self.file.name} {annotated[0]} x {annotated[1]}")
 
     def filename(self, index: int, absolute: bool = True) -> str:
         name = self.images[index][1]
         return str(self.folder / name) if absolute else name
 
+    def files(self) -> "Files":
+        """For the check of data."""
+        return Files(self)
+
     def ground_truth(self) -> COCO:
         """What pycocotools scores with: the file as it is, crowds and all, read again."""
         return as_coco(read_annotations(self.file))
+
+
+class Files(Dataset):
+    """The files of a split's images, for the check of data: `transform(decode(content))`, and 0 for a label.
+
+    Items of the check's transform get `turned`: whether training turns them as EXIF says; None where that says nothing.
+    """
+
+    def __init__(self, images: CocoImages) -> None:
+        self.images, self.filename = images, images.filename
+        self.decode: Callable[[bytes], Any] = decode
+        self.transform: Callable[[Any], Any] = np.asarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Raises OSError as `CocoImages`."""
+        _, name, height, width, _ = self.images.images[index]
+        content = (self.images.folder / name).read_bytes()
+        facts = self.transform(self.decode(content))
+        opened = Image.open(io.BytesIO(content))
+        turn = orientation(opened)
+        transpose = self.images.turning(opened.size, turn, (width, height))
+        return facts._replace(turned=None if turn == 1 else transpose is not None), 0
 
 
 class Packed:
@@ -111,55 +172,6 @@ class Packed:
         return json.loads(self.bytes[first:last].tobytes())
 
 
-def read_annotations(file: Path) -> dict[str, Any]:
-    """The content of an annotation file. Raises ValueError for a file that has not what is needed of COCO's format."""
-    if not file.is_file():
-        raise ValueError(f"no annotation file {file}; data.annotations says where it lies below data.root")
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    for part, keys in _KEYS.items():
-        rows = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise ValueError(f'{file} has no list "{part}"; expected an annotation file of COCO\'s instances')
-        for key in keys:
-            missing = sum(key not in row for row in rows)
-            if missing:
-                raise ValueError(f'{file}: {missing} of {len(rows)} {part} have no "{key}"')
-    wrong = sum(len(row["bbox"]) != 4 for row in content["annotations"])
-    if wrong:
-        raise ValueError(f'{file}: {wrong} annotations have a "bbox" that is not x, y, width, height')
-    for part, key in (("images", "image_id"), ("categories", "category_id")):
-        known = {row["id"] for row in content[part]}
-        if not known:
-            raise ValueError(f"{file} has no {part}")
-        if len(known) < len(content[part]):
-            raise ValueError(f"{file}: several {part} have the same id")
-        for row in content["annotations"]:
-            if row[key] not in known:
-                raise ValueError(f"{file}: an annotation has {key} {row[key]}, which is not among the {part}")
-    return content
-
-
-def as_coco(content: dict[str, Any]) -> COCO:
-    """The content of an annotation file, as pycocotools has it."""
-    for number, row in enumerate(content["annotations"], 1):
-        row["id"] = number  # COCOeval takes 0 for "no match"
-        row.setdefault("iscrowd", 0)
-        row.setdefault("area", row["bbox"][2] * row["bbox"][3])
-    coco = COCO()
-    coco.dataset = content
-    with quiet():
-        coco.createIndex()
-    return coco
-
-
-def quiet() -> contextlib.AbstractContextManager:
-    """Inside, nothing is printed: pycocotools reports all that it does."""
-    return contextlib.redirect_stdout(io.StringIO())
-
-
 def _objects(content: dict[str, Any], categories: list[int]) -> dict[int, list]:
     """By image: (label, box, segmentation) of each object that can be learned from."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
@@ -171,29 +183,10 @@ def _objects(content: dict[str, Any], categories: list[int]) -> dict[int, list]:
     boxes = corners.clamp(min=0).minimum(limits)
     objects = defaultdict(list)
     for row, box, wide in zip(rows, boxes.tolist(), wide_enough(boxes).tolist(), strict=True):
-        segmentation = _with_area(row["segmentation"])
+        segmentation = with_area(row["segmentation"])
         if wide and segmentation:
             objects[row["image_id"]].append((label[row["category_id"]], box, segmentation))
     return dict(objects)
-
-
-def _with_area(segmentation: Any) -> Any:
-    """Run lengths as they are, or the polygons that have three points."""
-    if not isinstance(segmentation, list):
-        return segmentation
-    return [polygon for polygon in segmentation if len(polygon) >= _LEAST_COORDINATES]
-
-
-def _check_scored(content: dict[str, Any], file: Path) -> None:
-    """Raises ValueError for annotations that pycocotools cannot score with."""
-    rows = content["annotations"]
-    if not any(not row.get("iscrowd") for row in rows):
-        raise ValueError(f"{file} has no objects to score with")
-    bad = sum(not row["segmentation"] or _with_area(row["segmentation"]) != row["segmentation"] for row in rows)
-    if bad:
-        raise ValueError(
-            f"{file}: {bad} of {len(rows)} annotations have no mask, or polygons of fewer than three points"
-        )
 
 
 def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:

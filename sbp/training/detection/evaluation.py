@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from sbp.training import distributed
-from sbp.training.detection.coco import quiet
+from sbp.training.detection.annotations import quiet
 from sbp.training.detection.target import Target
 from sbp.training.evaluation import validation_batches
 from sbp.training.loop import autocast

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from sbp.training.data.loading import SeededDataset, readable, spread
-from sbp.training.data.sources import path
+from sbp.training.data.naming import path
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.evaluation import detect
 

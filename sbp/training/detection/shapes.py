@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 
-from sbp.training.detection.coco import as_coco
+from sbp.training.detection.annotations import as_coco
 from sbp.training.detection.target import Target
 
 CLASSES = ["circle", "rectangle", "triangle"]

@@ -42,4 +42,5 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
         length = data.train_images if training else data.val_images
         return Shapes(STREAMS.index(name), length, data.image_size, data.num_classes, transform, training)
     assert data.root is not None
-    return CocoImages(Path(data.root), name, data.annotations, data.num_classes, transform, training)
+    split_of = Path(data.root), name, data.annotations, data.num_classes
+    return CocoImages(*split_of, transform, training, data.background)

@@ -11,7 +11,7 @@ from timm.layers import PatchDropout
 
 import sbp
 from sbp.training import environment
-from sbp.training.config import BenchmarkConfig
+from sbp.training.config import BenchmarkConfig, BenchmarkDataConfig, validate_benchmark
 from sbp.training.costs import benchmark_report
 from sbp.training.costs.benchmark import ARMS, KINDS, PARTS, Arm, Runner, benchmark, search_largest
 from sbp.training.costs.benchmark_report import merged, pareto, table
@@ -104,6 +104,13 @@ def test_no_round_begins_once_the_time_is_up():
 def test_mistakes_name_the_key(changes, message):
     with pytest.raises(ValueError, match=message):
         benchmark(small(**changes))
+
+
+def test_a_detector_may_have_one_class_and_a_classifier_not():
+    one = BenchmarkDataConfig(num_classes=1)
+    assert validate_benchmark(small(task="detection", data=one)).data.num_classes == 1
+    with pytest.raises(ValueError, match=r"data\.num_classes must be at least 2, got 1"):
+        validate_benchmark(small(data=one))
 
 
 def test_pareto_frontier():

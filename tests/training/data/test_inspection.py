@@ -187,6 +187,13 @@ def test_classes_must_be_as_many_as_configured_and_the_same_in_both_splits(root)
     assert found["items"] == ["cat (in train only)", "dog (in val only)"]
 
 
+def test_a_hidden_folder_among_the_classes_is_named(root):
+    shutil.copytree(root / "train" / "ant", root / "train" / ".ipynb_checkpoints")
+    code, report = checked(root)
+    said = "4 classes, but data.num_classes is 3; .ipynb_checkpoints is counted among them, a hidden folder"
+    assert code == 1 and report["findings"][0]["text"].startswith(said)
+
+
 def test_too_many_unreadable_images_would_stop_training(root):
     for name in CLASSES:
         (root / "train" / name / "0.jpg").write_bytes(b"")
@@ -339,6 +346,15 @@ def test_timms_data_sets_are_read_from_their_files(root):
     levels = [(one["level"], one["split"], len(one["items"])) for one in report["findings"]]
     assert code == 1 and levels == [("error", "val", 1), ("error", "val", 2), ("warning", "train", 1)]
     assert report["splits"][0]["formats"] == {"JPEG": 12}
+
+
+def test_classes_of_timms_folders_are_compared(root):
+    shutil.rmtree(root / "val" / "ant")
+    code, report = checked(root, "data=timm", "data.name=folder", "data.val_split=val")
+    assert code == 1 and [(one["split"], one["text"], one["items"]) for one in report["findings"]] == [
+        ("val", "2 classes, but data.num_classes is 3", []),
+        ("", "train and val have different classes", ["ant (in train only)"]),
+    ]
 
 
 def broken_at_first(image):

@@ -1,6 +1,7 @@
 """The order of images, their augmentation, and what is said about bad data."""
 
 import io
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from timm.data import create_transform
 
 from sbp.training import seeding, setup
 from sbp.training.config import plan_batches
+from sbp.training.data.classes import check_same_classes
 from sbp.training.data.loading import (
     TrainSampler,
     ValidationSampler,
@@ -20,7 +22,7 @@ from sbp.training.data.loading import (
     spread_samples,
 )
 from sbp.training.data.preprocessing import Normalize, decode, train_transform, validation_transform
-from sbp.training.data.sources import Digits, build_datasets, build_validation_set
+from sbp.training.data.sources import Digits, SyntheticImages, build_datasets, build_validation_set
 from tests.training.configs import ROOT, composed, small
 
 CPU = torch.device("cpu")
@@ -263,6 +265,63 @@ def test_splits_of_different_classes_are_refused(tmp_path):
     (root / "val" / "b").rename(root / "val" / "ant")
     with pytest.raises(ValueError, match="have different classes: ant is in one of them only"):
         build_datasets(folder_config(root).data, folder_config(root).recipe)
+
+
+@pytest.mark.parametrize("timms", [False, True])
+def test_a_hidden_folder_among_the_classes_is_named(tmp_path, timms):
+    root = image_folders(tmp_path, ("ant", "bee", ".ipynb_checkpoints"))
+    config = folder_config(root, *(TIMMS_FOLDER if timms else ()), "data.num_classes=2")
+    with pytest.raises(ValueError, match=r"3 class.*, but data.num_classes is 2; .ipynb_checkpoints is counted"):
+        build_datasets(config.data, config.recipe)
+    shutil.rmtree(root / "val" / ".ipynb_checkpoints")
+    config.data.num_classes = 3
+    with pytest.raises(ValueError, match=r"2 class|.ipynb_checkpoints is in one of them only; "):
+        build_datasets(config.data, config.recipe)
+    for file in (root / "train" / ".ipynb_checkpoints").iterdir():
+        file.unlink()
+    if not timms:  # which takes folders with images only
+        with pytest.raises(ValueError, match=r"no valid file.*; .ipynb_checkpoints is counted"):
+            build_datasets(config.data, config.recipe)
+
+
+TIMMS_FOLDER = ("data=timm", "data.name=folder", "data.val_split=val")
+
+
+@pytest.mark.parametrize("name", ["folder", "torch/image_folder"])
+def test_a_class_that_validation_lacks_is_named_before_it_shifts_the_labels(tmp_path, name):
+    """Of ant, bee and cat in training, bee would be what training calls ant."""
+    root = image_folders(tmp_path, ("ant", "bee", "cat"))
+    shutil.rmtree(root / "val" / "ant")
+    config = folder_config(root, *TIMMS_FOLDER, f"data.name={name}", "data.num_classes=3")
+    with pytest.raises(ValueError, match=r"have different classes: ant is in one of them only"):
+        setup.load_images(config, CPU)
+    with pytest.raises(ValueError, match=f"{name}, split val, has 2 classes, but data.num_classes is 3"):
+        build_validation_set(config.data)
+    (root / "val" / "bee").rename(root / "val" / "ant")
+    shutil.copytree(root / "val" / "cat", root / "val" / "dog")
+    with pytest.raises(ValueError, match=r"split train, and .*, split val, have different classes: bee is in"):
+        setup.load_images(config, CPU)
+
+
+def test_names_of_classes_in_another_order_are_refused_too():
+    class Named(SyntheticImages):
+        def __init__(self, *classes):
+            self.classes = list(classes)
+
+    check_same_classes(Named("a", "b"), Named("a", "b"), ("one", "other"))
+    check_same_classes(Named("a", "b"), Named(), ("one", "other"))  # which gives numbers only
+    with pytest.raises(ValueError, match="one and other have their classes in different order"):
+        check_same_classes(Named("a", "b"), Named("b", "a"), ("one", "other"))
+
+
+@pytest.mark.parametrize("data", ["digits", "cluttered_digits"])
+@pytest.mark.parametrize("count", [7, 11])
+def test_generated_digits_are_of_ten_classes(data, count):
+    config = small(f"data={data}", f"data.num_classes={count}", "data.train_images=20", "data.val_images=5")
+    with pytest.raises(ValueError, match=f"digits, split train, has 10 classes, but data.num_classes is {count}"):
+        setup.load_images(config, CPU)
+    config.data.num_classes = 10
+    assert len(build_validation_set(config.data).classes) == 10
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -3,21 +3,24 @@
 import io
 import json
 import os
+import re
 import tarfile
 import time
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from sbp.training import setup
 from sbp.training.config import plan_batches, validate
 from sbp.training.data import shards
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.data.naming import path
 from sbp.training.data.shards import expand, read_shard
-from sbp.training.data.sources import build_datasets, build_validation_set, path
-from tests.training.configs import small
+from sbp.training.data.sources import build_datasets, build_validation_set
+from scripts.check_data import CheckDataConfig, check
+from tests.training.configs import composed, small
 
 CPU = torch.device("cpu")
 AUGMENTED = ("recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1")
@@ -184,7 +187,7 @@ def test_a_corrupt_image_in_a_shard_is_named(tmp_path):
     images = build_validation_set(config(root).data)
     shard = root / "small-validation-01.tar"
     content = bytearray(shard.read_bytes())
-    offset = read_shard(shard)[3][0]
+    offset = read_shard(shard).images[3][0]
     content[offset : offset + 8] = bytes(8)
     stat = shard.stat()
     shard.write_bytes(content)
@@ -254,8 +257,8 @@ def compressed(shard):
     [
         (lambda shard: end_in_the_middle(shard, 900), "cannot read .*00.tar as an uncompressed tar file"),
         (lambda shard: end_in_the_middle(shard, 512 * 4), "cannot read .*00.tar as an uncompressed tar file"),
-        (lambda shard: end_in_the_middle(shard, read_shard(shard)[1][0] - 512), "it ends in the middle"),
-        (lambda shard: end_in_the_middle(shard, read_shard(shard)[1][0] - 100), "it ends in the middle"),
+        (lambda shard: end_in_the_middle(shard, read_shard(shard).images[1][0] - 512), "it ends in the middle"),
+        (lambda shard: end_in_the_middle(shard, read_shard(shard).images[1][0] - 100), "it ends in the middle"),
         (lambda shard: shard.write_bytes(b""), "cannot read .*00.tar"),
         (compressed, "cannot read .*00.tar as an uncompressed tar file"),
         (without_labels, "00.tar: 0000 has no label"),
@@ -275,6 +278,139 @@ def test_shards_that_cannot_be_trained_on_are_refused(tmp_path, spoil, message):
         build_validation_set(settings.data)
 
 
+def shard_of(root, members):
+    """Validation shards of one tar file with these members: name -> content, or the name that a link points to."""
+    write_shards(root, val=4)
+    info = json.loads((root / "_info.json").read_text())
+    del info["splits"]["validation"]["shard_lengths"]
+    (root / "_info.json").write_text(json.dumps(info))
+    with tarfile.open(root / "small-validation-00.tar", "w") as tar:
+        for name, content in members:
+            if isinstance(content, bytes):
+                add(tar, name, content)
+                continue
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = content
+            tar.addfile(link)
+    return config(root)
+
+
+def shown(settings):
+    """(pixels, label) of each image."""
+    images = build_validation_set(settings.data)
+    images.transform = np.asarray
+    return images, [images[i] for i in range(len(images))]
+
+
+def encoded(number, kind):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(png(number))).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def test_a_key_may_have_dots(tmp_path):
+    members = labelled(range(6), "in.a/scan_v{}.5")
+    images, found = shown(shard_of(tmp_path / "data", members))
+    assert [label for _, label in found] == [0, 1] * 3 and images.unused == ""
+    assert all(np.array_equal(pixels, Image.open(io.BytesIO(png(i)))) for i, (pixels, _) in enumerate(found))
+    assert path(images, 3).endswith(":in.a/scan_v3.5.png")
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tif", "TIFF", "gif", "avif", "webp", "ppm", "jp2"])
+def test_images_of_all_kinds_are_used(tmp_path, kind):
+    name = {"tif": "TIFF", "jp2": "JPEG2000"}.get(kind, kind.upper())
+    if name == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    ends = lambda i: ((f".{kind}", encoded(i, name)), (".cls", str(i % 2).encode()))  # noqa: E731
+    images, found = shown(shard_of(tmp_path / "data", [(f"{i}{end}", one) for i in range(4) for end, one in ends(i)]))
+    assert [label for _, label in found] == [0, 1, 0, 1] and images.unused == ""
+    assert all(pixels.shape == (20, 24, 3) for pixels, _ in found)
+
+
+def labelled(numbers, name="{}"):
+    return [
+        (name.format(i) + end, one) for i in numbers for end, one in ((".png", png(i)), (".cls", str(i % 2).encode()))
+    ]
+
+
+def lost(count):
+    return [(f"lost{i}{end}", one) for i in range(count) for end, one in ((".heic", b"x"), (".cls", b"0"))]
+
+
+LOST = (
+    "{0} files look like images and are not used, such as .*:lost0.heic, and "
+    "{0} files look like labels and are not used, such as .*:lost0.cls"
+)
+
+
+def test_what_looks_like_an_image_and_is_not_used_is_counted(tmp_path, caplog):
+    """Also where the index was written before; half of all is an error."""
+    settings = shard_of(tmp_path / "data", labelled(range(8)) + lost(3))
+    for _ in range(2):
+        caplog.clear()
+        images, found = shown(settings)
+        assert len(found) == 8 and re.search(LOST.format(3), images.unused)
+        assert images.unused in caplog.text
+    with pytest.raises(ValueError, match=LOST.format(8) + "; 8 images are used"):
+        shown(shard_of(tmp_path / "other", labelled(range(8)) + lost(8)))
+
+
+def test_the_check_of_data_says_so_too(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = tmp_path / "data"
+    shard_of(root, labelled(range(8)) + lost(3))
+    few = ("data=webdataset", f"data.root={root}", "data.num_classes=2", "data.image_size=16", "data.workers=0")
+    check(composed(*few, name="check_data", kind=CheckDataConfig), tmp_path)
+    report = json.loads((tmp_path / "data_check.json").read_text())
+    (text,) = [one["text"] for one in report["findings"] if (one["level"], one["split"]) == ("warning", "validation")]
+    assert re.search(LOST.format(3), text)
+    shard_of(root, labelled(range(8)) + lost(8))
+    with pytest.raises(ValueError, match=LOST.format(8)):
+        check(composed(*few, name="check_data", kind=CheckDataConfig), tmp_path)
+
+
+def test_of_a_key_that_stands_twice_the_last_image_has_its_own_label(tmp_path):
+    other = [("1.png", png(7)), ("1.cls", b"0")]
+    images, found = shown(shard_of(tmp_path / "data", labelled(range(4)) + other))
+    assert [label for _, label in found] == [0, 0, 0, 1]
+    assert np.array_equal(found[1][0], Image.open(io.BytesIO(png(7))))
+    assert "1 files look like images and are not used, such as " in images.unused and ":1.png" in images.unused
+    with pytest.raises(ValueError, match=r"1\.cls stands there 2 times, with several labels"):
+        shown(shard_of(tmp_path / "other", labelled(range(4)) + other[1:]))
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard link", "symbolic link"])
+def test_a_link_is_the_image_that_it_points_to(tmp_path, kind):
+    to = (lambda name: name) if kind == tarfile.SYMTYPE else "some/{}".format
+    links = [("some/8.png", (kind, to("3.png"))), ("some/8.cls", (kind, to("2.cls")))]
+    images, found = shown(shard_of(tmp_path / "data", labelled(range(4), "some/{}") + links))
+    assert [label for _, label in found] == [0, 1, 0, 1, 0] and images.unused == ""
+    assert np.array_equal(found[4][0], found[3][0])
+    broken = [("9.png", (kind, "nowhere.png")), ("9.cls", b"0")]
+    images, found = shown(shard_of(tmp_path / "other", labelled(range(4)) + broken))
+    assert len(found) == 4 and "such as " in images.unused and ":9.png" in images.unused
+
+
+def test_what_belongs_to_an_image_is_not_taken_for_a_lost_one(tmp_path):
+    """Masks, further facts, pictures of another kind under the same key, and what macOS puts beside each file."""
+    beside = [("{}.mask.png", png(9)), ("{}.meta.json", b"{}"), ("{}.json", b"[1]"), ("{}.gif", b"")]
+    beside += [("._{}.png", b"x"), ("._{}.cls", b"x")]
+    members = [(name.format(i), content) for i in range(4) for name, content in beside]
+    images, found = shown(shard_of(tmp_path / "data", members + labelled(range(4))))
+    assert [label for _, label in found] == [0, 1, 0, 1] and images.unused == ""
+    assert all(np.array_equal(pixels, Image.open(io.BytesIO(png(i)))) for i, (pixels, _) in enumerate(found))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("1.cls", b"bee", "1.cls: .*'bee'"), ("1.json", b'{"label": 0.5}', "1.json: 0.5 is no whole number")],
+)
+def test_a_label_that_is_no_number_is_named(tmp_path, name, content, message):
+    members = [("1.png", png(1)), (name, content)]
+    with pytest.raises(ValueError, match=message):
+        shown(shard_of(tmp_path / "data", members))
+
+
 def test_shuffling_by_shards_needs_shards():
     with pytest.raises(ValueError, match=r"data\.shuffle=shards needs data\.source=webdataset, got digits"):
         validate(small("data.shuffle=shards"))
@@ -290,8 +426,11 @@ def test_streams_are_refused_with_what_to_do_instead(name, instead):
         build_validation_set(settings.data)
 
 
-def parquet_folder(root, bad=None):
-    """101 images in two files for each split, as a column of bytes, with integer labels."""
+def parquet_folder(root, bad=None, labels=None):
+    """101 images in two files for each split, as a column of bytes, with integer labels.
+
+    labels: those of a split that are not as in the others: split -> image -> label.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")
@@ -300,7 +439,8 @@ def parquet_folder(root, bad=None):
     for split in ("train", "validation"):
         for part, numbers in enumerate((range(50), range(50, 101))):
             images = [{"bytes": b"no image" if i == bad else png(i), "path": f"{i:04}.png"} for i in numbers]
-            table = pyarrow.table({"image": images, "label": [i % 2 for i in numbers]})
+            own = (labels or {}).get(split, {})
+            table = pyarrow.table({"image": images, "label": [own.get(i, i % 2) for i in numbers]})
             parquet.write_table(table, root / f"{split}-{part:05}-of-00002.parquet")
     return root
 
@@ -331,3 +471,34 @@ def test_a_corrupt_image_in_a_parquet_file_is_named(tmp_path):
     assert len(batch.images) == 100
     with pytest.raises(ValueError, match=r"image 60 \(0060.png\) \(not an image\)"):
         readable(batch)
+
+
+WORDS = {i: ("ant", "bee")[i % 2] for i in range(101)}
+OUTSIDE = (
+    r"split {}: 1 of 101 images have labels that are not in 0 to 1 .*; the first one is image 60 \(0060.png\) with"
+)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"train": {60: 7}}, OUTSIDE.format("train,") + " 7"),
+        ({"validation": {60: 2}}, OUTSIDE.format("validation,") + " 2"),
+        ({"validation": {60: -1}}, OUTSIDE.format("validation,") + " -1"),
+        ({"train": dict.fromkeys(range(101), 0)}, "split train, has 1 classes with numbers from 0 to 0, but"),
+        ({"train": {60: None}}, r"split train,: image 60 \(0060.png\) has the label nan, which is no integer"),
+        (dict.fromkeys(("train", "validation"), WORDS), r"split train,: image 0 .* has the label ant, which is no"),
+    ],
+    ids=["training", "validation", "no label", "one class", "null", "text"],
+)
+def test_labels_in_parquet_files_are_checked_before_anything_is_trained(tmp_path, labels, message):
+    settings = parquet_config(parquet_folder(tmp_path / "data", labels=labels), tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        setup.load_images(settings, CPU)
+
+
+def test_a_validation_split_of_parquet_files_may_lack_a_class_as_its_labels_are_numbers(tmp_path):
+    root = parquet_folder(tmp_path / "data", labels={"validation": dict.fromkeys(range(101), 1)})
+    settings = parquet_config(root, tmp_path / "cache")
+    images = setup.load_images(settings, CPU)
+    assert {int(label) for batch in images.validation for label in batch.labels} == {1}

@@ -62,10 +62,18 @@ def content():
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def coco_folder(root, **parts):
-    """Writes both splits, with these parts of `content` replaced in the training split's file."""
+def one_class():
+    """`content` with all its objects in one category."""
+    whole = content()
+    annotations = [row | {"category_id": 7} for row in whole["annotations"]]
+    return whole | {"annotations": annotations, "categories": [{"id": 7, "name": CATEGORIES[7]}]}
+
+
+def coco_folder(root, both=None, **parts):
+    """Writes both splits: `both` or `content`, with these parts of it replaced in the training split's file."""
     (root / "annotations").mkdir(parents=True)
-    for split, annotations in (("train", content() | parts), ("val", content())):
+    both = both or content()
+    for split, annotations in (("train", both | parts), ("val", both)):
         (root / "images" / split).mkdir(parents=True)
         (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
         for number, size in enumerate(SIZES, 10):

@@ -6,24 +6,30 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sbp.training.config import RecipeConfig, plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
-from sbp.training.data.sources import path
+from sbp.training.data.naming import path
+from sbp.training.data.preprocessing import UPRIGHT
+from sbp.training.detection.annotations import run_lengths
 from sbp.training.detection.augmentation import collate
 from sbp.training.detection.coco import CocoImages, Packed
 from sbp.training.detection.sources import build_datasets, build_validation_set
+from scripts.check_data import CheckDataConfig, check
+from tests.training.configs import composed
 from tests.training.detection.coco_files import (
     CATEGORIES,
     SIZES,
     annotation,
     coco_folder,
     coco_settings,
+    compressed,
     content,
     disc,
     plain,
     rectangle,
+    uncompressed,
 )
 
 CPU = torch.device("cpu")
@@ -75,6 +81,25 @@ def test_training_leaves_out_crowds_what_has_no_area_and_images_without_objects(
     ]
     images = opened(coco_folder(tmp_path / "other", annotations=rows))
     assert [images[i][1]["image_id"] for i in range(len(images))] == [10]
+
+
+def test_background_is_taken_where_it_is_asked_for(tmp_path):
+    """Of the images without objects to learn from, 13 has a crowd; what goes through all transforms is 14."""
+    root = coco_folder(tmp_path)
+    recipe = RecipeConfig(crop_share=0.5, crop_short_sides=[40], crop_sides=[24, 36], short_sides=[32, 48, 64])
+    train, val = build_datasets(coco_settings(root, background=True), recipe)
+    assert [train[i][1]["image_id"] for i in range(len(train))] == [10, 11, 12, 14] and len(val) == 5
+    sampler = TrainSampler(len(train), plan_batches(4, None, 1), 0)
+    for epoch in range(4):
+        sampler.start_at(epoch)
+        (batch,) = loader(train, sampler)
+        (target,) = [one for one in batch.labels if one["image_id"] == 14]
+        assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32
+        assert target["labels"].shape == (0,) and target["labels"].dtype == torch.int64
+        assert target["masks"].shape == (0, *target["size"]) and target["masks"].dtype == torch.uint8
+    rows = [row for row in content()["annotations"] if row["iscrowd"]]
+    with pytest.raises(ValueError, match="has no images with objects to train on"):
+        build_datasets(coco_settings(coco_folder(tmp_path / "none", annotations=rows), background=True), recipe)
 
 
 def test_evaluation_has_all_images_and_scores_with_all_that_the_file_has(tmp_path):
@@ -188,7 +213,9 @@ def changed(part, key, value):
         (without("images", "height"), '5 of 5 images have no "height"'),
         (changed("annotations", "image_id", 99), "an annotation has image_id 99, which is not among the images"),
         (changed("annotations", "category_id", 5), "has category_id 5, which is not among the categories"),
-        (changed("annotations", "bbox", [1, 2, 3]), '1 annotations have a "bbox" that is not x, y, width, height'),
+        (changed("images", "id", 1.5), "the ids of the images must be whole numbers, or all be texts"),
+        (changed("categories", "id", "3"), "the ids of the categories must be whole numbers, or all be texts"),
+        (changed("annotations", "image_id", [10]), r"an annotation has image_id \[10\], which is not among the images"),
         (changed("images", "id", 10), "several images have the same id"),
         (
             {"categories": [*content()["categories"], {"id": 8, "name": "bird"}]},
@@ -201,6 +228,93 @@ def test_an_annotation_file_that_cannot_be_trained_on_is_refused(tmp_path, parts
     with pytest.raises(ValueError, match=message) as error:
         plain(coco_settings(coco_folder(tmp_path, **parts)))
     assert "instances_train.json" in str(error.value)
+
+
+RLE = compressed(disc(SIZES[0], 40, 20, 10))
+LIST = uncompressed(disc(SIZES[0], 40, 20, 10))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("segmentation", RLE | {"size": [60, 40]}, r"run lengths have the size \[60, 40\], and its image \[40, 60\]"),
+        ("segmentation", LIST | {"size": [40, 61]}, r"run lengths have the size \[40, 61\], and its image \[40, 60\]"),
+        ("segmentation", RLE | {"size": [40.0, 60]}, r"run lengths have the size \[40.0, 60\]"),
+        ("segmentation", RLE | {"counts": RLE["counts"][:-3]}, r"add up to \d+ pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": LIST["counts"][:-1]}, r"add up to \d+ pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": [10**12]}, "add up to 1000000000000 pixels, and its image has 2400"),
+        ("segmentation", LIST | {"counts": [-1, 2401]}, r'"counts" that are none: \[-1, 2401\]'),
+        ("segmentation", LIST | {"counts": [2400.5]}, '"counts" that are none'),
+        ("segmentation", RLE | {"counts": "\u00e9"}, '"counts" that are none'),
+        ("segmentation", RLE | {"counts": "o"}, '"counts" that are none: "o"'),
+        ("segmentation", RLE | {"counts": ""}, '"counts" that are none: ""'),
+        ("segmentation", {"size": [40, 60]}, 'its run lengths must have "size" and "counts"'),
+        ("segmentation", [5, 4, 25, 4, 25, 14], r'its "segmentation" is \[5, 4, .*must be a list of polygons'),
+        ("segmentation", [[5, 4, 25, 4, 25, 14, 9]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", [[5, 4, 25, 4, 25, "14"]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", [[5, 4, 25, 4, 25, float("nan")]], "must be a list of polygons, each a list x, y"),
+        ("segmentation", "polygon", "must be a list of polygons, each a list x, y"),
+        ("bbox", None, 'its "bbox" is null, and must be x, y, width, height'),
+        ("bbox", [1, 2, 3], r'its "bbox" is \[1, 2, 3\], and must be x, y, width, height'),
+        ("bbox", [1, 2, 3, float("inf")], 'its "bbox" is .*, and must be x, y, width, height'),
+        ("area", "40", 'its "area" is "40", and must be a number'),
+        ("iscrowd", "no", 'its "iscrowd" is "no", and must be 0 or 1'),
+    ],
+)
+def test_an_annotation_that_is_not_as_cocos_is_named_at_the_start(tmp_path, key, value, message, training):
+    root = coco_folder(tmp_path)
+    file = root / "annotations" / f"instances_{'train' if training else 'val'}.json"
+    whole = content()
+    whole["annotations"][1] |= {"id": 77, key: value}
+    file.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"{file}: annotation 77: .*{message}"):
+        opened(root, training)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("height", "40", '"height" is "40", and must be a whole number of pixels'),
+        ("height", None, '"height" is null, and must be a whole number of pixels'),
+        ("width", 0, '"width" is 0, and must be a whole number of pixels'),
+        ("file_name", None, '"file_name" is null, and no text'),
+    ],
+)
+def test_an_image_that_is_not_as_cocos_is_named(tmp_path, key, value, message):
+    with pytest.raises(ValueError, match=f"instances_train.json: image 11: its {message}"):
+        opened(coco_folder(tmp_path, **changed("images", key, value)))
+
+
+def test_how_many_are_wrong_is_said(tmp_path):
+    rows = [row | {"bbox": None} for row in content()["annotations"]]
+    with pytest.raises(ValueError, match=r"annotation 0: .* \(10 annotations have such faults\)"):
+        opened(coco_folder(tmp_path, annotations=rows))
+
+
+def test_null_for_area_and_iscrowd_counts_as_missing(tmp_path):
+    whole = content()
+    for row in whole["annotations"]:
+        if not row["iscrowd"]:
+            row |= {"iscrowd": None, "area": None}
+    root = coco_folder(tmp_path, both=whole)
+    train, val = opened(root), opened(root, training=False)
+    assert [train[i][1]["image_id"] for i in range(len(train))] == [10, 11, 12]
+    truth = val.ground_truth()
+    assert truth.anns[1]["area"] == 200 and truth.anns[1]["iscrowd"] == 0
+    assert sum(row["iscrowd"] for row in truth.anns.values()) == 2
+
+
+def test_run_lengths_are_read_from_both_forms():
+    """Those that pycocotools writes, of masks with short runs, long ones and none."""
+    generator = np.random.default_rng(0)
+    masks = [disc((50, 70), 30, 20, 15), np.zeros((9, 7), np.uint8), np.ones((9, 7), np.uint8)]
+    masks += [(generator.random((40, 300)) < share).astype(np.uint8) for share in (0.001, 0.1, 0.5, 0.99)]
+    masks += [np.zeros((2000, 3000), np.uint8)]
+    for mask in masks:
+        expected = uncompressed(mask)["counts"]
+        assert run_lengths(expected).tolist() == expected
+        assert run_lengths(compressed(mask)["counts"]).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -235,3 +349,104 @@ def test_what_is_missing_is_named(tmp_path, spoil, keys, message):
         (root / "annotations" / "instances_val.json").write_bytes(spoil)
     with pytest.raises(ValueError, match=message):
         plain(coco_settings(**{"root": root} | keys))
+
+
+def turned_image(folder, turn, annotated, side=30):
+    """A set of one training image, 30 px high and `side` wide when it is upright, stored so that EXIF turns it upright.
+
+    annotated: the (height, width) that the annotation file gives it.
+    """
+    root = coco_folder(folder)
+    upright = Image.fromarray(np.random.default_rng(0).integers(256, size=(30, side, 3), dtype=np.uint8))
+    undo = {6: 8, 8: 6}.get(turn, turn)  # quarter turns; the others undo themselves
+    stored = upright if turn == 1 else upright.transpose(UPRIGHT[undo])
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    stored.save(root / "images" / "train" / "10.png", exif=exif)
+    assert np.array_equal(ImageOps.exif_transpose(Image.open(root / "images" / "train" / "10.png")), upright)
+    whole = content()
+    whole["images"] = [whole["images"][0] | {"height": annotated[0], "width": annotated[1]}]
+    whole["annotations"] = [annotation(10, 7, (5, 4, 9, 5), rectangle(5, 4, 9, 5))]
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(whole))
+    return opened(root), np.asarray(upright), np.asarray(stored)
+
+
+@pytest.mark.parametrize("side", [20, 30], ids=["lying or standing", "square"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_an_image_is_turned_as_exif_says_where_it_is_annotated_upright(tmp_path, caplog, turn, side):
+    caplog.set_level("INFO")
+    images, upright, _ = turned_image(tmp_path, turn, (30, side), side)
+    image, target = images[0]
+    assert np.array_equal(image, upright) and target["masks"].shape == (1, 30, side)
+    images[0]
+    assert caplog.text.count(f"10.png has the EXIF orientation {turn}: turned upright") == (turn != 1)
+
+
+@pytest.mark.parametrize("turn", [5, 6, 7, 8])
+def test_an_image_stays_as_stored_where_it_is_annotated_so(tmp_path, caplog, turn):
+    caplog.set_level("INFO")
+    images, _, stored = turned_image(tmp_path, turn, (20, 30), 20)
+    assert np.array_equal(images[0][0], stored)
+    assert f"10.png has the EXIF orientation {turn}: left as stored" in caplog.text
+
+
+def test_a_size_that_neither_way_has_is_said_with_the_orientation(tmp_path):
+    images, *_ = turned_image(tmp_path, 6, (21, 30), 20)
+    with pytest.raises(OSError, match=r"30 x 20 pixels, with the EXIF orientation 6, in .*json 30 x 21"):
+        images[0]
+
+
+def checked(root, folder):
+    """(exit code, what data_check.json has)."""
+    splits = ("data.train_split=images/train", "data.val_split=images/val")
+    sizes = ("data.num_classes=3", "data.image_size=48", "data.max_size=96", "data.workers=0")
+    short = ("recipe.short_sides=[48]", "recipe.crop_share=0")
+    given = ("task=detection", "data=coco", "recipe=detection", f"data.root={root}", *splits, *sizes, *short)
+    code = 0
+    try:
+        check(composed(*given, name="check_data", kind=CheckDataConfig), folder)
+    except SystemExit as end:
+        code = end.code
+    return code, json.loads((folder / "data_check.json").read_text())
+
+
+def test_the_check_of_data_reads_images_with_objects(tmp_path, caplog):
+    caplog.set_level("INFO")
+    root = coco_folder(tmp_path / "data")
+    for number in range(10, 15):
+        file = root / "images" / "train" / f"{number}.png"
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)  # not that of validation
+    code, report = checked(root, tmp_path)
+    assert code == 0 and report["findings"] == []
+    train, val = report["splits"]
+    assert (train["read"], val["read"]) == (3, 5) and train["per_class"] == {"cat": 5, "dog": 2, "hat": 1}
+    assert "| objects in a class | 1 to 5" in caplog.text
+
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    train_images = root / "images" / "train"
+    Image.open(train_images / "10.png").save(train_images / "10.png", exif=exif)
+    Image.open(train_images / "11.png").rotate(90, expand=True).save(train_images / "11.png")
+    exif[0x0112] = 8
+    lying = root / "images" / "val" / "13.png"
+    Image.open(lying).save(lying, exif=exif)
+    whole = content()
+    whole["annotations"] = [row for row in whole["annotations"] if row["category_id"] != 90]
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(whole))
+    code, report = checked(root, tmp_path)
+    assert code == 1
+    assert [(one["level"], one["split"], one["text"][:23]) for one in report["findings"]] == [
+        ("error", "images/train", "1 image that cannot be "),
+        ("warning", "images/val", "1 class without objects"),
+        ("note", "images/train", "1 image with an EXIF or"),
+        ("note", "images/val", "1 image with an EXIF or"),
+    ]
+    error, _, turned, stored = report["findings"]
+    assert "11.png (60 x 40 pixels, in instances_train.json 40 x 60)" in error["items"][0]
+    assert "turned upright" in turned["text"] and "left as stored" in stored["text"]
+
+
+def test_the_check_of_data_has_nothing_to_do_for_generated_shapes(tmp_path):
+    given = ("task=detection", "data=shapes", "recipe=detection", "recipe.short_sides=null")
+    with pytest.raises(ValueError, match=r"data\.source must not be shapes here"):
+        check(composed(*given, name="check_data", kind=CheckDataConfig), tmp_path)

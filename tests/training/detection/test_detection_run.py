@@ -20,6 +20,7 @@ from sbp.training.tasks import task_of
 from sbp.training.tracking import read_metrics
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
+from tests.training.detection.coco_files import coco_folder, one_class
 from tests.training.detection.few import few_images
 from tests.training.wandb_side import wandb_history
 from train import train
@@ -90,6 +91,27 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
     assert record(whole) == record(parts)
 
 
+@pytest.mark.parametrize("name", DETECTORS)
+def test_one_class_is_enough(tmp_path, name):
+    """It is not counted with the background, neither by the config nor by the heads. A batch of this has an image
+    without objects.
+    """
+    root = coco_folder(tmp_path / "data", both=one_class())
+    data = ("data=coco", f"data.root={root}", "data.train_split=images/train", "data.val_split=images/val")
+    sizes = ("data.num_classes=1", "data.image_size=48", "data.max_size=96", "data.workers=0")
+    options = (f"detector.name={name}", "data.background=true", "global_batch_size=2", "recipe.augment=false")
+    config = small_detector_run(*data, *sizes, *options)
+    summary = train(config, tmp_path)
+    assert 0 <= summary["box_ap"] <= 100 and summary["gradient_cosine"] > 0
+    weights = find(tmp_path)[1]["state_dict"]
+    outputs = {len(value) for name, value in weights.items() if name.endswith("cls_score.bias")}
+    assert outputs == {2}, "the class, and the background"
+    images = setup.load_images(config, CPU)
+    assert {label for i in range(3) for label in images.train.dataset.dataset[i][1]["labels"].tolist()} == {1}
+    with pytest.raises(ValueError, match=r"data\.num_classes must be at least 1, got 0"):
+        validate(small_detector_run("data.num_classes=0"))
+
+
 def test_the_published_recipe_has_its_layers_and_steps():
     """Rates of mmdetection's constructor for ConvNeXt: `num_layers` 6 and 12, decay to the power of layers above."""
     for experiment, depth, lr, decay, layers in (
@@ -133,6 +155,7 @@ def test_the_published_recipe_has_its_layers_and_steps():
         ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must be 5 sizes in pixels, got \[8, 16\]"),
         ("data.max_size=32", "data.max_size must be at least the largest shorter side, 64, got 32"),
         ("data=coco", "data.root is needed"),
+        ("data.background=true", "data.background=true needs data.source=coco, got shapes"),
         ("recipe.scheduler=multistep", r"recipe.decay_milestones must be increasing epochs in \(0, 1\)"),
         ("recipe.decay_milestones=[1]", "recipe.decay_milestones needs recipe.scheduler=multistep, got cosine"),
         ("recipe.crop_sides=[9]", r"recipe.crop_sides must be a smallest and a largest side, got \[9\]"),
