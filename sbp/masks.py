@@ -108,8 +108,8 @@ def nested_masks(
         if inner is not None:
             limits = torch.iinfo(scores.dtype)
             if mask_per == "half":  # what the other half keeps comes last
-                scores = scores.masked_fill(inner.flip(0), scores.new_tensor(limits.max))
-            scores = scores.masked_fill(inner, scores.new_tensor(limits.min))
+                scores = scores.masked_fill(inner.flip(0), scores.new_full((), limits.max))
+            scores = scores.masked_fill(inner, scores.new_full((), limits.min))
         inner = _lowest(scores, kept_count(kind, height * width, keep_ratio))
         masks[keep_ratio] = inner.unflatten(-1, (height, width))
     if mask_per == "half":

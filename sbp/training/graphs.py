@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sbp.recompute import has_dropout
-from sbp.training import parallel
+from sbp.training import distributed, parallel
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +172,8 @@ def reason_against(model: nn.Module, device: torch.device, *, detects: bool) -> 
         return "the images of detection have other sizes in each step"
     if parallel.is_sharded(model):
         return "parallel=fsdp gathers the weights in each pass"
-    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-        return "batch norms exchange their statistics between processes"
+    if distributed.world_size() > 1 and any(True for _ in model.buffers()):
+        return "the model has buffers, such as those of batch norms, which processes exchange in each pass"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
     if any(block.sbp_state.recompute != "none" for block in blocks) and has_dropout(*blocks):  # type: ignore[union-attr]
         return "dropout is computed again in the backward pass, and a replay cannot set the generator back"

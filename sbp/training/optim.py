@@ -11,12 +11,16 @@ from torch.optim import Optimizer
 
 from sbp.training.config import RecipeConfig
 
+FUSED = ("adam", "adamw")  # whose step on CUDA can be one kernel
 
-def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimizer:
+
+def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float, fused: bool = False) -> Optimizer:
     """Without weight decay on norms, biases, layer scale, class token and position embedding.
 
     With recipe.layer_decay a parameter group for each layer, as timm counts them, whose lr_scale the scheduler heeds.
+    fused: where the optimizer can, without temporary copies of all weights; on CUDA.
     """
+    options = {"fused": True} if fused and recipe.optimizer in FUSED else {}
     try:
         return create_optimizer_v2(
             model,
@@ -24,6 +28,7 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float) -> Optimi
             lr=lr,
             weight_decay=recipe.weight_decay,
             layer_decay=recipe.layer_decay,
+            **options,
         )
     except ValueError as error:
         raise ValueError(f"recipe.optimizer={recipe.optimizer}: {error}") from None

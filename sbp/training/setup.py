@@ -139,7 +139,9 @@ def build_trainer(
         parallel.shard(model, device, ema)
     if config.compile:
         compile_model(model, "blocks" if config.compile == "blocks" else "model")
-    optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size))
+    captured = _reason_against_graphs(config, model, device) is None
+    # What an optimizer that is not fused needs for a moment would come on top of the memory of captured passes.
+    optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size), fused=captured)
     return Trainer(
         model,
         optimizer,
@@ -156,7 +158,7 @@ def build_trainer(
         fixed_mask=config.sbp.fixed_mask,
         exact_from=exact * order.steps_per_epoch if config.sbp.exact_epochs else None,
         channels_last=config.channels_last,
-        recorder=None if _reason_against_graphs(config, model, device) else CudaRecorder,
+        recorder=CudaRecorder if captured else None,
         cast_together=not (config.compile or sharded or config.task == "detection"),
         seed=config.seed,
     )

@@ -1,0 +1,287 @@
+"""Captured passes: the loop's logic against a stand-in that calls again, what a capture must not meet, and CUDA."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sbp
+from sbp.training import graphs, loop, setup
+from sbp.training.graphs import WARM_UP, CapturedPass, CudaRecorder, Graphs, Pass, obstacles
+from tests.conftest import cuda_only, images, small_convnext, small_vit
+from tests.training import runs
+from tests.training.comparing import assert_equal
+
+RANDOM = {
+    "sbp": {"mask": "random"},
+    "backbone": {"drop_path": 0.2},
+    "recipe": {"epochs": 3, "mixup": 0.8, "random_erasing": 0.5, "ema_decay": 0.9, "clip_grad": 1.0},
+}
+
+
+class Again:
+    """A recorder whose replay runs the function again and moves its results to where they were before."""
+
+    recorded = replayed = 0
+
+    def __init__(self, parameters):
+        self.parameters = parameters
+
+    def record(self, run):
+        Again.recorded += 1
+        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        results = run()
+        for p, grad in zip(self.parameters, before, strict=True):  # as CUDA computes nothing while it records
+            if grad is not None:
+                p.grad.copy_(grad)
+
+        def replay():
+            Again.replayed += 1
+            again = run()
+            for one, new in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (results, again)), strict=True):
+                if one is not None and one is not new:
+                    one.copy_(new)
+
+        return results, replay
+
+
+def use(monkeypatch, recorder):
+    """In place of CUDA graphs."""
+    monkeypatch.setattr(loop, "Graphs", lambda eager, weights, _: Graphs(eager, weights, lambda: recorder(weights)))
+
+
+@pytest.fixture
+def recorder(device, monkeypatch):
+    """CUDA graphs on CUDA, else the stand-in, which the framework then takes for them."""
+    Again.recorded = Again.replayed = 0
+    if device.type != "cuda":
+        use(monkeypatch, Again)
+        monkeypatch.setattr(graphs, "reason_against", lambda *_, **__: None)
+        monkeypatch.setattr(setup, "build_optimizer", lambda *a, fused, real=setup.build_optimizer: real(*a))
+    return Again
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch_size", [16, 4])
+@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+@pytest.mark.parametrize("backbone", runs.BACKBONES)
+def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, amp, micro_batch_size):
+    config = runs.configured(
+        backbone,
+        **RANDOM,
+        device=device.type,
+        deterministic=True,
+        amp=amp,
+        micro_batch_size=micro_batch_size,
+        log_every_steps=1,
+        probe={"every_steps": 5},
+    )
+    ends = []
+    for cuda_graph in (False, "auto"):
+        config.cuda_graph = cuda_graph
+        ends.append(runs.run(config, tmp_path / str(cuda_graph)))
+    for key in ("state_dict", "state_dict_ema", "optimizer", "scaler", "step"):
+        assert_equal(ends[0][key], ends[1][key], key)
+    if device.type != "cuda":
+        kinds = 1 if micro_batch_size == 16 else 2
+        assert recorder.recorded == 2 * kinds  # forward and backward pass
+        assert recorder.replayed == 2 * (12 - WARM_UP) * (16 // micro_batch_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"exact_epochs": 2}, {"fixed_mask": True}, {"hold_mask": True}], ids=str)
+def test_what_changes_from_step_to_step_changes_in_replays(tmp_path, device, recorder, settings):
+    config = runs.configured(**RANDOM | {"sbp": settings | {"mask": "random"}}, device=device.type, micro_batch_size=8)
+    config.deterministic = True
+    ends = []
+    for cuda_graph in (False, "auto"):
+        config.cuda_graph = cuda_graph
+        ends.append(runs.run(config, tmp_path / str(cuda_graph)))
+    assert_equal(ends[0]["state_dict"], ends[1]["state_dict"])
+    if device.type != "cuda":  # with exact epochs from step 4 on: one SBP step is replayed, then all is captured anew
+        assert recorder.recorded == (8 if "exact_epochs" in settings else 4)
+
+
+def test_a_capture_that_fails_is_named_and_the_run_goes_on(tmp_path, device, recorder, monkeypatch, caplog):
+    class Fails(Again):
+        def record(self, run):
+            run()
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    use(monkeypatch, Fails)
+    real = nn.CrossEntropyLoss.forward
+
+    def reads_back(self, x, y):
+        assert float(x.detach().sum()) == float(x.detach().sum())
+        return real(self, x, y)
+
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", reads_back)
+    config = runs.configured(backbone={"drop_path": 0.2})
+    with caplog.at_level(logging.WARNING):
+        end = runs.run(config, tmp_path / "fails")
+    (message,) = [record.getMessage() for record in caplog.records if "cuda_graph" in record.getMessage()]
+    assert "RuntimeError: operation not permitted when stream is capturing); at aten::_local_scalar_dense" in message
+    config.cuda_graph = False
+    assert_equal(end["state_dict"], runs.run(config, tmp_path / "eager")["state_dict"])
+
+
+def test_inputs_of_another_shape_run_as_they_are(recorder):
+    weight = nn.Parameter(torch.ones(3))
+    eager = Pass(lambda x: ((x * weight).sum(), x.sum()[None]), lambda loss: loss.backward())
+    some = Graphs(eager, [weight], lambda: Again([weight]))
+    for _ in range(WARM_UP):
+        some.begin_step(None)
+        assert some.pass_for((torch.ones(2, 3),), adds=False) is eager
+    some.begin_step(None)
+    one = some.pass_for((torch.ones(2, 3),), adds=False)
+    assert isinstance(one, CapturedPass) and some.pass_for((torch.ones(1, 3),), adds=False) is eager
+    for value in (2.0, 3.0):
+        weight.grad = None
+        assert one.forward(torch.full((2, 3), value)) == 6 * value
+        one.backward()
+        assert torch.equal(weight.grad, torch.full((3,), 2 * value))
+    some.release()
+    assert not some.captured and isinstance(some.pass_for((torch.ones(1, 3),), adds=False), CapturedPass)
+
+
+def test_reasons_against():
+    model = small_vit()
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert graphs.reason_against(model, cpu, detects=False) == "the device is cpu"
+    assert "other sizes" in graphs.reason_against(model, cuda, detects=True)
+    assert graphs.reason_against(model, cuda, detects=False) is None
+    dropout = sbp.apply(small_vit(proj_drop_rate=0.1), recompute="block")
+    assert "dropout" in graphs.reason_against(dropout, cuda, detects=False)
+    sbp.remove(dropout)
+    assert graphs.reason_against(sbp.apply(dropout), cuda, detects=False) is None
+    with pytest.raises(ValueError, match="cuda_graph=true is not possible here: the device is cpu"):
+        config = runs.configured(cuda_graph=True, device="cpu")
+        setup.build_trainer(config, setup.load_images(config, cpu).order, cpu)
+
+
+class Seen(TorchDispatchMode):
+    """The operators of a step, and the storages that they read without having made them."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.made, self.foreign = [], set(), {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        leaves = torch.utils._pytree.tree_leaves
+        for one in leaves((args, kwargs)):
+            if isinstance(one, torch.Tensor) and (at := one.untyped_storage()._cdata) not in self.made:
+                self.foreign[at] = one
+        result = operator(*args, **(kwargs or {}))
+        new = [one for one in leaves(result) if isinstance(one, torch.Tensor)]
+        self.made |= {one.untyped_storage()._cdata for one in new} - set(self.foreign)
+        self.keep = [*getattr(self, "keep", []), *new]  # lest an address is used again
+        self.operators.append((operator.name(), [tuple(one.shape) for one in new]))
+        return result
+
+
+SETTINGS = {
+    "vit": lambda: sbp.apply(small_vit(drop_path_rate=0.2)),
+    "vit query": lambda: sbp.apply(small_vit(drop_path_rate=0.2), mhsa_drop="query", mask="random"),
+    "vit head": lambda: sbp.apply(small_vit(), mhsa_drop="head"),
+    "vit qkv_exact cheap": lambda: sbp.apply(small_vit(global_pool="avg"), mhsa_drop="qkv_exact", recompute="cheap"),
+    "vit block": lambda: sbp.apply(small_vit(drop_path_rate=0.2), recompute="block"),
+    "vit sample": lambda: sbp.apply(small_vit(), mask_per="sample", keep_ratio=0.3),
+    "vit half, ratios": lambda: sbp.apply(small_vit(), mask_per="half", keep_ratio=[0.75, 0.5, 0.5, 0.3]),
+    "vit rescaled": lambda: sbp.apply(small_vit(), rescale=True),
+    "convnext": lambda: sbp.apply(small_convnext(drop_path_rate=0.2)),
+    "convnext random cheap": lambda: sbp.apply(small_convnext(), mask="random", recompute="cheap"),
+    "convnext block": lambda: sbp.apply(small_convnext(drop_path_rate=0.2), recompute="block"),
+    "convnext v2": lambda: sbp.apply(small_convnext(use_grn=True)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_warm_step_can_be_captured(name):
+    """No copy between devices, no value read back, no tensor of Python's numbers; the same operators in each step.
+
+    They read parameters, the declared input and the number of the draw, and nothing else that was there before.
+    """
+    model = SETTINGS[name]().float()
+    x = images(64 if "convnext" in name else 32).float()
+
+    def step():
+        model.zero_grad()
+        model(x).square().sum().backward()
+
+    step()
+    assert obstacles(step) == []
+    seen = []
+    for _ in range(2):
+        with Seen() as mode:
+            step()
+        seen.append(mode)
+    assert seen[0].operators == seen[1].operators
+    (state,) = sbp.state.states(model)
+    declared = [x, state.draw, *model.parameters(), *model.buffers()]
+    allowed = {one.untyped_storage()._cdata for one in declared}
+    assert {at: tuple(one.shape) for at, one in seen[1].foreign.items() if at not in allowed} == {}
+
+
+def test_obstacles_are_found():
+    x = torch.arange(4.0)
+    assert obstacles(lambda: x[x > 1].sum().item()) == ["aten::index", "aten::_local_scalar_dense"]
+    assert obstacles(lambda: x * torch.tensor(2.0)) == ["aten::lift_fresh"]
+    assert obstacles(lambda: x.to("meta")) == ["aten::_to_copy"]
+
+
+# -- anybody's own loop
+
+
+@pytest.mark.gpu
+def test_each_replay_of_a_users_own_graph_draws_a_mask(device):
+    """torch.cuda.graph around a patched model; on the CPU the same step is called again."""
+    model = sbp.apply(small_vit(), mask="random").to(device)
+    x = images().to(device)
+    (state,) = sbp.state.states(model)
+    kept = torch.zeros(9, dtype=torch.int64, device=device)
+
+    def step():
+        model(x).square().sum().backward()
+        kept.copy_(state.running.positions[0].keep)
+
+    for _ in range(2):
+        step()
+    model.zero_grad()
+    if device.type == "cuda":
+        _, replay = CudaRecorder().record(step)
+    else:
+        replay = step
+    expected = sbp.apply(small_vit(), mask="random")
+    sbp.set_draw(expected, int(state.draw))
+    found = []
+    for _ in range(6):
+        replay()
+        expected(images())
+        (other,) = sbp.state.states(expected)
+        assert kept.cpu().equal(other.running.positions[0].keep)
+        found.append(tuple(kept.tolist()))
+    assert len(set(found)) > 1 and int(state.draw) == int(other.draw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["make_graphed_callables", "reduce-overhead"])
+def test_each_call_of_a_graphed_callable_draws_a_mask(device, how):
+    model = sbp.apply(small_vit(), mask="random").to(device)
+    x = images().to(device)
+    if how == "reduce-overhead":
+        options = {"mode": how} if device.type == "cuda" else {"backend": "aot_eager"}
+        call = torch.compile(model, **options)
+    elif cuda_only(device, "torch makes graphed callables of CUDA's tensors alone"):
+        call = torch.cuda.make_graphed_callables(model, (x,))
+    else:
+        call = model
+    gradients = []
+    for _ in range(6):
+        model.zero_grad()
+        call(x).square().sum().backward()
+        gradients.append(model.blocks[-1].mlp.fc1.weight.grad.clone())
+    assert any(not torch.equal(one, gradients[0]) for one in gradients[1:])
+    (state,) = sbp.state.states(model)
+    assert int(state.draw) >= 6
