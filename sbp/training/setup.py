@@ -139,9 +139,9 @@ def build_trainer(
         parallel.shard(model, device, ema)
     if config.compile:
         compile_model(model, "blocks" if config.compile == "blocks" else "model")
+    lr = scaled_lr(recipe, plan.global_batch_size)
+    optimizer = build_optimizer(model, recipe, lr, fused=device.type == "cuda")
     captured = _reason_against_graphs(config, model, device) is None
-    # What an optimizer that is not fused needs for a moment would come on top of the memory of captured passes.
-    optimizer = build_optimizer(model, recipe, scaled_lr(recipe, plan.global_batch_size), fused=captured)
     return Trainer(
         model,
         optimizer,

@@ -1,4 +1,5 @@
-"""Accumulated steps in float64, and an evaluation on 101 images, on any number of processes, under DDP and FSDP.
+"""Accumulated steps in float64, and an evaluation on 101 images, on any number of processes, under DDP, FSDP
+and with captured passes.
 
 Started by `test_processes.py` with torchrun; in one process it calls `train` itself. One mask for all of a step
 (`sbp.shared_mask`, `sbp.hold_mask`), so that a global batch has one gradient however it is split.
@@ -24,6 +25,7 @@ from sbp.training.loop import Trainer
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion, build_ema, build_optimizer, build_scheduler
 from sbp.training.probes import gradient_cosines
+from tests.training.again import Again
 from tests.training.configs import BACKBONES, small
 
 OVERRIDES = (
@@ -46,6 +48,7 @@ def main(here: Path, elsewhere: Path) -> None:
         checkpoints = {kind: here / f"{backbone}-{kind}.pt" for kind in ("ddp", "fsdp")}
         for kind, path in checkpoints.items():
             ways[kind] = train(backbone, kind, write=path)
+        ways["captured"] = train(backbone, "captured")
         for kind, path in (
             ("ddp", checkpoints["fsdp"]),
             ("fsdp", checkpoints["fsdp"]),
@@ -144,6 +147,7 @@ def build(config, kind: str) -> tuple:
     if kind == "fsdp":
         parallel.shard(model, CPU, ema)
     optimizer = build_optimizer(model, config.recipe, 1e-2)
+    recorder = partial(Again, list(model.parameters())) if kind == "captured" else None
     trainer = Trainer(
         model,
         optimizer,
@@ -154,6 +158,7 @@ def build(config, kind: str) -> tuple:
         clip_grad=0.1,
         accumulation=plan.accumulation,
         hold_mask=True,
+        recorder=recorder,
     )
     return trainer, plan
 

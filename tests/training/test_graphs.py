@@ -12,6 +12,7 @@ from sbp.training import graphs, loop, setup
 from sbp.training.graphs import WARM_UP, CapturedPass, CudaRecorder, Graphs, Pass, obstacles
 from tests.conftest import cuda_only, images, small_convnext, small_vit
 from tests.training import runs
+from tests.training.again import Again
 from tests.training.comparing import assert_equal
 
 RANDOM = {
@@ -19,32 +20,6 @@ RANDOM = {
     "backbone": {"drop_path": 0.2},
     "recipe": {"epochs": 3, "mixup": 0.8, "random_erasing": 0.5, "ema_decay": 0.9, "clip_grad": 1.0},
 }
-
-
-class Again:
-    """A recorder whose replay runs the function again and moves its results to where they were before."""
-
-    recorded = replayed = 0
-
-    def __init__(self, parameters):
-        self.parameters = parameters
-
-    def record(self, run):
-        Again.recorded += 1
-        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
-        results = run()
-        for p, grad in zip(self.parameters, before, strict=True):  # as CUDA computes nothing while it records
-            if grad is not None:
-                p.grad.copy_(grad)
-
-        def replay():
-            Again.replayed += 1
-            again = run()
-            for one, new in zip(*([x] if isinstance(x, torch.Tensor) else x for x in (results, again)), strict=True):
-                if one is not None and one is not new:
-                    one.copy_(new)
-
-        return results, replay
 
 
 def use(monkeypatch, recorder):
@@ -59,7 +34,6 @@ def recorder(device, monkeypatch):
     if device.type != "cuda":
         use(monkeypatch, Again)
         monkeypatch.setattr(graphs, "reason_against", lambda *_, **__: None)
-        monkeypatch.setattr(setup, "build_optimizer", lambda *a, fused, real=setup.build_optimizer: real(*a))
     return Again
 
 

@@ -66,7 +66,7 @@ def test_ddp_and_fsdp_find_what_one_process_finds_and_take_each_others_checkpoin
     for backbone, whole in expected.items():
         ways = {f"{way}, process {rank}": one for rank in range(count) for way, one in found[rank][backbone].items()}
         ways["one process after fsdp"] = train(backbone, "ddp", read=tmp_path / f"{backbone}-fsdp.pt")
-        assert len(ways) == 5 * count + 1
+        assert len(ways) == 6 * count + 1
         for way, findings in ways.items():
             steps = {step: whole["gradients"][step] for step in (range(2, 4) if "after" in way else range(4))}
             assert_close(findings, whole | {"gradients": steps}, f"{backbone}, {way}: ")

@@ -34,7 +34,7 @@ from sbp.training.costs import forecast_detection
 from sbp.training.detection.detector import Detector
 from sbp.training.loop import autocast
 from sbp.training.models import build_model
-from sbp.training.optim import build_criterion, build_ema, build_mixup, build_optimizer
+from sbp.training.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -201,7 +201,7 @@ class Rules:
     """How a step is run: today's way. `forecast_paper.PaperRules` has the way of the paper's authors."""
 
     casts: type[CudaCasts] = CudaCasts
-    foreach = True  # torch's optimizers update all parameters at once on CUDA, with temporary copies of their state
+    foreach = True  # optimizers that are not fused update all parameters at once on CUDA, with copies of their state
     images_stay = False  # on the device until the step ends
     bytes_per_parameter = 0  # of whatever else is held throughout
 
@@ -246,7 +246,7 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         optimizer = build_optimizer(model, recipe, scaled_lr(recipe, config.global_batch_size))
         for group in optimizer.param_groups:
             if "foreach" in group:
-                group["foreach"] = rules.foreach
+                group["foreach"] = rules.foreach and recipe.optimizer not in FUSED
         for p in parameters:
             p.grad = torch.empty_like(p)
             p.register_post_accumulate_grad_hook(lambda p: allocations.note(p.grad, "gradients"))

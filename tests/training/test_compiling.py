@@ -1,0 +1,86 @@
+"""Compiled blocks: few kinds of them, and the losses and gradients of eager mode."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import sbp
+from sbp.training import setup
+from sbp.training.compiling import blocks_of, compile_model
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.training import runs
+
+RATE = {"drop_path_rate": 0.3}
+MODELS = {
+    "plain vit": lambda: small_vit(**RATE),
+    "vit": lambda: sbp.apply(small_vit(**RATE)),
+    "vit query, cheap": lambda: sbp.apply(small_vit(**RATE), mhsa_drop="query", recompute="cheap"),
+    "vit rescaled": lambda: sbp.apply(small_vit(), rescale=True, mask="random"),
+    "plain convnext": lambda: small_convnext(**RATE),
+    "convnext": lambda: sbp.apply(small_convnext(**RATE)),
+    "convnext, block": lambda: sbp.apply(small_convnext(**RATE), recompute="block"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def eager_copy(model):
+    """The same layers, not compiled."""
+    model = copy.deepcopy(model)
+    for layer in blocks_of(model):
+        for method in ("run", "forward"):
+            vars(layer).pop(method, None)
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
+    model = MODELS[name]()
+    keys = list(model.state_dict())
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compile_model(model, "blocks", backend=counter, fullgraph=True)
+    eager = eager_copy(model)
+    is_vit = hasattr(model, "blocks")
+    x = images(32 if is_vit else 64)
+    for _ in range(3):
+        assert_same_gradients(gradients(model, x), gradients(eager, x))
+    downsamplings = 0 if is_vit else 3
+    assert 0 < counter.frame_count <= (3 if is_vit else 2 * 4 + downsamplings)
+    if name in ("vit", "convnext"):
+        with sbp.disabled(model), sbp.disabled(eager):
+            assert_same_gradients(gradients(model, x), gradients(eager, x))
+    assert list(model.state_dict()) == keys
+    model.eval(), eager.eval()
+    assert torch.equal(model(x), eager(x))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_inductor(make):
+    model = sbp.apply(make())
+    compile_model(model, "blocks")
+    x = images(32 if make is small_vit else 64)
+    assert_same_gradients(gradients(model, x), gradients(eager_copy(model), x), tolerance=1e-8)
+
+
+def test_a_run_with_compiled_blocks_saves_what_any_run_can_load(tmp_path, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **kw: real(function, **kw | {"backend": "eager"}))
+    ends = []
+    for compiled in (False, "blocks"):
+        config = runs.configured("convnext", compile=compiled, recipe={"ema_decay": 0.9})
+        ends.append(runs.run(config, tmp_path / str(compiled)))
+    for key in ("state_dict", "state_dict_ema"):
+        for name, value in ends[0][key].items():
+            torch.testing.assert_close(ends[1][key][name], value, rtol=1e-3, atol=1e-5)
+    cpu = torch.device("cpu")
+    trainer = setup.build_trainer(config, setup.load_images(config, cpu).order, cpu)
+    trainer.load_state_dict(ends[0])
