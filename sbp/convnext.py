@@ -127,19 +127,19 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         compiled = self.training and "run" in vars(self)
         if where is None and self.sbp_state.recomputes(self) == "none" and not compiled:
             return super().forward(x)
-        out = self.run(x, where)
+        out = self.run(x, where, self.sbp_state.gradient_scale(self, self.sbp_index))
         self.sbp_state.watch(out)
         return out
 
-    def run(self, x: Tensor, where: Positions | None) -> Tensor:
-        """forward, with these positions or all."""
+    def run(self, x: Tensor, where: Positions | None, scale: float) -> Tensor:
+        """forward, with these positions or all. scale: of the gradient that enters the branch at kept positions."""
         shortcut = self.shortcut(x)
         if self.sbp_state.recomputes(self) == "block":
             pointwise = partial(self._pointwise, where)
             streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
             streams = self._pointwise(where, x)
-        y = _joined(self, streams, where)  # (B, N, C)
+        y = _joined(streams, where, scale)  # (B, N, C)
         return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
@@ -206,18 +206,17 @@ class SBPDownsample(nn.Sequential):
             cheap=again != "none",
         )
         streams = kept_gradient(to_output, streams)
-        y = _joined(self, streams, where)
+        y = _joined(streams, where, self.sbp_state.gradient_scale(self, self.sbp_index))
         out = y.transpose(1, 2).unflatten(2, (height, width))
         self.sbp_state.watch(out)
         return out
 
 
-def _joined(layer: Any, streams: Streams, where: Positions | None) -> Tensor:
+def _joined(streams: Streams, where: Positions | None, scale: float) -> Tensor:
     """The branch of all positions, (B, N, C), from that of kept and dropped ones."""
     if where is None:
         return streams.kept
-    kept = rescale_gradient(streams.kept, layer.sbp_state.gradient_scale(layer, layer.sbp_index))
-    return join(Streams(kept, streams.dropped), *where)
+    return join(Streams(rescale_gradient(streams.kept, scale), streams.dropped), *where)
 
 
 def _normed(norm: nn.Module, positions: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class SBPBlock(Block):
         prefix_only: return prefix tokens alone, as nothing reads the others (streams only).
         """
         if isinstance(x, Streams):
-            return self.run(x, prefix_only)
+            return self.run(x, prefix_only, self.sbp_scale())
         masked = attn_mask is not None or is_causal
         where = self.sbp_positions()
         if where is None:
@@ -128,13 +128,14 @@ class SBPBlock(Block):
             if masked or not self.training or (self.sbp_state.recomputes(self) == "none" and not compiled):
                 return super().forward(x, attn_mask, is_causal)
             return self.run(Streams(x, None)).kept
+        scale = self.sbp_scale()
         if masked:
             raise ValueError("SBP blocks take no attn_mask or is_causal in training")
         streams = split_tokens(x, where)
         if self.sbp_state.running.shape.skips_dropped:  # nothing reads dropped tokens: they pass by
-            streams = Streams(self.run(Streams(streams.kept, None)).kept, streams.dropped)
+            streams = Streams(self.run(Streams(streams.kept, None), scale=scale).kept, streams.dropped)
         else:
-            streams = self.run(streams)
+            streams = self.run(streams, scale=scale)
         out = join(streams, *where)
         self.sbp_state.watch(out)
         return out
@@ -145,13 +146,17 @@ class SBPBlock(Block):
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def run(self, x: Streams, prefix_only: bool = False) -> Streams:
+    def sbp_scale(self) -> float:
+        return self.sbp_state.gradient_scale(self, self.sbp_index)
+
+    def run(self, x: Streams, prefix_only: bool = False, scale: float = 1.0) -> Streams:
+        """forward, of streams. scale: of the gradient that enters the branches at kept tokens."""
         state = self.sbp_state
         branches = partial(  # all of the pass is read here: when a block runs again it may not be the last one any more
             self._branches,
             read=state.prefix if prefix_only else None,
             key=state.running.key if state.mhsa_drop == "head" and x.dropped is not None else None,
-            scale=state.gradient_scale(self, self.sbp_index),
+            scale=scale,
         )
         if state.recomputes(self) != "block":
             return branches(*x)

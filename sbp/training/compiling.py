@@ -22,6 +22,10 @@ def compile_model(model: nn.Module, how: str, **options: Any) -> None:
         return
     layers = blocks_of(model)
     _share_drop_path(layers)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(
+        limits.recompile_limit, 2 * len(layers)
+    )  # heads are drawn for each block by its number
     for layer in layers:
         method = getattr(layer, COMPILED, "forward")
         vars(layer)[method] = torch.compile(getattr(layer, method), dynamic=False, **options)

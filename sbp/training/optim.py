@@ -1,5 +1,7 @@
 """Optimizer, learning rate, loss, mixup and moving average: timm's, set up from a recipe."""
 
+from typing import Any
+
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -20,7 +22,7 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float, fused: bo
     With recipe.layer_decay a parameter group for each layer, as timm counts them, whose lr_scale the scheduler heeds.
     fused: where the optimizer can, without temporary copies of all weights; on CUDA.
     """
-    options = {"fused": True} if fused and recipe.optimizer in FUSED else {}
+    options: dict[str, Any] = {"fused": True} if fused and recipe.optimizer in FUSED else {}
     try:
         return create_optimizer_v2(
             model,
