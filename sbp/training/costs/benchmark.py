@@ -22,10 +22,13 @@ from torch.utils._pytree import tree_leaves
 
 import sbp
 from sbp.training import distributed, environment, parallel
+from sbp.training.casts import Casts
+from sbp.training.compiling import compile_model
 from sbp.training.config import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
-from sbp.training.costs import detection_batch
+from sbp.training.costs import detection_batch, launches
 from sbp.training.costs.release import release_model
 from sbp.training.detection.detector import Detector, build_detector
+from sbp.training.graphs import CapturedPass, CudaRecorder, Pass, Recorder
 from sbp.training.loop import autocast, sum_of
 from sbp.training.models import build_model
 from sbp.training.optim import build_criterion
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 
 EXACT, DROPPING, SBP, RELEASE = "exact gradient", "token dropping", "SBP", "SBP, authors' release"
 KINDS = (EXACT, DROPPING, SBP, RELEASE)
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of autocast
 PARTS = ("forward", "backward", "optimizer")  # of a step, in this order
 
 Batch = tuple[Tensor, Any]
@@ -44,37 +48,61 @@ class Arm:
     """One way to train the network.
 
     kind: one of KINDS. sbp: arguments of `sbp.apply` besides those in the config; None for timm's model as it is.
-    budget: torch.compile with this activation_memory_budget, the share of the activations that it would save by
-    itself; None for eager mode.
+    compile: what torch.compile is given, the "model" or its "blocks"; None for eager mode. budget: its
+    activation_memory_budget, the share of the activations that it would save by itself.
+    graph: forward and backward pass are captured as a CUDA graph, and replayed. cast_together: the weights are cast to
+    autocast's precision in one call a step.
     """
 
     label: str
     kind: str = EXACT
     sbp: dict[str, Any] | None = None
-    budget: float | None = None
+    compile: str | None = None
+    budget: float = 1.0
+    graph: bool = False
+    cast_together: bool = False
     checkpointing: bool = False
     patch_drop: float = 0.0
     vit_only: bool = False
     release: bool = False
 
 
-ARMS = {
+CHEAP, QUERY, QUARTER = {"recompute": "cheap"}, {"mhsa_drop": "query"}, {"keep_ratio": 0.25}
+
+ARMS = {  # "plain" is timm's model as anybody trains it; compiled code casts weights as it sees fit
     "plain": Arm("plain"),
+    "casts": Arm("casts together", cast_together=True),
+    "graph": Arm("graph", graph=True, cast_together=True),
     "checkpoint": Arm("checkpointing", checkpointing=True),
-    "cheap": Arm("cheap recompute", sbp={"keep_ratio": 1.0, "recompute": "cheap"}),
-    "compile": Arm("compile", budget=1.0),
-    "compile_0.9": Arm("compile, budget 0.9", budget=0.9),
-    "compile_0.5": Arm("compile, budget 0.5", budget=0.5),
-    "compile_0.25": Arm("compile, budget 0.25", budget=0.25),
+    "cheap": Arm("cheap recompute", sbp={"keep_ratio": 1.0} | CHEAP),
+    "cheap_graph": Arm("cheap recompute + graph", sbp={"keep_ratio": 1.0} | CHEAP, graph=True, cast_together=True),
+    "compile": Arm("compile", compile="model"),
+    "compile_0.9": Arm("compile, budget 0.9", compile="model", budget=0.9),
+    "compile_0.5": Arm("compile, budget 0.5", compile="model", budget=0.5),
+    "compile_0.25": Arm("compile, budget 0.25", compile="model", budget=0.25),
+    "compile_graph": Arm("compile + graph", compile="model", graph=True),
+    "blocks": Arm("compiled blocks", compile="blocks"),
+    "blocks_graph": Arm("compiled blocks + graph", compile="blocks", graph=True),
     "patch_dropout": Arm("PatchDropout 0.5", DROPPING, patch_drop=0.5, vit_only=True),
     "sbp": Arm("SBP", SBP, sbp={}),
-    "sbp_cheap": Arm("SBP, cheap recompute", SBP, sbp={"recompute": "cheap"}),
+    "sbp_casts": Arm("SBP, casts together", SBP, sbp={}, cast_together=True),
+    "sbp_graph": Arm("SBP + graph", SBP, sbp={}, graph=True, cast_together=True),
+    "sbp_cheap": Arm("SBP, cheap recompute", SBP, sbp=CHEAP),
+    "sbp_cheap_graph": Arm("SBP, cheap recompute + graph", SBP, sbp=CHEAP, graph=True, cast_together=True),
+    "sbp_25_cheap": Arm("SBP 0.25, cheap recompute", SBP, sbp=QUARTER | CHEAP),
     "sbp_block": Arm("SBP, block recompute", SBP, sbp={"recompute": "block"}),
-    "sbp_query": Arm("SBP, query", SBP, sbp={"mhsa_drop": "query"}, vit_only=True),
+    "sbp_query": Arm("SBP, query", SBP, sbp=QUERY, vit_only=True),
+    "sbp_query_graph": Arm("SBP, query + graph", SBP, sbp=QUERY, vit_only=True, graph=True, cast_together=True),
+    "sbp_query_cheap": Arm("SBP, query, cheap recompute", SBP, sbp=QUERY | CHEAP, vit_only=True),
+    "sbp_query_25": Arm("SBP 0.25, query", SBP, sbp=QUERY | QUARTER, vit_only=True),
+    "sbp_query_25_cheap": Arm("SBP 0.25, query, cheap recompute", SBP, sbp=QUERY | QUARTER | CHEAP, vit_only=True),
     "sbp_head": Arm("SBP, head", SBP, sbp={"mhsa_drop": "head"}, vit_only=True),
     "sbp_qkv_exact": Arm("SBP, qkv_exact", SBP, sbp={"mhsa_drop": "qkv_exact"}, vit_only=True),
-    "sbp_compile": Arm("SBP + compile", SBP, sbp={}, budget=1.0),
-    "sbp_compile_0.5": Arm("SBP + compile, budget 0.5", SBP, sbp={}, budget=0.5),
+    "sbp_compile": Arm("SBP + compile", SBP, sbp={}, compile="model"),
+    "sbp_compile_0.5": Arm("SBP + compile, budget 0.5", SBP, sbp={}, compile="model", budget=0.5),
+    "sbp_compile_graph": Arm("SBP + compile + graph", SBP, sbp={}, compile="model", graph=True),
+    "sbp_blocks": Arm("SBP + compiled blocks", SBP, sbp={}, compile="blocks"),
+    "sbp_blocks_graph": Arm("SBP + compiled blocks + graph", SBP, sbp={}, compile="blocks", graph=True),
     "release": Arm("authors' release", RELEASE, sbp={}, release=True),
 }
 
@@ -89,10 +117,10 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     """
     begin = perf_counter()
     validate_benchmark(config)
-    names, detects = _choose_arms(config), config.task == "detection"
+    device, detects = distributed.pick_device(config.device), config.task == "detection"
+    names = _choose_arms(config, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = distributed.pick_device(config.device)
     batch = _batch(config, config.batch_size, device)
     records: dict[str, dict[str, Any]] = {
         name: {"label": ARMS[name].label, "kind": ARMS[name].kind, "error": None} for name in names
@@ -123,7 +151,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
             if record["error"] is None and not time_is_up():
                 with _recorded(record, "largest_batch_error"):
                     record["largest_batch"] = _largest_batch(config, ARMS[name], device, record)
-                    record["largest_batch_estimated"] = ARMS[name].budget is not None
+                    record["largest_batch_estimated"] = _is_extrapolated(ARMS[name])
 
     running = [record for record in records.values() if record["error"] is None]
     for record in running:
@@ -147,7 +175,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def _choose_arms(config: BenchmarkConfig) -> list[str]:
+def _choose_arms(config: BenchmarkConfig, device: torch.device) -> list[str]:
     """The names of the arms to run. Raises ValueError for what is wrong whichever arm runs."""
     plain = build_on(torch.device("meta"), config, ARMS["plain"])
     build_on(torch.device("meta"), config, ARMS["sbp"])
@@ -156,12 +184,18 @@ def _choose_arms(config: BenchmarkConfig) -> list[str]:
         name
         for name, arm in ARMS.items()
         if (is_vit or not arm.vit_only) and (config.release is not None or not arm.release)
-        if not is_detector or (arm.budget is None and not arm.release)  # whose regions differ in number
+        # a detector's images and regions differ in size and number
+        if not is_detector or not (arm.compile or arm.graph or arm.cast_together or arm.release)
     ]
-    names = possible if config.arms is None else config.arms
+    graphs = device.type == "cuda" and distributed.world_size() == 1
+    runnable = [name for name in possible if graphs or not ARMS[name].graph]
+    names = runnable if config.arms is None else config.arms
     unknown = [name for name in names if name not in possible]
     if unknown or not names:
         raise ValueError(f"arms={unknown} must be among {', '.join(possible)} for {config.backbone.name}")
+    captured = [name for name in names if name not in runnable]
+    if captured:
+        raise ValueError(f"arms={captured} cannot run: graph arms need CUDA, and one process; device is {device.type}")
     if config.release is not None and "release" in names:
         build_on(torch.device("cpu"), config, ARMS["release"])
     return list(dict.fromkeys(names))
@@ -192,18 +226,46 @@ class Runner:
     """An arm with its model and optimizer."""
 
     def __init__(self, config: BenchmarkConfig, arm: Arm, device: torch.device) -> None:
-        self.amp, self.device = config.amp, device
+        self.amp, self.device, self.compiled = config.amp, device, arm.compile is not None
         torch.manual_seed(config.seed)
         model = parallel.synchronise_batch_norm(build_on(device, config, arm), device)
         if config.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if arm.budget is not None:
-            model.compile(backend=_backend(config.compile_backend, arm.budget), dynamic=False)
+        if arm.compile is not None:
+            fixed = {"dynamic": False} if arm.compile == "model" else {}  # blocks are always compiled so
+            compile_model(model, arm.compile, backend=_backend(config.compile_backend, arm.budget), **fixed)
+        together = arm.cast_together and config.amp in _DTYPES
+        self.casts = Casts(model, _DTYPES[config.amp]) if together else None
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
         self.criterion = None if isinstance(model, Detector) else build_criterion(RecipeConfig())
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
         self.model = parallel.wrap(model)
+        self.run: Pass | CapturedPass = Pass(self._forward, self._backward)
+
+    def capture(self, batch: Batch, recorder: Recorder | None = None) -> None:
+        """Captures the pass of a graph arm, which has to be warmed up; from then on steps replay it.
+
+        recorder: None for CUDA graphs. Raises ValueError where there is no CUDA for them.
+        """
+        if recorder is None:
+            if self.device.type != "cuda":
+                raise ValueError(f"graph arms need CUDA; device is {self.device.type}")
+            recorder = CudaRecorder()
+        assert isinstance(self.run, Pass)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self.run = CapturedPass(self.run, recorder, list(self.model.parameters()), batch)
+
+    def _forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
+        if self.casts is not None:
+            self.casts.put()
+        loss = self.loss((batch[0], batch[1]))
+        return loss, loss.detach()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+        if self.casts is not None:
+            self.casts.remove()
 
     def loss(self, batch: Batch) -> Tensor:
         with autocast(self.amp, self.device):
@@ -226,16 +288,31 @@ class Runner:
         ]
 
     def _step(self, batch: Batch) -> list[Any]:
-        marks = [self._mark()]
-        loss = self.loss(batch)
-        marks.append(self._mark())
-        self.scaler.scale(loss).backward()
-        marks.append(self._mark())
+        marks = [self._mark(), self._forward_backward(batch), self._mark()]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         marks.append(self._mark())
         return marks
+
+    def _forward_backward(self, batch: Batch) -> Any:
+        """Leaves the gradients; returns the mark between the two passes."""
+        self.run.forward(*batch)
+        between = self._mark()
+        self.run.backward()
+        return between
+
+    def launches(self, batch: Batch) -> dict[str, float]:
+        """The kernels of a warmed-up step, see `launches.count`; none for compiled code on a CPU, which no dispatch
+        mode sees. A CPU's optimizer is not the fused one, whose few kernels are left out there."""
+        if self.device.type == "cuda":
+            return launches.count(lambda: self._step(batch), self.device)
+        if self.compiled:
+            return {}
+        try:
+            return launches.count(lambda: self._forward_backward(batch), self.device)
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -306,14 +383,18 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     """The arm after its warm-up; writes its memory to the record: its own, with its batch, without other arms'.
 
     CUDA: what stays between steps, and the peaks of a step. What is reserved includes what lies unused beside the other
-    arms' tensors: the allocator gives it to this arm, too. CPU: what autograd saves for the backward pass.
+    arms' tensors: the allocator gives it to this arm, too. A graph arm is captured in between: replays allocate
+    nothing, they work in the memory of the capture, so that the capture's own peak is that of every replay. What the
+    graph holds on to, its copy of the batch and the gradients, is part of it. CPU: what autograd saves for the
+    backward pass.
     """
     log.info("starting %s", arm.label)
     _free()
     if device.type != "cuda":
         runner = Runner(config, arm, device)
         runner.turn(batch, config.warmup)
-        record["saved_bytes"] = sbp.saved_bytes(lambda: runner.loss(batch))
+        record["saved_bytes"] = sbp.saved_bytes(lambda: runner._forward(*batch)[0])
+        record |= runner.launches(batch)
         return runner
     allocated = torch.cuda.memory_allocated(device) - _bytes(batch)
     runner = Runner(config, arm, device)
@@ -321,6 +402,8 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     resident = torch.cuda.memory_allocated(device) - allocated
+    if arm.graph:
+        runner.capture(batch)
     runner.turn(batch, 2)
     figures = {
         "resident": resident,
@@ -328,6 +411,8 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
         "peak_reserved": torch.cuda.max_memory_reserved(device) - allocated,
     }
     record |= dict(zip(figures, map(int, distributed.maxima(list(figures.values()))), strict=True))
+    with _recorded(record, "launches_error"):  # not every machine lets its GPU be profiled
+        record |= runner.launches(batch)
     return runner
 
 
@@ -365,15 +450,15 @@ def memory(record: dict[str, Any]) -> int:
 
 
 def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
-    """How many images fit into the config's memory: by trial in eager mode; for a compiled arm, which would be
-    compiled anew for each size, by extrapolation from its peak.
+    """How many images fit into the config's memory: by trial in eager mode; for a compiled or captured arm,
+    which would be compiled or captured anew for each size, by extrapolation from its peak.
 
     The arm is alone on the device. What PyTorch's allocator does not hand out, such as the CUDA context, is not
     counted.
     """
     total = torch.cuda.get_device_properties(device).total_memory
     limit = total if config.memory_gib is None else min(total, int(config.memory_gib * 2**30))
-    if arm.budget is not None:
+    if _is_extrapolated(arm):
         # Weights and AdamW's averages, 12 bytes a parameter, and under autocast copies of the weights, 2 bytes.
         fixed = record["resident"] - config.batch_size * 3 * config.data.image_size**2 * 4
         fixed *= 1 if config.amp == "off" else 14 / 12
@@ -404,6 +489,10 @@ def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, reco
         return search_largest(fits, large + int((limit - high) * (large - small) / (high - low)))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def _is_extrapolated(arm: Arm) -> bool:
+    return arm.compile is not None or arm.graph
 
 
 def search_largest(fits: Callable[[int], bool], guess: int) -> int:

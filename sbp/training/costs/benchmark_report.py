@@ -97,6 +97,8 @@ def _cells(record: dict[str, Any]) -> dict[str, str]:
         "kind": record["kind"],
         "step ms": step,
         **{f"{part} ms": shown(median.get(part), ".1f") for part in PARTS},
+        "kernel ms": shown(record.get("kernel_ms"), ".1f"),
+        "launches": shown(record.get("launches"), ".0f"),
         "images/s": shown(record.get("images_per_second"), ".0f"),
         "time": shown(record.get("time_ratio"), ".2f"),
         "memory": shown(record.get("memory_ratio"), ".2f"),

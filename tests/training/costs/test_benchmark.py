@@ -13,14 +13,15 @@ import sbp
 from sbp.training import environment
 from sbp.training.config import BenchmarkConfig, BenchmarkDataConfig, validate_benchmark
 from sbp.training.costs import benchmark_report
-from sbp.training.costs.benchmark import ARMS, KINDS, PARTS, Arm, Runner, benchmark, search_largest
+from sbp.training.costs.benchmark import ARMS, KINDS, PARTS, Arm, Runner, _choose_arms, benchmark, search_largest
 from sbp.training.costs.benchmark_report import merged, pareto, table
 from sbp.training.costs.release import release_model
 from scripts import gpu_results
 from scripts.gpu_results import NETWORKS, SMALL, Slice, benchmark_config
 from tests.conftest import cuda_only
+from tests.training.again import Again
 
-EAGER = [name for name, arm in ARMS.items() if arm.budget is None and not arm.release]
+EAGER = [name for name, arm in ARMS.items() if not (arm.compile or arm.graph or arm.release)]
 RELEASE = os.environ.get("SBP_RELEASE")  # the folder of the authors' release
 
 
@@ -45,12 +46,15 @@ def test_all_eager_arms_run_and_the_record_holds_what_is_promised(name, tmp_path
         for step, *parts in zip(*(record["times_ms"][key] for key in ("step", *PARTS)), strict=True):
             assert step == pytest.approx(sum(parts))
         assert record["images_per_second"] == pytest.approx(4000 / record["median_ms"]["step"])
+        assert record["launches"] > 50 and "kernel_ms" not in record
     plain = result["arms"].pop("plain")
     assert plain["time_ratio"] == plain["memory_ratio"] == 1
     for name in ("checkpoint", "sbp"):
         assert result["arms"][name]["saved_bytes"] < plain["saved_bytes"], name
+    assert result["arms"]["casts"]["saved_bytes"] == plain["saved_bytes"]
+    assert result["arms"]["casts"]["launches"] < plain["launches"] < result["arms"]["checkpoint"]["launches"]
     assert (tmp_path / "net.png").stat().st_size > 10_000
-    assert "| SBP, block recompute | " in (tmp_path / "net.md").read_text()
+    assert "| SBP, block recompute " in (tmp_path / "net.md").read_text()
 
 
 @pytest.mark.slow
@@ -97,6 +101,7 @@ def test_no_round_begins_once_the_time_is_up():
         ({"name": "convnext_base", "arms": ["sbp_head"]}, r"arms=\['sbp_head'\] must be among"),
         ({"arms": ["release"]}, r"arms=\['release'\] must be among"),
         ({"release": "nowhere", "arms": ["release"]}, "release=nowhere does not hold"),
+        ({"arms": ["plain", "sbp_graph"]}, r"arms=\['sbp_graph'\] cannot run: graph arms need CUDA"),
         ({"amp": "half"}, "amp must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
@@ -129,16 +134,18 @@ def test_table():
         "time_ratio": 1.0,
         "memory_ratio": 1.0,
         "peak_allocated": 3 * 2**29,
+        "launches": 958,
+        "kernel_ms": 2.96,
         "largest_batch": 100,
         "largest_batch_estimated": True,
     }
     failed = {"label": "SBP", "kind": "SBP", "error": "ValueError: no"}
     # fmt: off
     assert table({"arms": {"plain": plain, "sbp": failed}}).splitlines() == [
-        "| arm   | kind           | step ms       | forward ms | backward ms | optimizer ms | images/s | time | memory | peak MiB | largest batch | error          |",  # noqa: E501
-        "| ----- | -------------- | ------------- | ---------- | ----------- | ------------ | -------- | ---- | ------ | -------- | ------------- | -------------- |",  # noqa: E501
-        "| plain | exact gradient | 3.5 (3.0-4.2) | 1.0        | 2.0         | 0.5          | 1143     | 1.00 | 1.00   | 1536     | ~100          |                |",  # noqa: E501
-        "| SBP   | SBP            |               |            |             |              |          |      |        |          |               | ValueError: no |",  # noqa: E501
+        "| arm   | kind           | step ms       | forward ms | backward ms | optimizer ms | kernel ms | launches | images/s | time | memory | peak MiB | largest batch | error          |",  # noqa: E501
+        "| ----- | -------------- | ------------- | ---------- | ----------- | ------------ | --------- | -------- | -------- | ---- | ------ | -------- | ------------- | -------------- |",  # noqa: E501
+        "| plain | exact gradient | 3.5 (3.0-4.2) | 1.0        | 2.0         | 0.5          | 3.0       | 958      | 1143     | 1.00 | 1.00   | 1536     | ~100          |                |",  # noqa: E501
+        "| SBP   | SBP            |               |            |             |              |           |          |          |      |        |          |               | ValueError: no |",  # noqa: E501
     ]
     # fmt: on
 
@@ -158,6 +165,35 @@ def test_search_for_the_largest_batch(largest, guess):
     found = search_largest(lambda size: tried.append(size) or size <= largest, guess)
     assert largest - max(0, largest // 50) <= found <= largest
     assert found in [0, *tried] and len(set(tried)) == len(tried)
+
+
+def test_no_graph_arm_runs_on_a_cpu_of_itself():
+    names = _choose_arms(small(), torch.device("cpu"))
+    assert names == ["plain", "sbp"]
+    config = small()
+    config.arms = None
+    assert {"casts", "sbp_query_25_cheap", "sbp_blocks"} <= set(names := _choose_arms(config, torch.device("cpu")))
+    assert not any(ARMS[name].graph for name in names)
+    assert {name for name in ARMS if ARMS[name].graph} == set(_choose_arms(config, torch.device("cuda"))) - set(names)
+    with pytest.raises(ValueError, match="graph arms need CUDA"):
+        Runner(small(), ARMS["sbp_graph"], torch.device("cpu")).capture(())
+
+
+@pytest.mark.parametrize(
+    "arm", ["casts", "cheap"]
+)  # whose passes draw no masks: the stand-in's recording is one pass more
+def test_a_step_replayed_by_a_stand_in_is_the_step_run_anew(arm):
+    """The stand-in calls again; after three steps the weights are the same, bit for bit."""
+    batch = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    runners = [Runner(small(), ARMS[arm], torch.device("cpu")) for _ in range(2)]
+    for runner in runners:
+        torch.manual_seed(0)
+        runner.turn(batch, 1)
+    runners[1].capture(batch, Again(list(runners[1].model.parameters())))
+    for runner in runners:
+        torch.manual_seed(1)
+        runner.turn(batch, 2)
+    assert all(map(torch.equal, *(runner.model.parameters() for runner in runners)))
 
 
 # -- scripts/gpu_results.py
@@ -198,7 +234,7 @@ def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys, name):
     pieces[f"{name}-eager"].write(tmp_path / f"{name}-eager.json")
     gpu_results.report(tmp_path, listed)
     assert {f"{name}-eager.json", f"{name}.md", f"{name}.png"} <= set(os.listdir(tmp_path))
-    assert "| SBP, cheap recompute | " in capsys.readouterr().out
+    assert "| SBP, cheap recompute " in capsys.readouterr().out
     pieces[f"forecast-{name}"].write(tmp_path / f"forecast-{name}.json")
     found = json.loads((tmp_path / f"forecast-{name}.json").read_text())["arms"]
     assert found["sbp_cheap"]["forecast"] < found["sbp"]["forecast"] < found["plain"]["forecast"]
