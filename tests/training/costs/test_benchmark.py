@@ -22,6 +22,7 @@ from tests.conftest import cuda_only
 from tests.training.again import Again
 
 EAGER = [name for name, arm in ARMS.items() if not (arm.compile or arm.graph or arm.release)]
+RESULTS = Path(__file__).parents[3] / "results" / "gpu"
 RELEASE = os.environ.get("SBP_RELEASE")  # the folder of the authors' release
 
 
@@ -172,7 +173,7 @@ def test_no_graph_arm_runs_on_a_cpu_of_itself():
     assert names == ["plain", "sbp"]
     config = small()
     config.arms = None
-    assert {"casts", "sbp_query_25_cheap", "sbp_blocks"} <= set(names := _choose_arms(config, torch.device("cpu")))
+    assert {"casts", "query_25_cheap", "sbp_blocks"} <= set(names := _choose_arms(config, torch.device("cpu")))
     assert not any(ARMS[name].graph for name in names)
     assert {name for name in ARMS if ARMS[name].graph} == set(_choose_arms(config, torch.device("cuda"))) - set(names)
     with pytest.raises(ValueError, match="graph arms need CUDA"):
@@ -285,3 +286,14 @@ def test_memory_and_largest_batch(device, name, arms):
         assert (
             records["sbp"]["saved_bytes"] < records["plain"]["saved_bytes"] and "largest_batch" not in records["plain"]
         )
+
+
+# -- results/gpu
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*-eager.json")), ids=lambda path: path.stem)
+def test_the_tables_of_the_results_are_those_of_their_records(path):
+    result = json.loads(path.read_text())
+    text = f"{benchmark_report.caption(result)}\n\n{table(result)}\n"
+    assert path.with_suffix(".md").read_text() == text and path.with_suffix(".png").is_file()
+    assert set(result["arms"]) <= set(ARMS) and not str(result["settings"]["release"]).startswith(("/", "."))
