@@ -1,10 +1,14 @@
 """Produces the figures that need a GPU, slice by slice: python -m scripts.gpu_results [--minutes 8.5] [NAME ...]
 
-Needs torch, torchvision and timm alone, with what pip installs for them (numpy, Pillow, PyYAML, tqdm and so on). With
---cifar10 or --photographs the study's runs come before the compiled arms; they need Hydra, too: without a network,
-`PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core` elsewhere. What is in the folder of this device
-already is skipped, so that the command can be given again until it has nothing left to do: then its exit code is 0,
-else 3. An interrupted slice leaves nothing behind.
+The tests marked gpu come first; what they print is in gpu-tests.txt. One that fails stops none of the slices, but is
+left to do. --check is something else, of 6 minutes at most: the tests, and whether SBP saves as much time as this
+project claims; its exit code is 0 only where each of LIMITS was measured and kept.
+
+Needs torch, torchvision and timm alone, with what pip installs for them (numpy, Pillow, PyYAML, tqdm and so on), and
+the tests pytest. With --cifar10 or --photographs the study's runs come before the compiled arms; they need Hydra, too:
+without a network, `PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core` elsewhere. What is in the folder
+of this device already is skipped, so that the command can be given again until it has nothing left to do: then its
+exit code is 0, else 3. An interrupted slice leaves nothing behind.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from sbp.training.config import (
 )
 from sbp.training.costs import benchmark_report
 from sbp.training.costs.benchmark import ARMS, benchmark
+from sbp.training.costs.benchmark import memory as benchmark_memory
 from sbp.training.costs.benchmark_report import write_json
 from sbp.training.costs.forecast import Rules, forecast
 from sbp.training.study.settings import SCALES
@@ -84,13 +89,59 @@ SMALL: dict[str, dict[str, Any]] = {
     "vit": {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3},
     "convnext": {"depths": (1, 1, 3, 1), "dims": (8, 8, 16, 16), "patch_size": 4},
 }
-EAGER = ["plain", "checkpoint", "cheap", "sbp", "sbp_cheap", "sbp_block"]
+EAGER = ["plain", "checkpoint", "cheap", "sbp", "sbp_cheap", "sbp_25_cheap", "sbp_block"]
+CASTS = ["casts", "sbp_casts"]
 VIT_ONLY = ["patch_dropout", "sbp_query", "sbp_head", "sbp_qkv_exact"]
+VIT_ONLY += ["sbp_query_cheap", "sbp_query_25", "sbp_query_25_cheap"]
+GRAPH = ["plain", "graph", "cheap_graph", "sbp_graph", "sbp_cheap_graph"]  # of CUDA alone
+GRAPH_VIT_ONLY = ["sbp_query_graph"]
 COMPILED = {  # plain is in each: it is what the slices have in common
     "compiled": ["plain", "compile", "sbp_compile"],
     "compiled_half": ["plain", "compile_0.5", "sbp_compile_0.5"],
     "compiled_other": ["plain", "compile_0.9", "compile_0.25"],
+    "compiled_blocks": ["plain", "blocks", "sbp_blocks"],
 }
+COMPILED_GRAPH = {
+    "compiled_graph": ["plain", "compile_graph", "sbp_compile_graph"],
+    "compiled_blocks_graph": ["plain", "blocks_graph", "sbp_blocks_graph"],
+}
+TESTS = "gpu-tests"
+TEST_SECONDS = 190  # after which they are ended; they take three minutes
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What an arm's figure, over that of another arm of the same process, may be at most."""
+
+    network: str
+    arm: str
+    at_most: float
+    other: str = "plain"
+    figure: str = "step time"
+
+
+def _limits() -> Iterator[Limit]:
+    for network, of_plain, of_compiled in (("vit_base", 0.52, 0.72), ("convnext_base", 0.56, 0.82)):
+        yield Limit(network, "sbp_compile_graph", of_plain)
+        yield Limit(network, "sbp_compile_graph", of_compiled, "compile_graph")
+    for network, sbp, cheap in (
+        ("vit_base", 0.72, 0.78), ("convnext_base", 0.85, 0.90), ("vit_tiny", 0.70, 0.77), ("convnext_tiny", 0.88, 0.93)
+    ):  # fmt: skip
+        yield Limit(network, "sbp_graph", sbp)
+        yield Limit(network, "sbp_cheap_graph", cheap)
+    for network, sbp, cheap in (  # what the same without graph takes
+        ("vit_base", 0.719, 0.567), ("convnext_base", 0.642, 0.422),
+        ("vit_tiny", 0.659, 0.476), ("convnext_tiny", 0.619, 0.393),
+    ):  # fmt: skip
+        yield Limit(network, "sbp_graph", sbp, figure="peak memory")
+        yield Limit(network, "sbp_cheap_graph", cheap, figure="peak memory")
+
+
+LIMITS = list(_limits())  # on an H100, in bfloat16
+CHECKED = ["plain", "sbp_graph", "sbp_cheap_graph"]
+# Where compiling a whole network takes too long for the check, its blocks are compiled.
+BLOCKS_INSTEAD = {"sbp_compile_graph": "sbp_blocks_graph", "compile_graph": "blocks_graph"}
+CHECK_MINUTES, CHECK_TEST_SECONDS = 6.0, 150
 
 
 def slices(device: str, small: bool, release: str | None) -> list[Slice]:
@@ -102,17 +153,45 @@ def slices(device: str, small: bool, release: str | None) -> list[Slice]:
 
     def eager(name: str) -> Iterator[Slice]:
         arms = EAGER + (VIT_ONLY if name.startswith("vit") else [])
+        arms += CASTS if not NETWORKS[name].detector else []
         arms += ["release"] if release and not NETWORKS[name].detector else []
         yield comparison(name, "eager", arms, NETWORKS[name].eager_seconds)
 
+    def graph(name: str) -> Iterator[Slice]:
+        if device == "cuda" and not NETWORKS[name].detector:
+            arms = GRAPH + (GRAPH_VIT_ONLY if name.startswith("vit") else [])
+            yield comparison(name, "graph", arms, NETWORKS[name].eager_seconds)
+
     def compiled(name: str) -> Iterator[Slice]:
-        for part, arms in COMPILED.items() if not NETWORKS[name].detector else ():
+        parts = COMPILED | (COMPILED_GRAPH if device == "cuda" else {})
+        for part, arms in parts.items() if not NETWORKS[name].detector else ():
             yield comparison(name, part, arms, 40 + 2 * NETWORKS[name].compile_seconds)
 
     def forecasts(name: str) -> Iterator[Slice]:
         yield Slice(f"forecast-{name}", 20 if small else 90, partial(check_forecast, f"{name}-eager"))
 
-    return [piece for kind in (eager, forecasts, compiled) for name in NETWORKS for piece in kind(name)]
+    tests = [Slice(TESTS, TEST_SECONDS + 10, partial(run_tests, TEST_SECONDS))] if device == "cuda" else []
+    return tests + [piece for kind in (eager, graph, forecasts, compiled) for name in NETWORKS for piece in kind(name)]
+
+
+def run_tests(seconds: float, path: Path) -> None:
+    """The tests marked gpu; what they print is beside the JSON, which is written where all passed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    output = path.with_suffix(".txt")
+    begin, command = perf_counter(), [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
+    with output.open("w") as file:
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            file.write(f"\nended after {seconds:.0f} s\n")
+            code = None
+    last = (output.read_text().strip().splitlines() or [""])[-1]
+    print(f"GPU tests: {last}, see {output}", flush=True)
+    if code != 0:
+        sys.exit(1)
+    write_json({"summary": last, "seconds": perf_counter() - begin, "versions": environment.versions()}, path)
 
 
 def benchmark_config(name: str, arms: list[str], device: str, small: bool, release: str | None) -> BenchmarkConfig:
@@ -227,6 +306,69 @@ def run(piece: Slice, path: Path) -> None:
     piece.write(path)
 
 
+def check(folder: Path, device: str, small: bool, deadline: float) -> int:
+    """The tests, then what LIMITS are about; prints each limit beside what was measured. Returns the exit code."""
+    pieces = [Slice("check-tests", CHECK_TEST_SECONDS + 5, partial(run_tests, CHECK_TEST_SECONDS))]
+    compiled = {"vit_base": ["compile_graph", "sbp_compile_graph"], "convnext_base": list(BLOCKS_INSTEAD.values())}
+    for part, arms_of in (("graph", dict.fromkeys(("vit_base", "convnext_base", "vit_tiny", "convnext_tiny"), CHECKED)),
+                          ("compiled", {name: ["plain", *arms] for name, arms in compiled.items()})):  # fmt: skip
+        for name, arms in arms_of.items():
+            config = benchmark_config(name, arms, device, small, release=None)
+            config.largest_batch, config.rounds = False, 2 if small else 5
+            pieces.append(Slice(f"check-{name}-{part}", 10 if part == "graph" else 30, partial(compare, config)))
+    for piece in pieces:
+        (folder / f"{piece.name}.json").unlink(missing_ok=True)
+    failed = [piece.name for piece in do(pieces, folder, deadline)]
+    verdicts = judge([read for piece in pieces[1:] if (read := _read(folder / f"{piece.name}.json"))])
+    print(markdown([["network", "figure", "arm", "relative to", "limit", "measured", ""], *verdicts]))
+    print("the GPU tests: " + ("FAIL" if "check-tests" in failed else "pass"))
+    if "check-tests" in failed or any(line[-1] == "FAIL" for line in verdicts):
+        return 1
+    return LEFT if failed or any(line[-1] == "not measured" for line in verdicts) else 0
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def judge(results: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each of LIMITS: network, figure, arm, the other arm, limit, measured, and a verdict.
+
+    results: of benchmarks. The first one of the network that has both arms counts, else the first one with
+    BLOCKS_INSTEAD of them.
+    """
+    lines = []
+    for limit in LIMITS:
+        arms, ratio = [limit.arm, limit.other], None
+        for pair in (arms, [BLOCKS_INSTEAD.get(name, name) for name in arms]):
+            found = [_ratio(result, limit, *pair) for result in results if _is_of(result, limit.network)]
+            ratio = next((one for one in found if one is not None), None)
+            if ratio is not None:
+                arms = pair
+                break
+        verdict = "not measured" if ratio is None else "pass" if ratio <= limit.at_most else "FAIL"
+        labels = [ARMS[name].label for name in arms]
+        measured = "" if ratio is None else f"{ratio:.3f}"
+        lines.append([limit.network, limit.figure, *labels, f"{limit.at_most:.3g}", measured, verdict])
+    return lines
+
+
+def _is_of(result: dict[str, Any], network: str) -> bool:
+    return result["settings"]["backbone"]["name"] == NETWORKS[network].backbone.name
+
+
+def _ratio(result: dict[str, Any], limit: Limit, arm: str, other: str) -> float | None:
+    """None where one of the two was not measured."""
+    records = [result["arms"].get(name) for name in (arm, other)]
+    if any(record is None or record["error"] or "median_ms" not in record for record in records):
+        return None
+    if limit.figure == "step time":
+        one, base = (record["median_ms"]["step"] for record in records)
+    else:
+        one, base = (benchmark_memory(record) for record in records)
+    return one / base
+
+
 def report(folder: Path, listed: list[Slice]) -> None:
     """One table and figure for each network, over all of its slices that are done; prints the tables."""
     done = [path for piece in listed if (path := folder / f"{piece.name}.json").is_file()]
@@ -241,7 +383,8 @@ def report(folder: Path, listed: list[Slice]) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="slices to run; all of them by default")
-    parser.add_argument("--minutes", type=float, default=8.5, help="stop before they are over (default: 8.5)")
+    parser.add_argument("--minutes", type=float, help=f"stop before they are over (8.5; --check: {CHECK_MINUTES:g})")
+    parser.add_argument("--check", action="store_true", help="run the tests and measure what is claimed, nothing else")
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="default: results/gpu")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny networks, to try the command itself")
@@ -249,13 +392,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--photographs", help="a folder with val/CLASS of ImageNet's 1,000 classes, for the study's")
     parser.add_argument("--release", help="the folder of the authors' release, for an arm with their model")
     options = parser.parse_args(arguments)
-    deadline = perf_counter() + 60 * options.minutes
+    minutes = options.minutes or (CHECK_MINUTES if options.check else 8.5)
+    deadline = perf_counter() + 60 * minutes
 
     try:
         device = environment.device_name(distributed.pick_device(options.device))
     except ValueError as error:
         sys.exit(f"error: {error}")
     folder = options.out / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ("-small" if options.small else ""))
+    if options.check:
+        if options.names or options.device != "cuda":
+            parser.error("--check takes no slices, and CUDA alone")
+        return check(folder, options.device, options.small, deadline)
     listed = slices(options.device, options.small, options.release)
     unknown = set(options.names) - {piece.name for piece in listed}
     if unknown:
@@ -263,13 +411,15 @@ def main(arguments: list[str]) -> int:
 
     left = [piece for piece in listed if not options.names or piece.name in options.names]
     left = [piece for piece in left if not (folder / f"{piece.name}.json").is_file()]
-    compiled = [piece for piece in left if piece.name.partition("-")[2] in COMPILED]
-    eager = [piece for piece in left if piece not in compiled]
+    tests = [piece for piece in left if piece.name == TESTS]
+    compiled = [piece for piece in left if piece.name.partition("-")[2] in COMPILED | COMPILED_GRAPH]
+    eager = [piece for piece in left if piece not in tests + compiled]
+    tests = do(tests, folder, deadline)  # what is wrong there keeps nothing else from running
     eager = do(eager, folder, deadline)
     settings = [] if eager or options.names or options.small else study(options, deadline)
     compiled = compiled if eager or settings else do(compiled, folder, deadline)
     report(folder, listed)
-    still = [f"{piece.name} ({piece.seconds:.0f} s)" for piece in eager + compiled]
+    still = [f"{piece.name} ({piece.seconds:.0f} s)" for piece in tests + eager + compiled]
     still += [f"the study's {name}" for name in settings]
     print(f"\nleft: {', '.join(still)}" if still else f"\nnothing is left to do: {folder}")
     return LEFT if still else 0
