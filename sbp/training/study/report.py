@@ -263,9 +263,12 @@ def peaks_in_words(device: str, arms: dict[str, float]) -> str:
 
 
 def memory_of_table_1(folder: Path) -> str:
-    """The verdict on the memory column."""
-    reached = []
+    """The verdict on the memory column, and how many networks reach it."""
+    reached: list[bool] = []
     for key, (_, _, plain, sbp, _, _) in TABLE_1.items():
         if measured := peaks(folder, key):
             reached.append(all(arms["sbp"] / arms["plain"] <= sbp / plain for _, arms in measured))
-    return verdicts.of_table_1(reached, len(TABLE_1))
+    verdict = verdicts.of_table_1(reached, len(TABLE_1))
+    if verdict == verdicts.NOT_RUN:
+        return verdict
+    return f"{verdict} ({sum(reached)} of {len(reached)} networks take at most the talk's share)"
