@@ -1,7 +1,8 @@
 # Needs Python 3.11+ and make. Everything else is set up in .venv when it is missing.
 #   make demo      train, evaluate and compare four small models        make test       the default tests
-#   make lint      ruff and mypy                                        make test-survival  real runs, interrupted
-#   make format    let ruff rewrite the code                            make test-slow      the slow tests
+#   make lint      ruff and mypy                                        make test-long      whole runs, and several processes
+#   make format    let ruff rewrite the code                            make test-survival  real runs, interrupted
+#   make test-slow the slow tests
 #   make study     the paper's claims 1, 2 and 5, checked on 2 cores in under 45 minutes (DATA=folder of CIFAR-10)
 #   make test-lowest   the default tests, or TESTS="FILE ...", with the lowest torch, torchvision and timm that are allowed
 #   make clean     remove what make made
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo study test test-lowest test-survival test-slow lint format clean setup gpu-results
+.PHONY: help demo study test test-long test-lowest test-survival test-slow lint format clean setup gpu-results
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,6 +37,9 @@ test: setup
 
 test-lowest: $(LOWEST)/ready
 	@$(LOWEST)/bin/python -m pytest --numprocesses auto $(TESTS)
+
+test-long: setup
+	@$(BIN)/python -m pytest -m 'long and not slow' --numprocesses auto
 
 test-survival: setup
 	@$(BIN)/python -m pytest -m 'survival and not slow' --numprocesses auto

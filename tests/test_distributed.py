@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_two_processes():
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

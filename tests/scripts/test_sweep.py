@@ -35,6 +35,7 @@ def begun_in(text):
     return [line.removeprefix("runs ") for line in text.splitlines() if line.startswith("runs seed")]
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
     result = run(ROOT / "train.py", "-m", *TINY, "run_dir=sweep", "sbp.keep_ratio=2,0.5", folder=tmp_path)
     assert result.returncode == 1
@@ -50,6 +51,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_failed_jobs_leave_no_model_and_the_next_start_does_the_rest(tmp_path):
     command = (SWEEP, "-m", "seed=0,1,2,3,0", "run_dir=sweep")
     result = run(*command, folder=tmp_path)
@@ -75,6 +77,7 @@ def test_failed_jobs_leave_no_model_and_the_next_start_does_the_rest(tmp_path):
     assert result.returncode == 0 and begun(result) == []  # no failure from before, and the runs are as they were
 
 
+@pytest.mark.long
 def test_what_only_one_process_cannot_find_ends_the_job_in_all_of_them(tmp_path):
     image_folders(tmp_path / "0")
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py")
@@ -87,6 +90,7 @@ def test_what_only_one_process_cannot_find_ends_the_job_in_all_of_them(tmp_path)
 
 
 @pytest.mark.parametrize(("seeds", "code"), [("4,0", 130), ("5,0", 75)], ids=["Ctrl-C", "signal between jobs"])
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_ends_with_its_table_on_disk(tmp_path, seeds, code):
     result = run(SWEEP, "-m", f"seed={seeds}", "run_dir=sweep", folder=tmp_path)
     assert result.returncode == code

@@ -172,6 +172,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     assert checkpoints.paths() == [good]
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_kept_and_one_a_killed_process_left_is_removed(tmp_path, monkeypatch):
     accuracies = iter([30.0, 50.0, 40.0, 50.0])
 
@@ -193,6 +194,7 @@ def test_the_best_checkpoint_is_kept_and_one_a_killed_process_left_is_removed(tm
     assert path == checkpoints.best and content["step"] == 88
 
 
+@pytest.mark.long
 def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
     config = small("recipe.epochs=2", "probe.every_steps=null", "checkpoint.every_epochs=2")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -214,6 +216,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
     assert summary["peak_rss"] == 9
 
 
+@pytest.mark.long
 def test_what_a_kill_between_two_writes_left_undone_is_done_at_the_next_start(tmp_path, monkeypatch):
     config = small("recipe.epochs=2", "probe.every_steps=null")
     with monkeypatch.context() as patch:

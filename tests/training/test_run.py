@@ -25,6 +25,7 @@ from train import train
 CPU = pick_device("cpu")
 
 
+@pytest.mark.long
 def test_a_short_training_learns_and_records_it(tmp_path):
     config = small(
         *("recipe.epochs=6", "recipe.lr=2e-3", "global_batch_size=16", "recipe.ema_decay=0.99", "probe.every_steps=89")

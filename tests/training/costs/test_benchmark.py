@@ -210,6 +210,7 @@ def fail(path: Path) -> None:
     raise RuntimeError("on purpose")
 
 
+@pytest.mark.long
 def test_gpu_results_resumes_and_tells_what_is_left(monkeypatch, tmp_path, capsys):
     listed = [Slice("gpu-tests", 1, fail), Slice("broken", 1, fail), Slice("done", 1, note), Slice("long", 1000, note)]
     monkeypatch.setattr(gpu_results, "slices", lambda *_: listed)
@@ -305,6 +306,7 @@ def test_the_checks_exit_code(passed, code, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["convnext_base", "mask_rcnn_convnext_tiny"])
+@pytest.mark.long
 def test_a_slice_and_the_report_over_the_slices(tmp_path, capsys, name):
     listed = gpu_results.slices("cpu", small=True, release=None)
     pieces = {piece.name: piece for piece in listed}

@@ -183,6 +183,7 @@ def test_the_rules_of_the_paper_know_its_layers_only(key):
         forecast(composed("experiment=table1/vit_tiny_sbp", f"sbp.{key}"), 2, rules=PAPER)
 
 
+@pytest.mark.long
 def test_the_command_reports_what_the_functions_return(tmp_path):
     config = composed(*BACKBONES["vit"], "data=digits", "memory_gib=0.05", name="forecast", kind=ForecastConfig)
     assert config.data.image_size == 32  # the schema's defaults have not come back

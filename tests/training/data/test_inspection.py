@@ -250,6 +250,7 @@ def test_a_log_gets_lines_in_place_of_a_bar(root, monkeypatch, caplog, capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_the_command_reports_and_its_exit_code_tells(root):
     """As a user starts it, with a log file for a terminal."""
     shutil.rmtree(root / "train" / "cat")

@@ -360,6 +360,7 @@ def test_the_names_of_a_global_batch_are_those_of_its_images(tmp_path):
     assert batch.labels.tolist() == labels
 
 
+@pytest.mark.long
 def test_a_process_that_fails_does_not_wait_for_its_loaders():
     code = """
 import torch

@@ -169,6 +169,7 @@ def test_a_signal_ends_it():
 
 
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_two_processes_find_what_one_does(tmp_path):
     dataset = shapes()
     alone = figures(dataset, disturbed(perfect(dataset.ground_truth())))

@@ -36,6 +36,7 @@ FOUR_IMAGES = (
 )
 
 
+@pytest.mark.long
 def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_path):
     summary = train(composed(*FOUR_IMAGES, "logger=wandb", "logger.offline=true"), tmp_path)
     assert summary["box_ap"] > 60 and summary["mask_ap"] > 60
