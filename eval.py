@@ -12,14 +12,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from sbp.training import distributed, setup, signals
-from sbp.training.checkpoint import choose_weights, find, load_weights
-from sbp.training.config import Config, EvalConfig, evaluation_batch, from_dict, overridden, validate
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.config.schema import Config, EvalConfig, evaluation_batch, from_dict, overridden, validate
 from sbp.training.data.loading import ValidationSampler, make_loader
-from sbp.training.models import fit_position_embedding
-from sbp.training.tasks import task_of
-from sbp.training.text import write_json
-from scripts.launch import join_processes, run_job
+from sbp.training.engine import setup
+from sbp.training.models.build import fit_position_embedding
+from sbp.training.record.checkpoint import choose_weights, find, load_weights
+from sbp.training.record.files import write_json
+from sbp.training.runtime import distributed, signals
+from sbp.training.tasks.task import task_of
 
 log = logging.getLogger("eval")
 

@@ -10,11 +10,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from sbp.training.config import Config, validate
-from sbp.training.costs.forecast import advised
-from sbp.training.run import Run
-from sbp.training.status import RunStatus, recorded
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.config.schema import Config, validate
+from sbp.training.engine.run import Run
+from sbp.training.memory.forecast import advised
+from sbp.training.record.status import RunStatus, recorded
 
 
 @recorded

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the fol
 import hydra
 from omegaconf import DictConfig
 
-from sbp.training import distributed
-from sbp.training.config import BenchmarkConfig
-from sbp.training.costs.benchmark import benchmark
-from sbp.training.costs.benchmark_report import table, write
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.benchmark.benchmark import benchmark
+from sbp.training.benchmark.report import table, write
+from sbp.training.config.schema import BenchmarkConfig
+from sbp.training.runtime import distributed
 
 log = logging.getLogger("benchmark")
 

@@ -17,14 +17,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sbp.training import environment, signals
-from sbp.training.config import Config, validate
-from sbp.training.data import findings
-from sbp.training.data.inspection import loading_speed, open_splits, read
-from sbp.training.incidents import CORRUPT_IMAGES
-from sbp.training.tasks import task_of
-from sbp.training.text import lines, shown, write_json, write_text
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.checks import findings
+from sbp.training.checks.inspection import loading_speed, open_splits, read
+from sbp.training.config.schema import Config, validate
+from sbp.training.record.files import lines, shown, write_json, write_text
+from sbp.training.record.incidents import CORRUPT_IMAGES
+from sbp.training.runtime import environment, signals
+from sbp.training.tasks.task import task_of
 
 log = logging.getLogger("check_data")
 

@@ -22,8 +22,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sbp.training.table import markdown
-from scripts.sweep_table import columns_of
+from sbp.cli.sweep_table import columns_of
+from sbp.training.record.table import markdown
 
 ROOT = Path(__file__).parents[1]
 BACKBONES = {

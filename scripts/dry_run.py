@@ -22,13 +22,13 @@ from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
-from sbp.training.config import BatchPlan, Config, plan_batches
-from sbp.training.costs.forecast import forecast
+from sbp.cli.launch import composed
+from sbp.training.config.schema import BatchPlan, Config, plan_batches
 from sbp.training.data.loading import TrainSampler
-from sbp.training.loop import Trainer
-from sbp.training.setup import build_trainer
-from sbp.training.table import markdown
-from scripts.launch import composed
+from sbp.training.engine.setup import build_trainer
+from sbp.training.engine.trainer import Trainer
+from sbp.training.memory.forecast import forecast
+from sbp.training.record.table import markdown
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAIN_IMAGES = 1281167  # of ImageNet

@@ -13,9 +13,9 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from sbp.training.config import ExportConfig
-from sbp.training.export import export
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.config.schema import ExportConfig
+from sbp.training.engine.export import export
 
 log = logging.getLogger("export")
 

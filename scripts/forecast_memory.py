@@ -18,14 +18,14 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from sbp.training import environment
-from sbp.training.config import Config, plan_batches
-from sbp.training.costs import forecast as forecasts
-from sbp.training.costs.forecast import PARTS, TODAY, Forecast
-from sbp.training.costs.forecast_paper import PAPER
-from sbp.training.table import markdown
-from sbp.training.text import write_json
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.config.schema import Config, plan_batches
+from sbp.training.memory import forecast as forecasts
+from sbp.training.memory.forecast import PARTS, TODAY, Forecast
+from sbp.training.memory.paper import PAPER
+from sbp.training.record.files import write_json
+from sbp.training.record.table import markdown
+from sbp.training.runtime import environment
 
 log = logging.getLogger("forecast")
 

@@ -26,8 +26,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from sbp.training import distributed, environment
-from sbp.training.config import (
+from sbp.training.benchmark import report as benchmark_report
+from sbp.training.benchmark.benchmark import ARMS, benchmark
+from sbp.training.benchmark.benchmark import memory as benchmark_memory
+from sbp.training.benchmark.report import write_json
+from sbp.training.config.schema import (
     BackboneConfig,
     BenchmarkConfig,
     BenchmarkDataConfig,
@@ -37,13 +40,10 @@ from sbp.training.config import (
     RecipeConfig,
     SbpConfig,
 )
-from sbp.training.costs import benchmark_report
-from sbp.training.costs.benchmark import ARMS, benchmark
-from sbp.training.costs.benchmark import memory as benchmark_memory
-from sbp.training.costs.benchmark_report import write_json
-from sbp.training.costs.forecast import Rules, forecast
+from sbp.training.memory.forecast import Rules, forecast
+from sbp.training.record.table import markdown
+from sbp.training.runtime import distributed, environment
 from sbp.training.study.settings import SCALES
-from sbp.training.table import markdown
 
 ROOT = Path(__file__).parents[1]
 LEFT = 3  # exit code
@@ -229,7 +229,7 @@ class BenchmarkRules(Rules):
 
 
 def check_forecast(eager: str, path: Path) -> None:
-    """Beside the peaks of the eager arms what sbp/training/costs/forecast.py says of them, which needs no GPU."""
+    """Beside the peaks of the eager arms what sbp/training/memory/forecast.py says of them, which needs no GPU."""
     result = json.loads((path.parent / f"{eager}.json").read_text())
     settings, found = result["settings"], {}
     for name, record in result["arms"].items():

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from sbp.training import distributed, environment
-from sbp.training.costs.benchmark_report import write_json
+from sbp.training.benchmark.report import write_json
+from sbp.training.record.table import markdown
+from sbp.training.runtime import distributed, environment
 from sbp.training.study.similarity import of_checkpoint
-from sbp.training.table import markdown
 
 
 def main() -> None:

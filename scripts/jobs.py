@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.children import PASSED_ON, ROOT
+from sbp.cli.torchrun import PASSED_ON, ROOT
 
 
 class Jobs:

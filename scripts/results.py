@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from sbp.training.record.files import write_text
 from sbp.training.study import figures, report
 from sbp.training.study.claims import ANSWERED
-from sbp.training.text import write_text
 
 
 def write(folder: Path) -> None:

@@ -15,8 +15,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sbp
-from sbp.training.costs.forecast import CudaCasts
-from sbp.training.table import markdown
+from sbp.training.memory.forecast import CudaCasts
+from sbp.training.record.table import markdown
 
 NETWORKS = ("vit_tiny_patch16_224", "vit_base_patch16_224", "convnext_tiny", "convnext_base")
 ARMS = {  # heading -> arguments of sbp.apply

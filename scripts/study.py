@@ -24,9 +24,9 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sbp.training import distributed
 from sbp.training.data.sources import build_datasets
-from sbp.training.status import EXIT_PREEMPTED
+from sbp.training.record.status import EXIT_PREEMPTED
+from sbp.training.runtime import distributed
 from sbp.training.study.claims import ANSWERED, Claim, arms_of
 from sbp.training.study.settings import SCALES, Scale, Setting
 from scripts import dry_run

@@ -9,17 +9,17 @@ from statistics import fmean
 
 import torch
 
-from sbp.training import environment
-from sbp.training.config import Config
-from sbp.training.costs.benchmark_report import write_json
+from sbp.cli.launch import composed
+from sbp.cli.torchrun import quoted
+from sbp.training.benchmark.report import write_json
+from sbp.training.config.schema import Config
 from sbp.training.data.sources import build_datasets
-from sbp.training.status import read_json
+from sbp.training.record.status import read_json
+from sbp.training.record.summary import SUMMARY
+from sbp.training.runtime import environment
 from sbp.training.study.claims import ARMS, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
 from sbp.training.study.costs import step_costs
-from sbp.training.summary import SUMMARY
-from scripts.children import quoted
 from scripts.jobs import Jobs
-from scripts.launch import composed
 
 Task = Callable[[Jobs], str | None]
 

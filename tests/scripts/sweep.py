@@ -13,10 +13,10 @@ from pathlib import Path
 import hydra
 import torch
 
-from sbp.training import signals
-from sbp.training.config import Config
-from sbp.training.status import Preempted, write_status
-from scripts.launch import join_processes, run_job
+from sbp.cli.launch import join_processes, run_job
+from sbp.training.config.schema import Config
+from sbp.training.record.status import Preempted, write_status
+from sbp.training.runtime import signals
 
 
 def models() -> list[weakref.ref]:

@@ -10,11 +10,11 @@ from dataclasses import asdict, replace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sbp.training.config import validate
-from sbp.training.status import Preempted, write_status
-from sbp.training.summary import finished
-from scripts import launch
-from scripts.children import RunFailed, quoted, run_children, torchrun
+from sbp.cli import launch
+from sbp.cli.torchrun import RunFailed, quoted, run_children, torchrun
+from sbp.training.config.schema import validate
+from sbp.training.record.status import Preempted, write_status
+from sbp.training.record.summary import finished
 from tests.training.configs import small
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sbp.training import seeding
-from sbp.training.models import build_model
+from sbp.training.models.build import build_model
+from sbp.training.runtime import seeding
 from sbp.training.study.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
 from sbp.training.study.settings import SCALES
 from scripts.study_tasks import Place, arm_config

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sbp.training.checkpoint import find
-from sbp.training.status import read_status
+from sbp.training.record.checkpoint import find
+from sbp.training.record.status import read_status
 from tests.training.configs import BACKBONES, ROOT
 from tests.training.data.test_loading import image_folders
 

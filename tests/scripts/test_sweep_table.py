@@ -9,9 +9,9 @@ import sys
 import matplotlib.image
 import pytest
 
-from sbp.training.status import write_status
-from scripts.sweep_figure import draw
-from scripts.sweep_table import columns_of, main, read_jobs, swept_keys, table, write_table
+from sbp.cli.sweep_figure import draw
+from sbp.cli.sweep_table import columns_of, main, read_jobs, swept_keys, table, write_table
+from sbp.training.record.status import write_status
 
 FIGURES = {"keep_ratio": 0.5, "effective_keep_ratio": 0.5, "saved_bytes_per_image": 2**20, "peak_allocated": 2**30}
 

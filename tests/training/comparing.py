@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sbp.training.checkpoint import Checkpoints, find
-from sbp.training.tracking import read_metrics
+from sbp.training.record.checkpoint import Checkpoints, find
+from sbp.training.record.tracking import read_metrics
 
 MEASURED = ("images_per_second", "data_wait_share", "memory/peak_rss")  # what differs between equal runs
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from sbp.training.config import Config
-from scripts.launch import typed
+from sbp.cli.launch import typed
+from sbp.training.config.schema import Config
 
 ROOT = Path(__file__).parents[2]
 BACKBONES = {

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sbp.training import seeding
+from sbp.training.runtime import seeding
 
 
 @pytest.fixture(autouse=True)

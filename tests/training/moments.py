@@ -15,7 +15,9 @@ from pathlib import Path
 
 import torch
 
-from sbp.training import checkpoint, evaluation, loop
+from sbp.training.engine import trainer
+from sbp.training.record import checkpoint
+from sbp.training.tasks import accuracy
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +38,7 @@ def happen(what: str, once: str | None) -> None:
 
 
 def at_a_step(number: int, what: str, once: str | None) -> None:
-    real, steps = loop.Trainer._loss, count(1)
+    real, steps = trainer.Trainer._loss, count(1)
 
     def loss(self, *args):
         (value, parts), now = real(self, *args), next(steps)
@@ -46,18 +48,18 @@ def at_a_step(number: int, what: str, once: str | None) -> None:
             happen(what, once)
         return value, parts
 
-    loop.Trainer._loss = loss
+    trainer.Trainer._loss = loss
 
 
 def in_evaluation(number: int, what: str, once: str | None) -> None:
-    real, batches = evaluation.autocast, count(1)
+    real, batches = accuracy.autocast, count(1)
 
     def autocast(*args):
         if next(batches) == number:
             happen(what, once)
         return real(*args)
 
-    evaluation.autocast = autocast
+    accuracy.autocast = autocast
 
 
 def in_a_checkpoint(number: int, what: str, once: str | None) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sbp.training import distributed
-from sbp.training.checkpoint import find
-from sbp.training.config import BackboneConfig, Config, DataConfig, ProbeConfig, RecipeConfig, validate
-from sbp.training.run import Run
-from sbp.training.status import RunStatus
+from sbp.training.config.schema import BackboneConfig, Config, DataConfig, ProbeConfig, RecipeConfig, validate
+from sbp.training.engine.run import Run
+from sbp.training.record.checkpoint import find
+from sbp.training.record.status import RunStatus
+from sbp.training.runtime import distributed
 
 BACKBONES = {
     "vit": BackboneConfig(

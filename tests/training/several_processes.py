@@ -15,16 +15,17 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from sbp.training import distributed, parallel, setup
-from sbp.training.config import plan_batches
+from sbp.training.config.schema import plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.data.sources import build_datasets
-from sbp.training.evaluation import evaluate
-from sbp.training.loop import Trainer
-from sbp.training.models import build_model
-from sbp.training.optim import build_criterion, build_ema, build_optimizer, build_scheduler
-from sbp.training.probes import gradient_cosines
+from sbp.training.engine import setup
+from sbp.training.engine.probes import gradient_cosines
+from sbp.training.engine.trainer import Trainer
+from sbp.training.models.build import build_model
+from sbp.training.models.optim import build_criterion, build_ema, build_optimizer, build_scheduler
+from sbp.training.runtime import distributed, wrapping
+from sbp.training.tasks.accuracy import evaluate
 from tests.training.again import Again
 from tests.training.configs import BACKBONES, small
 
@@ -145,7 +146,7 @@ def build(config, kind: str) -> tuple:
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).double()
     ema = build_ema(model, config.recipe)
     if kind == "fsdp":
-        parallel.shard(model, CPU, ema)
+        wrapping.shard(model, CPU, ema)
     optimizer = build_optimizer(model, config.recipe, 1e-2)
     recorder = partial(Again, list(model.parameters())) if kind == "captured" else None
     trainer = Trainer(

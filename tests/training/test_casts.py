@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
-from sbp.training.casts import Casts
+from sbp.training.runtime.precision import Casts
 from tests.conftest import images, small_convnext, small_vit
 
 MODELS = {

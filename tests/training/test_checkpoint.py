@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import nn
 
-from sbp.training import checkpoint
-from sbp.training.checkpoint import Checkpoints, load, load_weights, plain_names, resume_point, save
-from sbp.training.models import build_model
+from sbp.training.models.build import build_model
+from sbp.training.record import checkpoint
+from sbp.training.record.checkpoint import Checkpoints, load, load_weights, plain_names, resume_point, save
 from tests.training.configs import small
 
 CONTENT = {"state_dict": {"weight": torch.arange(1000.0)}, "config": {"seed": 0}, "step": 3}

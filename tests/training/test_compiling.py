@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbp
-from sbp.training import setup
-from sbp.training.compiling import blocks_of, compile_model
+from sbp.training.engine import setup
+from sbp.training.runtime.compiling import blocks_of, compile_model
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
 from tests.training import runs
 

@@ -9,7 +9,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
-from sbp.training.config import (
+from sbp.training.config.schema import (
     BatchPlan,
     Config,
     EvalConfig,
@@ -20,7 +20,7 @@ from sbp.training.config import (
     scaled_lr,
     validate,
 )
-from sbp.training.tasks import task_of
+from sbp.training.tasks.task import task_of
 from tests.training.configs import ROOT, composed, small
 
 GROUPS = ("backbone", "sbp", "data", "recipe", "logger")

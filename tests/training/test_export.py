@@ -5,10 +5,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from sbp.training import setup
-from sbp.training.checkpoint import find
-from sbp.training.distributed import pick_device
-from sbp.training.export import export
+from sbp.training.engine import setup
+from sbp.training.engine.export import export
+from sbp.training.record.checkpoint import find
+from sbp.training.runtime.distributed import pick_device
 from tests.training.configs import BACKBONES, small
 from train import train
 
@@ -55,7 +55,7 @@ def test_without_averaged_weights_the_raw_ones_are_exported(tmp_path):
     trainer = setup.build_trainer(config, setup.load_images(config, device).order, device)
     from dataclasses import asdict
 
-    from sbp.training.checkpoint import save
+    from sbp.training.record.checkpoint import save
 
     save(tmp_path / "x.pt", trainer.state_dict() | {"config": asdict(config), "step": 0})
     with pytest.raises(ValueError, match="has no averaged weights"):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import sbp
-from sbp.training import setup
-from sbp.training.checkpoint import Checkpoints, find
-from sbp.training.config import BenchmarkConfig, BenchmarkDataConfig
-from sbp.training.costs.benchmark import ARMS, Runner
+from sbp.training.benchmark.benchmark import ARMS, Runner
+from sbp.training.config.schema import BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.engine import setup
+from sbp.training.record.checkpoint import Checkpoints, find
 from tests.conftest import (
     OPTIONAL,
     assert_same_gradients,

@@ -8,8 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
-from sbp.training import graphs, loop, setup
-from sbp.training.graphs import WARM_UP, CapturedPass, CudaRecorder, Graphs, Pass, obstacles
+from sbp.training.engine import setup, trainer
+from sbp.training.runtime import graphs
+from sbp.training.runtime.graphs import WARM_UP, CapturedPass, CudaRecorder, Graphs, Pass, obstacles
 from tests.conftest import cuda_only, images, small_convnext, small_vit
 from tests.training import runs
 from tests.training.again import Again
@@ -24,7 +25,7 @@ RANDOM = {
 
 def use(monkeypatch, recorder):
     """In place of CUDA graphs."""
-    monkeypatch.setattr(loop, "Graphs", lambda eager, weights, _: Graphs(eager, weights, lambda: recorder(weights)))
+    monkeypatch.setattr(trainer, "Graphs", lambda eager, weights, _: Graphs(eager, weights, lambda: recorder(weights)))
 
 
 @pytest.fixture

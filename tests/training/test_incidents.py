@@ -7,13 +7,14 @@ import os
 import pytest
 import torch
 
-from sbp.training import loop, signals
-from sbp.training.checkpoint import Checkpoints, find
 from sbp.training.data import loading
-from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
-from sbp.training.probes import PeakMemory
-from sbp.training.status import Preempted, RunStatus, only_run_in, read_status
-from sbp.training.tracking import read_metrics
+from sbp.training.engine import trainer
+from sbp.training.engine.probes import PeakMemory
+from sbp.training.record.checkpoint import Checkpoints, find
+from sbp.training.record.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
+from sbp.training.record.status import Preempted, RunStatus, only_run_in, read_status
+from sbp.training.record.tracking import read_metrics
+from sbp.training.runtime import signals
 from tests.training.comparing import assert_equal, assert_same_run, record
 from tests.training.configs import small
 from train import train
@@ -81,7 +82,7 @@ def test_a_batch_that_cannot_be_read_ends_the_run_after_the_step_it_was_for(tmp_
 
 
 def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monkeypatch):
-    real, losses = loop.Trainer._loss, []
+    real, losses = trainer.Trainer._loss, []
 
     def loss(self, *args):
         value, parts = real(self, *args)
@@ -94,9 +95,9 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monk
         states.append(step)
         return real_update(self, step)
 
-    real_update = loop.Trainer.update
-    monkeypatch.setattr(loop.Trainer, "_loss", loss)
-    monkeypatch.setattr(loop.Trainer, "update", update)
+    real_update = trainer.Trainer.update
+    monkeypatch.setattr(trainer.Trainer, "_loss", loss)
+    monkeypatch.setattr(trainer.Trainer, "update", update)
     train(small("probe.every_steps=null", "log_every_steps=1", "recipe.ema_decay=0.9"), tmp_path)
     assert states == [0, *range(3, 44)]  # steps 1 and 2 changed no weight
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -107,7 +108,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monk
 @pytest.mark.parametrize("amp", ["off", "bfloat16"])
 def test_a_gradient_that_is_not_finite_costs_its_step_and_nothing_else(tmp_path, monkeypatch, amp):
     """One element of it, where the loss is finite."""
-    real, seen = loop.Trainer.backward, {}
+    real, seen = trainer.Trainer.backward, {}
 
     def backward(self, step, micro_batches):
         loss = real(self, step, micro_batches)
@@ -117,7 +118,7 @@ def test_a_gradient_that_is_not_finite_costs_its_step_and_nothing_else(tmp_path,
             next(self.model.parameters()).grad.view(-1)[0] = float("inf")
         return loss
 
-    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    monkeypatch.setattr(trainer.Trainer, "backward", backward)
     config = small("probe.every_steps=null", "log_every_steps=1", "recipe.ema_decay=0.9", f"amp={amp}")
     summary = train(config, tmp_path)
     assert_equal(seen[5], seen[6])
@@ -130,7 +131,7 @@ def test_a_gradient_that_is_not_finite_costs_its_step_and_nothing_else(tmp_path,
 
 
 def test_gradients_that_stay_infinite_end_a_run_with_the_files_of_the_first_such_step(tmp_path, monkeypatch):
-    real = loop.Trainer.backward
+    real = trainer.Trainer.backward
 
     def backward(self, step, micro_batches):
         loss = real(self, step, micro_batches)
@@ -138,7 +139,7 @@ def test_gradients_that_stay_infinite_end_a_run_with_the_files_of_the_first_such
             next(self.model.parameters()).grad.view(-1)[0] = float("nan")
         return loss
 
-    monkeypatch.setattr(loop.Trainer, "backward", backward)
+    monkeypatch.setattr(trainer.Trainer, "backward", backward)
     config = small("probe.every_steps=null", "amp=bfloat16", "recipe.clip_grad=1", "max_skipped_steps=2")
     with pytest.raises(ValueError, match="the gradient norm is nan in step 8; 3 steps in a row had to") as error:
         train(config, tmp_path)
@@ -177,11 +178,11 @@ def test_the_best_checkpoint_is_kept_and_one_a_killed_process_left_is_removed(tm
     accuracies = iter([30.0, 50.0, 40.0, 50.0])
 
     def measured(model, *args, **kwargs):
-        from sbp.training.evaluation import Accuracy
+        from sbp.training.tasks.accuracy import Accuracy
 
         return Accuracy(next(accuracies), 90.0, 1.0, 360)
 
-    monkeypatch.setattr("sbp.training.evaluation.evaluate", measured)
+    monkeypatch.setattr("sbp.training.tasks.accuracy.evaluate", measured)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "step-00000001.tmp99").write_text("half")
     summary = train(small("recipe.epochs=4", "checkpoint.keep=1", "probe.every_steps=null"), tmp_path)
@@ -204,7 +205,7 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
         raise Preempted("stopped by SIGTERM during evaluation")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sbp.training.evaluation.evaluate", stopped)
+        patch.setattr("sbp.training.tasks.accuracy.evaluate", stopped)
         with pytest.raises(Preempted):
             train(config, parts)
     assert read_status(parts)["state"] == "preempted"

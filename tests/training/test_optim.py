@@ -5,9 +5,9 @@ import timm
 import torch
 
 import sbp
-from sbp.training.config import SCHEDULERS, RecipeConfig, validate
-from sbp.training.models import build_model
-from sbp.training.optim import build_optimizer, build_scheduler
+from sbp.training.config.schema import SCHEDULERS, RecipeConfig, validate
+from sbp.training.models.build import build_model
+from sbp.training.models.optim import build_optimizer, build_scheduler
 from tests.training.configs import BACKBONES, small
 
 RECIPE = RecipeConfig(epochs=3, warmup_epochs=1, warmup_lr=0.0, min_lr=0.0, layer_decay=0.5)

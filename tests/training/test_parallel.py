@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sbp.training import distributed, setup
+from sbp.training.engine import setup
+from sbp.training.runtime import distributed
 from tests.training.configs import small
 
 

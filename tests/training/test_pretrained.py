@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
 from eval import evaluate_checkpoint
-from sbp.training import pretrained, setup
-from sbp.training.checkpoint import find
-from sbp.training.config import EvalConfig
-from sbp.training.distributed import pick_device
-from sbp.training.export import export
-from sbp.training.models import create
-from sbp.training.pretrained import preprocessing_differences, starting_weights, timm_name
+from sbp.training.config.schema import EvalConfig
+from sbp.training.engine import setup
+from sbp.training.engine.export import export
+from sbp.training.models import pretrained
+from sbp.training.models.build import create
+from sbp.training.models.pretrained import preprocessing_differences, starting_weights, timm_name
+from sbp.training.record.checkpoint import find
+from sbp.training.runtime.distributed import pick_device
 from tests.training.comparing import assert_equal
 from tests.training.configs import BACKBONES, composed, small
 from train import train

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sbp.training.tracking import read_metrics
+from sbp.training.record.tracking import read_metrics
 from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import BACKBONES, ROOT, composed
 from tests.training.several_processes import train

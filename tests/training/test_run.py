@@ -10,14 +10,14 @@ import torch
 from timm.models import load_checkpoint
 
 from eval import evaluate_checkpoint
-from sbp.training import setup
-from sbp.training.checkpoint import Checkpoints, find
-from sbp.training.config import EvalConfig
-from sbp.training.distributed import pick_device
-from sbp.training.loop import Trainer
-from sbp.training.models import build_model
-from sbp.training.optim import build_criterion, build_optimizer, build_scheduler
-from sbp.training.tracking import read_metrics
+from sbp.training.config.schema import EvalConfig
+from sbp.training.engine import setup
+from sbp.training.engine.trainer import Trainer
+from sbp.training.models.build import build_model
+from sbp.training.models.optim import build_criterion, build_optimizer, build_scheduler
+from sbp.training.record.checkpoint import Checkpoints, find
+from sbp.training.record.tracking import read_metrics
+from sbp.training.runtime.distributed import pick_device
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import BACKBONES, small
 from train import train

@@ -5,11 +5,11 @@ import torch
 
 import sbp
 from sbp.state import State
-from sbp.training import setup
-from sbp.training.checkpoint import Checkpoints, find
-from sbp.training.distributed import pick_device
-from sbp.training.evaluation import evaluate
-from sbp.training.loop import Trainer
+from sbp.training.engine import setup
+from sbp.training.engine.trainer import Trainer
+from sbp.training.record.checkpoint import Checkpoints, find
+from sbp.training.runtime.distributed import pick_device
+from sbp.training.tasks.accuracy import evaluate
 from tests.training.comparing import assert_equal, record
 from tests.training.configs import BACKBONES, small
 from train import train
@@ -156,7 +156,7 @@ def test_a_fixed_mask_is_the_first_one_in_every_step_and_those_of_other_runs_dif
 
 def test_the_cosine_of_a_fixed_mask_is_that_of_the_mask_of_the_run(tmp_path, monkeypatch):
     numbers = []
-    monkeypatch.setattr("sbp.training.run.gradient_cosines", lambda *_, draw: numbers.append(draw) or {})
+    monkeypatch.setattr("sbp.training.engine.run.gradient_cosines", lambda *_, draw: numbers.append(draw) or {})
     run(tmp_path / "fixed", "sbp.fixed_mask=true", "probe.every_steps=3")
     run(tmp_path / "fresh", "probe.every_steps=3")
     assert numbers == [0, 0, 3, 4]
@@ -178,7 +178,7 @@ def test_training_images_may_be_smaller_than_those_of_evaluation(tmp_path, monke
         return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(Trainer, "_loss", loss)
-    monkeypatch.setattr("sbp.training.evaluation.evaluate", evaluated)
+    monkeypatch.setattr("sbp.training.tasks.accuracy.evaluate", evaluated)
     more = (f"data.image_size={sides[0]}", f"data.train_image_size={sides[1]}", "recipe.mixup=0.8", *dynamic)
     summary = train(small(*QUICK, *more, "probe.every_steps=3", backbone=backbone), tmp_path)
     assert sizes == {True: {(sides[1],) * 2}, False: {(sides[0],) * 2}}

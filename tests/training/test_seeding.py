@@ -4,7 +4,8 @@ import os
 
 import torch
 
-from sbp.training import seeding, setup
+from sbp.training.engine import setup
+from sbp.training.runtime import seeding
 from tests.training.configs import small
 from train import train
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from sbp.training.checkpoint import Checkpoints
-from sbp.training.incidents import CORRUPT_IMAGES, SKIPPED_STEPS
-from sbp.training.status import EXIT_PREEMPTED, read_status
-from sbp.training.tracking import read_metrics
+from sbp.training.record.checkpoint import Checkpoints
+from sbp.training.record.incidents import CORRUPT_IMAGES, SKIPPED_STEPS
+from sbp.training.record.status import EXIT_PREEMPTED, read_status
+from sbp.training.record.tracking import read_metrics
 from tests.training.comparing import assert_same_run, record
 from tests.training.configs import BACKBONES, ROOT
 from tests.training.data.test_loading import image_folders

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from sbp.training import tracking
-from sbp.training.config import LoggerConfig
-from sbp.training.tracking import SENT, Tracker, read_metrics
+from sbp.training.config.schema import LoggerConfig
+from sbp.training.record import tracking
+from sbp.training.record.tracking import SENT, Tracker, read_metrics
 from tests.training.wandb_side import WandbServer, offline_folders, wandb_history
 
 OFFLINE = LoggerConfig(name="wandb", offline=True)

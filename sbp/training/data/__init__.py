@@ -1,1 +1,4 @@
-"""Images: where they come from, what they go through, in which order they are seen; and what is wrong with them."""
+"""Images: sources, preprocessing, loading.
+
+Imports config, runtime and record.
+"""

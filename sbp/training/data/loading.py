@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sbp.training import seeding, signals
-from sbp.training.config import BatchPlan
+from sbp.training.config.schema import BatchPlan
 from sbp.training.data.naming import path
+from sbp.training.runtime import seeding, signals
 
 _UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # PIL raises SyntaxError for a broken PNG
 SUBSTITUTES = 10  # tried in place of an unreadable image; when all fail it is the storage, not the images

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from sbp.training.config import DataConfig, RecipeConfig
+from sbp.training.config.schema import DataConfig, RecipeConfig
 
 UPRIGHT = {  # what turns a stored image upright, by EXIF's number
     1: None,

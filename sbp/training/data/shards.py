@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from sbp.training.text import shown
+from sbp.training.record.files import shown
 
 log = logging.getLogger(__name__)
 

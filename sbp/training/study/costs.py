@@ -8,11 +8,12 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from sbp.training import distributed, setup
-from sbp.training.config import SLOPE_IMAGES, Config, plan_batches
+from sbp.training.config.schema import SLOPE_IMAGES, Config, plan_batches
 from sbp.training.data.loading import TrainSampler
-from sbp.training.loop import Trainer
-from sbp.training.probes import saved_bytes_per_image
+from sbp.training.engine import setup
+from sbp.training.engine.probes import saved_bytes_per_image
+from sbp.training.engine.trainer import Trainer
+from sbp.training.runtime import distributed
 
 
 def step_costs(

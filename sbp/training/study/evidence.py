@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from sbp.training.status import read_json
+from sbp.training.record.status import read_json
 from sbp.training.study.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
 from sbp.training.study.verdicts import NOT_RUN, Cost, Difference, difference, needs_more, not_dominated, together
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from sbp.training.status import read_json
+from sbp.training.record.status import read_json
+from sbp.training.record.table import markdown
 from sbp.training.study import verdicts
 from sbp.training.study.claims import (
     ANSWERED,
@@ -24,7 +25,6 @@ from sbp.training.study.claims import (
 )
 from sbp.training.study.evidence import Evidence, Finding, label, standard_error
 from sbp.training.study.settings import SCALES
-from sbp.training.table import markdown
 
 MIB = 2**20
 NO_CLAIM = "does not apply"

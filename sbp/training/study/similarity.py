@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 
 import sbp
 from sbp.diagnostics import Gradient
-from sbp.training import checkpoint, seeding
-from sbp.training.config import Config, SbpConfig, from_dict
+from sbp.training.config.schema import Config, SbpConfig, from_dict
 from sbp.training.data.loading import spread_samples
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.data.sources import build_datasets
-from sbp.training.models import build_model
+from sbp.training.models.build import build_model
+from sbp.training.record import checkpoint
+from sbp.training.runtime import seeding
 
 SHARES = {"half": 0.5, "three_quarters": 0.75}  # of the batch, for the nulls of claims.py
 

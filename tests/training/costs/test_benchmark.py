@@ -11,12 +11,12 @@ import torch
 from timm.layers import PatchDropout
 
 import sbp
-from sbp.training import environment
-from sbp.training.config import BenchmarkConfig, BenchmarkDataConfig, validate_benchmark
-from sbp.training.costs import benchmark_report
-from sbp.training.costs.benchmark import ARMS, KINDS, PARTS, Arm, Runner, _choose_arms, benchmark, search_largest
-from sbp.training.costs.benchmark_report import merged, pareto, table
-from sbp.training.costs.release import release_model
+from sbp.training.benchmark import report
+from sbp.training.benchmark.authors_release import release_model
+from sbp.training.benchmark.benchmark import ARMS, KINDS, PARTS, Arm, Runner, _choose_arms, benchmark, search_largest
+from sbp.training.benchmark.report import merged, pareto, table
+from sbp.training.config.schema import BenchmarkConfig, BenchmarkDataConfig, validate_benchmark
+from sbp.training.runtime import environment
 from scripts import gpu_results
 from scripts.gpu_results import LIMITS, NETWORKS, SMALL, Slice, benchmark_config, judge
 from tests.conftest import cuda_only
@@ -37,7 +37,7 @@ def small(name: str = "vit_base", arms: list[str] | None = None, **changes) -> B
 @pytest.mark.parametrize("name", ["vit_base", "convnext_base"])
 def test_all_eager_arms_run_and_the_record_holds_what_is_promised(name, tmp_path):
     arms = [arm for arm in EAGER if name.startswith("vit") or not ARMS[arm].vit_only]
-    benchmark_report.write(benchmark(small(name, arms)), tmp_path, "net")
+    report.write(benchmark(small(name, arms)), tmp_path, "net")
     result = json.loads((tmp_path / "net.json").read_text())
     assert set(result["versions"]) >= {"torch", "timm"} and result["device"].startswith("CPU")
     assert (result["threads"], result["amp"], result["batch_size"], result["rounds"]) == (1, "bfloat16", 4, 2)
@@ -372,6 +372,6 @@ def test_memory_and_largest_batch(device, name, arms):
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob("*-eager.json")), ids=lambda path: path.stem)
 def test_the_tables_of_the_results_are_those_of_their_records(path):
     result = json.loads(path.read_text())
-    text = f"{benchmark_report.caption(result)}\n\n{table(result)}\n"
+    text = f"{report.caption(result)}\n\n{table(result)}\n"
     assert path.with_suffix(".md").read_text() == text and path.with_suffix(".png").is_file()
     assert set(result["arms"]) <= set(ARMS) and not str(result["settings"]["release"]).startswith(("/", "."))

@@ -9,22 +9,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.ops import roi_align
 
 import sbp
-from sbp.training.config import DETECTORS, Config
-from sbp.training.costs import detection_batch, forecast_detection
-from sbp.training.costs import forecast as forecasts
-from sbp.training.costs.forecast import (
-    PARTS,
-    RECOMPUTE,
-    CudaCasts,
-    advice,
-    forecast,
-    largest_micro_batch,
-    with_sbp,
-)
-from sbp.training.costs.forecast_paper import PAPER
-from sbp.training.detection.heads import MaskRoIHeads
-from sbp.training.loop import Trainer
-from sbp.training.models import build_model
+from sbp.training.config.schema import DETECTORS, Config
+from sbp.training.engine.trainer import Trainer
+from sbp.training.memory import detection
+from sbp.training.memory import forecast as forecasts
+from sbp.training.memory.forecast import PARTS, RECOMPUTE, CudaCasts, advice, forecast, largest_micro_batch, with_sbp
+from sbp.training.memory.paper import PAPER
+from sbp.training.models.build import build_model
+from sbp.training.tasks.detection import synthetic
+from sbp.training.tasks.detection.heads import MaskRoIHeads
 from scripts.forecast_memory import ForecastConfig, report
 from scripts.gpu_results import BenchmarkRules
 from tests.training.configs import BACKBONES, composed, small
@@ -244,11 +237,11 @@ def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
         *("data.image_size=128", "data.max_size=192", "global_batch_size=2", "backbone.kwargs.dims=[16,32,64,64]"),
     )
     torch.manual_seed(0)
-    model = forecast_detection.build(config).train()
-    detection_batch.propose_objects(model)
-    images, targets = detection_batch.random(128, 192, 2, num_classes=3)
-    assert images.shape == forecast_detection.batch(config, 2)[0].shape == (2, 3, 128, 192)
-    real = sbp.saved_bytes(lambda: forecast_detection.loss(model, images, targets))
+    model = detection.build(config).train()
+    synthetic.propose_objects(model)
+    images, targets = synthetic.random(128, 192, 2, num_classes=3)
+    assert images.shape == detection.batch(config, 2)[0].shape == (2, 3, 128, 192)
+    real = sbp.saved_bytes(lambda: detection.loss(model, images, targets))
     assert forecast(config, 2).saved == pytest.approx(real, rel=0.005)
 
 
@@ -260,13 +253,13 @@ def test_the_peak_of_a_detector_is_that_of_an_independent_count(name):
         *("data.image_size=128", "data.max_size=192", "global_batch_size=2", "backbone.kwargs.dims=[16,32,64,64]"),
     )
     torch.manual_seed(0)
-    model = forecast_detection.build(config).train()
-    detection_batch.propose_objects(model)
+    model = detection.build(config).train()
+    synthetic.propose_objects(model)
     tracker = MemTracker()
     tracker.track_external(model)
     with tracker:
-        images, targets = detection_batch.random(128, 192, 2, num_classes=3)
-        forecast_detection.loss(model, images, targets).backward()
+        images, targets = synthetic.random(128, 192, 2, num_classes=3)
+        detection.loss(model, images, targets).backward()
     counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     ours = forecast(config, 2, rules=BenchmarkRules())  # whose images stay
     assert ours.peak - ours.optimizer == pytest.approx(counted, rel=0.005)
@@ -285,9 +278,9 @@ def test_a_benchmarked_detector_samples_as_many_regions_with_objects_as_forecast
     monkeypatch.setattr(MaskRoIHeads, "subsample", subsample)
     config = composed("task=detection", f"detector.name={name}", "detector.rois_per_image=512")
     torch.manual_seed(0)
-    model = forecast_detection.build(config).train()
-    detection_batch.propose_objects(model)
-    model(*detection_batch.random(128, 192, 2, num_classes=3))
+    model = detection.build(config).train()
+    synthetic.propose_objects(model)
+    model(*synthetic.random(128, 192, 2, num_classes=3))
     assert len(drawn) == (2 if name == "mask_rcnn" else 6)
     assert all(regions == 512 and 124 <= objects <= 128 for regions, objects in drawn)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.autograd import DeviceType
 
-from sbp.training.costs import launches
+from sbp.training.benchmark import launches
 
 CPU = torch.device("cpu")
 

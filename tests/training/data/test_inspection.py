@@ -16,10 +16,10 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.utils.data import Dataset
 
-from sbp.training.config import DataConfig
-from sbp.training.data import inspection
-from sbp.training.data.findings import IMAGENET_1K, findings, meaning
-from sbp.training.data.inspection import Split, describe, loading_speed, read
+from sbp.training.checks import inspection
+from sbp.training.checks.findings import IMAGENET_1K, findings, meaning
+from sbp.training.checks.inspection import Split, describe, loading_speed, read
+from sbp.training.config.schema import DataConfig
 from sbp.training.data.loading import spread
 from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import ROOT, composed

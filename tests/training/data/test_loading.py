@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from sbp.training import seeding, setup
-from sbp.training.config import plan_batches
+from sbp.training.config.schema import plan_batches
 from sbp.training.data.classes import check_same_classes
 from sbp.training.data.loading import (
     TrainSampler,
@@ -23,6 +22,8 @@ from sbp.training.data.loading import (
 )
 from sbp.training.data.preprocessing import Normalize, decode, train_transform, validation_transform
 from sbp.training.data.sources import Digits, SyntheticImages, build_datasets, build_validation_set
+from sbp.training.engine import setup
+from sbp.training.runtime import seeding
 from tests.training.configs import ROOT, composed, small
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from sbp.training.config import DataConfig, RecipeConfig
-from sbp.training.detection.sources import build_datasets
+from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.tasks.detection.datasets import build_datasets
 
 SIZES = [(40, 60), (60, 40), (50, 50), (33, 70), (48, 64)]  # (height, width)
 CATEGORIES = {3: "cat", 7: "dog", 90: "hat"}

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sbp.training.config import BackboneConfig, DetectorConfig, SbpConfig
-from sbp.training.detection.detector import Detector, build_detector
+from sbp.training.config.schema import BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.tasks.detection.detector import Detector, build_detector
 from tests.conftest import randomise
 
 BACKBONE = BackboneConfig(name="convnext_tiny", kwargs={"depths": (2, 1, 3, 1), "dims": (8, 12, 16, 32)})

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torchvision.ops import roi_align
 
-from sbp.training import distributed, parallel
 from sbp.training.data.loading import ValidationSampler, make_loader
-from sbp.training.detection.augmentation import collate
-from sbp.training.detection.evaluation import evaluate_detection
+from sbp.training.runtime import distributed, wrapping
+from sbp.training.tasks.detection.augmentation import collate
+from sbp.training.tasks.detection.evaluation import evaluate_detection
 from tests.training.detection.coco_files import plain, settings
 
 CPU = torch.device("cpu")
@@ -90,7 +90,7 @@ def shapes():
 def figures(dataset, found, *, batch=BATCH, sharded=False, **options):
     model = Finder(found)
     if sharded:
-        parallel.shard(model, CPU)
+        wrapping.shard(model, CPU)
     sampler = ValidationSampler(len(dataset), batch, distributed.rank(), distributed.world_size())
     loader = make_loader(dataset, sampler, seed=0, workers=0, device=CPU, collate=collate)
     return evaluate_detection(model, loader, ground_truth=dataset.ground_truth, **options)

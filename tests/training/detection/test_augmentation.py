@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sbp.training.config import DataConfig, RecipeConfig
+from sbp.training.config.schema import DataConfig, RecipeConfig
 from sbp.training.data.loading import Sample
 from sbp.training.data.preprocessing import Normalize
-from sbp.training.detection.augmentation import (
+from sbp.training.tasks.detection.augmentation import (
     PaddedNormalize,
     Preprocessing,
     TrainTransform,

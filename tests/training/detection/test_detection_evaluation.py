@@ -6,14 +6,14 @@ import torch
 from pycocotools import mask as run_lengths
 from pycocotools.cocoeval import COCOeval
 
-from sbp.training import signals
-from sbp.training.config import RecipeConfig
+from sbp.training.config.schema import RecipeConfig
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.data.preprocessing import Normalize
-from sbp.training.detection import evaluation
-from sbp.training.detection.augmentation import PaddedNormalize, collate
-from sbp.training.detection.evaluation import average_precision, coco_results, evaluate_detection
-from sbp.training.status import Preempted
+from sbp.training.record.status import Preempted
+from sbp.training.runtime import signals
+from sbp.training.tasks.detection import evaluation
+from sbp.training.tasks.detection.augmentation import PaddedNormalize, collate
+from sbp.training.tasks.detection.evaluation import average_precision, coco_results, evaluate_detection
 from tests.training.configs import ROOT
 from tests.training.detection.coco_files import coco_folder, coco_settings, plain
 from tests.training.detection.finding import CPU, IMAGES, Finder, disturbed, figures, perfect, shapes

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from eval import evaluate_checkpoint
-from sbp.training import setup
-from sbp.training.checkpoint import find
-from sbp.training.config import DETECTORS, EvalConfig, validate
-from sbp.training.export import export
-from sbp.training.optim import build_optimizer, build_scheduler
-from sbp.training.tasks import task_of
-from sbp.training.tracking import read_metrics
+from sbp.training.config.schema import DETECTORS, EvalConfig, validate
+from sbp.training.engine import setup
+from sbp.training.engine.export import export
+from sbp.training.models.optim import build_optimizer, build_scheduler
+from sbp.training.record.checkpoint import find
+from sbp.training.record.tracking import read_metrics
+from sbp.training.tasks.task import task_of
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.detection.coco_files import coco_folder, one_class

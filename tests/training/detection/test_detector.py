@@ -10,10 +10,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou, roi_align
 
 import sbp
-from sbp.training import parallel
-from sbp.training.config import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
-from sbp.training.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
-from sbp.training.detection.heads import AlignedPool, crop_masks
+from sbp.training.config.schema import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.runtime import wrapping
+from sbp.training.tasks.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
+from sbp.training.tasks.detection.heads import AlignedPool, crop_masks
 from tests import oracles
 from tests.conftest import assert_same_gradients
 from tests.training.detection.detectors import BACKBONE, CLASSES, batch, gradients, losses, rectangles, small_detector
@@ -276,7 +276,7 @@ def test_losses_and_detections_are_torchvisions():
 
 def test_batch_norm_of_one_process_stays():
     model = small_detector("cascade_mask_rcnn")
-    assert parallel.synchronise_batch_norm(model, torch.device("cuda")) is model
+    assert wrapping.synchronise_batch_norm(model, torch.device("cuda")) is model
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
 
 
@@ -285,9 +285,9 @@ def test_batch_norm_of_several_processes(monkeypatch):
     model = small_detector("cascade_mask_rcnn", keep_ratio=0.5)
     before, classes = dict(model.named_parameters()), [type(module) for module in model.backbone.modules()]
     keys = list(model.state_dict())
-    monkeypatch.setattr("sbp.training.distributed.world_size", lambda: 2)
-    assert parallel.synchronise_batch_norm(model, torch.device("cpu")) is model  # which has none
-    model = parallel.synchronise_batch_norm(model, torch.device("cuda"))
+    monkeypatch.setattr("sbp.training.runtime.distributed.world_size", lambda: 2)
+    assert wrapping.synchronise_batch_norm(model, torch.device("cpu")) is model  # which has none
+    model = wrapping.synchronise_batch_norm(model, torch.device("cuda"))
     assert sum(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()) == 12
     assert list(model.state_dict()) == keys and [type(module) for module in model.backbone.modules()] == classes
     assert all(parameter is before[name] for name, parameter in model.named_parameters())

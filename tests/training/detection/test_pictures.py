@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sbp.training.detection.pictures import draw, predicted
+from sbp.training.tasks.detection.pictures import draw, predicted
 from tests.training.detection.coco_files import coco_folder, coco_settings, plain
 from tests.training.detection.finding import Finder, perfect, shapes
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sbp.training.detection.shapes import CLASSES, SMALLEST, Shapes, generate
+from sbp.training.tasks.detection.shapes import CLASSES, SMALLEST, Shapes, generate
 from tests.training.detection.coco_files import plain, settings
 
 

@@ -1,0 +1,1 @@
+"""The commands. With train.py, eval.py and scripts/ all that knows Hydra."""

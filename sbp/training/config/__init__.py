@@ -1,0 +1,4 @@
+"""What a run can be told: every key with its meaning, default and limits.
+
+Imports nothing else of the framework.
+"""

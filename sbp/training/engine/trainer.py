@@ -1,0 +1,360 @@
+"""The training step, and the steps of an epoch."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import sbp
+from sbp.training.data.loading import Batch, Images, moved
+from sbp.training.data.preprocessing import Normalize
+from sbp.training.record.incidents import Incidents
+from sbp.training.record.progress import Progress
+from sbp.training.runtime import distributed, seeding, signals, wrapping
+from sbp.training.runtime.graphs import Graphs, Pass, Recorder
+from sbp.training.runtime.precision import DTYPES, Casts, autocast
+from sbp.training.tasks.task import sum_of
+
+Targets = Any  # labels (B,), or in detection a list of B dictionaries
+
+
+class Trainer:
+    """All that an optimizer step changes or needs.
+
+    model: on its device, patched or not; sharded or, when there are several processes, wrapped in DDP here. The result
+    of a step depends on the state of the trainer, the number of the step and its images alone: random erasing, mixup,
+    drop path and masks take their random numbers from (seed, step, micro batch, process).
+    criterion: the loss of the model's outputs and the labels; None for a model that takes both images and targets in
+        training, and returns its losses by name.
+    normalize: what uint8 images go through on the device; None for images that the model takes as they are.
+    fixed_mask: mask number 0 in every step. exact_from: the step from which backpropagation is exact; None for never.
+    recorder: captures forward and backward passes to replay them, as CUDA graphs do; None to run each one anew.
+    cast_together: under `amp`, cast the weights in one call a pass rather than one by one. Not for a compiled model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: Scheduler,
+        criterion: nn.Module | None,
+        *,
+        normalize: Normalize | None = None,
+        mixup: Mixup | None = None,
+        ema: ModelEmaV3 | None = None,
+        amp: str = "off",
+        clip_grad: float | None = None,
+        accumulation: int = 1,
+        patched: bool = True,
+        hold_mask: bool = False,
+        fixed_mask: bool = False,
+        exact_from: int | None = None,
+        channels_last: bool = False,
+        recorder: Callable[[], Recorder] | None = None,
+        cast_together: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.criterion, self.mixup, self.ema = criterion, mixup, ema
+        self.amp, self.clip_grad, self.accumulation = amp, clip_grad, accumulation
+        self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
+        self.fixed_mask, self.exact_from = fixed_mask, exact_from
+        self.device = next(model.parameters()).device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.normalize = None if normalize is None else normalize.to(self.device)
+        # A captured pass cannot exchange gradients while it computes them, so they are averaged after it, without DDP.
+        self.wrapped = wrapping.wrap(model) if recorder is None else wrapping.same_everywhere(model)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
+        self.casts = Casts(model, DTYPES[amp]) if cast_together and amp in DTYPES else None
+        self.eager = Pass(self._forward, self._backward)
+        self.graphs = None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder)
+
+    def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> float:
+        """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss."""
+        loss = self.backward(step, micro_batches)
+        self.update(step)
+        return loss.read()
+
+    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> "OnItsWay":
+        """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
+        self.model.train()
+        self.scheduler.step_update(step)
+        exact = self.patched and self.exact_from is not None and step >= self.exact_from
+        if self.graphs is not None:
+            self.graphs.begin_step(kind=exact)
+        mean: Tensor | float = 0.0  # of the loss and its parts
+        for micro, (images, targets) in enumerate(micro_batches):
+            last = micro == self.accumulation - 1
+            seeding.seed_everything(self.seed, seeding.STEP, step, micro, distributed.rank())
+            with ExitStack() as stack:
+                if not last:
+                    stack.enter_context(wrapping.no_sync(self.wrapped))
+                if exact:
+                    stack.enter_context(sbp.disabled(self.model))  # for the backward pass too, which may recompute
+                if self.casts is not None:
+                    stack.callback(self.casts.remove)
+                inputs = self._prepared(images, targets)
+                run = self.eager if self.graphs is None else self.graphs.pass_for(inputs, adds=micro > 0)
+                if self.patched:
+                    sbp.set_draw(self.model, self._draw(step, micro))
+                mean += run.forward(*inputs) / self.accumulation
+                if last:
+                    figures = OnItsWay(mean, self.parts)
+                run.backward()
+        if self.graphs is not None:
+            wrapping.average_gradients(self.model)
+        return figures
+
+    def update(self, step: int) -> "Update":
+        """Changes the weights by the gradients, unscaled and clipped once, and the averaged weights by the new ones.
+
+        Where the gradient's norm is not finite, all stay as they are, in all processes alike.
+        """
+        norm = self._clipped_norm()
+        if norm is not None and not math.isfinite(norm):
+            self.skip()
+            return Update(norm, self.scaler.get_scale())
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        scale = self.scaler.get_scale()
+        if self.ema is not None and scale >= before:  # else the weights are as before
+            self.ema.update(self.model, step=step + 1)
+        return Update(norm, scale)
+
+    def _clipped_norm(self) -> float | None:
+        """The norm of the whole gradient before it is clipped, here; None in float16, where the scaler looks itself."""
+        parameters = list(self.model.parameters())
+        norm: Tensor | None = None
+        if self.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_grad)
+        elif not self.scaler.is_enabled():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return None if norm is None or self.scaler.is_enabled() else wrapping.number(norm)
+
+    def skip(self) -> None:
+        """Forgets the gradients: the weights stay, only the schedule goes on."""
+        self.optimizer.zero_grad()
+
+    def _draw(self, step: int, micro: int) -> int:
+        """The number of a micro batch's mask."""
+        if self.fixed_mask:
+            return 0
+        return step if self.hold_mask else step * self.accumulation + micro
+
+    def _prepared(self, images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """What the model is given of a micro batch."""
+        images, targets = self.to_device(images, targets, erase=True)
+        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+
+    def _forward(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The loss to back-propagate, scaled; and what to report of it: itself and its parts, (1 + P,)."""
+        if self.casts is not None:
+            self.casts.put()
+        loss, parts = self._loss(images, targets)
+        self.parts = list(parts)
+        return self.scaler.scale(loss / self.accumulation), torch.stack([loss, *parts.values()]).detach()
+
+    def _loss(self, images: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the parts that a model with losses of its own adds it up from."""
+        with autocast(self.amp, self.device):
+            if self.criterion is not None:
+                return self.criterion(self.wrapped(images), targets), {}
+            parts = self.wrapped(images, targets)
+            return sum_of(parts), parts
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        if self.casts is not None:
+            self.casts.remove()
+
+    def make_room(self) -> None:
+        """For what runs between steps: where the device has less memory left than captured passes hold, they go.
+
+        They are captured again when training goes on.
+        """
+        if self.graphs is not None and self.graphs.captured and self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            held = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            if free < held:
+                self.graphs.release()
+
+    def plain_loss(self, images: Tensor, targets: Targets) -> Tensor:
+        """The loss of the model, not wrapped, that probes measure: without mixup and label smoothing."""
+        with autocast(self.amp, self.device):
+            if self.criterion is not None:
+                return F.cross_entropy(self.model(images), targets)
+            return sum_of(self.model(images, targets))
+
+    def to_device(self, images: Tensor, targets: Targets, *, erase: bool = False) -> tuple[Tensor, Targets]:
+        """Images (B, 3, H, W) and their targets where the model is; images in its memory format and normalised."""
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        if self.normalize is not None:
+            images = self.normalize(images, targets, erase=erase)
+        return images, moved(targets, self.device)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was asked for."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a share of the model only, so that every pass needs all of them (FSDP)."""
+        return wrapping.is_sharded(self.model)
+
+    @property
+    def collective(self) -> bool:
+        """Whether a training pass exchanges anything with the other processes besides gradients."""
+        return self.sharded or any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, the largest of its parameter groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and builtins; the weights under the names that timm reads by itself.
+
+        All processes have to call it; the main process's is the one to save.
+        """
+        state = {
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        if self.ema is not None:
+            state["state_dict_ema"] = self.ema.module.state_dict()
+        return wrapping.whole(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` returned to the main process, whatever the number of processes was."""
+        self.model.load_state_dict(state["state_dict"])
+        wrapping.load_optimizer(self.optimizer, state["optimizer"])
+        if self.scaler.is_enabled() and state["scaler"]:  # empty from a run without float16
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["state_dict_ema"])
+
+
+class Update(NamedTuple):
+    """norm: of the gradient, before clipping; not finite where nothing was changed, None in float16.
+
+    scale: that of the next loss: 1 but in float16, where a gradient that was not finite has halved it.
+    """
+
+    norm: float | None
+    scale: float
+
+
+class OnItsWay:
+    """A loss that the device has yet to compute, and its parts.
+
+    values: (1 + P,), the loss and what the P names stand for. Reading them waits for these, not for what was asked of
+    the device later.
+    """
+
+    def __init__(self, values: Tensor, names: list[str]) -> None:
+        self.names = names
+        self._values = values.to("cpu", non_blocking=True)  # into pinned memory
+        self._ready = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+
+    def read(self) -> float:
+        """The loss."""
+        return self.read_all()["loss"]
+
+    def read_all(self) -> dict[str, float]:
+        """The loss and its parts, by name."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return dict(zip(["loss", *self.names], self._values.tolist(), strict=True))
+
+
+class Step(NamedTuple):
+    """done: steps done so far. figures: of those since the last report, or empty. asked_to_stop: by a signal."""
+
+    done: int
+    figures: dict[str, float]
+    asked_to_stop: bool
+
+
+def train_epoch(
+    trainer: Trainer,
+    images: Images,
+    progress: Progress,
+    incidents: Incidents,
+    *,
+    first_step: int,
+    report_at: Callable[[int], bool],
+) -> Iterator[Step]:
+    """Runs what is left of the epoch; yields after each optimizer step.
+
+    first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
+    global batch and its parts, lr, images per second, share of time spent waiting for data, steps left out and images
+    replaced.
+    Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss or
+    gradient, than `incidents` allows.
+    """
+    batches = iter(images.train)
+    for step in range(first_step, first_step + images.order.steps_left):
+        taken = _Taken(trainer.accumulation, images, progress, batches)
+        losses = trainer.backward(step, taken).read_all()
+        loss = losses["loss"]
+        stop, endless, corrupt, lacking = distributed.maxima(
+            [signals.received is not None, not math.isfinite(loss), len(taken.unreadable), taken.lacking]
+        )  # one exchange a step, while the device computes the gradients
+        if lacking:
+            incidents.ran_out(step, taken.unreadable)
+        if corrupt:
+            incidents.replaced(step, taken.unreadable)
+        if endless:
+            trainer.skip()
+            incidents.left_out(step, loss, images.names(step))
+        else:
+            norm, scale = trainer.update(step)
+            if norm is None or math.isfinite(norm):
+                incidents.went_well(step, scale)
+            else:
+                incidents.left_out(step, norm, images.names(step), what="gradient norm")
+        progress.advance(images.order.plan.global_batch_size)
+        figures: dict[str, float] = {}
+        if report_at(step + 1):
+            trainer.wait()
+            means = [total / distributed.world_size() for total in distributed.sums(list(losses.values()))]
+            figures = dict(zip((f"train/{name}" for name in losses), means, strict=True))
+            figures |= {"lr": trainer.lr} | progress.read() | incidents.figures()
+        yield Step(step + 1, figures, bool(stop))
+
+
+class _Taken:
+    """The micro batches of one step, each taken from the loader when its turn comes.
+
+    unreadable: images that could not be read so far. lacking: whether nothing could be read in the place of one. Then
+    images of the probe fill the batch: the other processes need this one until all of them can end together.
+    """
+
+    def __init__(self, count: int, images: Images, progress: Progress, batches: Iterator[Batch]) -> None:
+        self.count, self.images, self.progress, self.batches = count, images, progress, batches
+        self.unreadable: list[str] = []
+        self.lacking = False
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Targets]]:
+        size = self.images.order.plan.micro_batch_size
+        for _ in range(self.count):
+            batch = self.progress.wait_for(self.batches)
+            self.unreadable += batch.unreadable
+            if len(batch.images) == size:
+                yield batch.images, batch.labels
+                continue
+            self.lacking = True
+            yield self.images.some(size)

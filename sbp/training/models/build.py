@@ -1,0 +1,96 @@
+"""timm models by name, with SBP."""
+
+from typing import Any
+
+import timm
+from timm.layers import resample_abs_pos_embed
+from timm.models import ConvNeXt
+from torch import Tensor, nn
+
+import sbp
+from sbp.training.config.schema import BackboneConfig, SbpConfig
+
+
+def build_model(
+    backbone: BackboneConfig,
+    settings: SbpConfig,
+    num_classes: int,
+    image_size: int,
+    train_image_size: int | None = None,
+) -> nn.Module:
+    """The timm model, patched when `settings.enabled`; on the CPU, weights drawn from torch's generator.
+
+    train_image_size: of images that it is to take besides those of image_size. Raises ValueError for a name or
+    argument that timm does not know, for an image size that the model cannot take, and for SBP settings that do not
+    fit the model.
+    """
+    model = create(backbone, num_classes)
+    _check_image_size(model, "data.image_size", image_size, "backbone.kwargs.img_size to data.image_size")
+    if train_image_size is not None:
+        _check_image_size(model, "data.train_image_size", train_image_size, "backbone.kwargs.dynamic_img_size=true")
+    apply_sbp(model, settings)
+    return model
+
+
+def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
+    """Patches the model, in place, when `settings.enabled`. Raises ValueError for settings that do not fit it."""
+    if settings.enabled:
+        if isinstance(model, ConvNeXt) and settings.mhsa_drop != SbpConfig.mhsa_drop:
+            raise ValueError(
+                f"sbp.mhsa_drop={settings.mhsa_drop} is of attention, which a ConvNeXt has not: leave it at "
+                f"{SbpConfig.mhsa_drop}"
+            )
+        sbp.apply(
+            model,
+            keep_ratio=settings.keep_ratio,
+            mask=settings.mask,
+            mhsa_drop=settings.mhsa_drop,
+            layers=settings.layers,
+            seed=settings.seed,
+            rank=0 if settings.shared_mask else None,
+            evaluation=settings.eval,
+            recompute=settings.recompute,
+            mask_per=settings.mask_per,
+            rescale=settings.rescale,
+        )
+
+
+def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, **options: Any) -> nn.Module:
+    """The plain timm model. name: in place of the backbone's, with another tag. Raises ValueError as `build_model`."""
+    name = backbone.name if name is None else name
+    check_name(name)
+    arguments = {"num_classes": num_classes, "drop_path_rate": backbone.drop_path} | options
+    try:
+        return timm.create_model(name, **arguments, **backbone.kwargs)
+    except TypeError as error:
+        raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {error}") from None
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a name that timm does not know."""
+    if not timm.is_model(name):
+        family = name.split("_")[0]
+        near = ", ".join(timm.list_models(f"*{family}*")[:8]) or "see timm.list_models()"
+        raise ValueError(f"backbone.name={name} is no timm model; near it: {near}")
+
+
+def fit_position_embedding(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a ViT that was trained on another image size, for this one: timm's interpolation."""
+    own, stored = getattr(model, "pos_embed", None), weights.get("pos_embed")
+    if own is None or stored is None or own.shape == stored.shape or own.shape[-1] != stored.shape[-1]:
+        return weights
+    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    prefix = own.shape[1] - grid[0] * grid[1]  # type: ignore[index, operator]
+    return weights | {"pos_embed": resample_abs_pos_embed(stored, new_size=list(grid), num_prefix_tokens=prefix)}  # type: ignore[arg-type]
+
+
+def _check_image_size(model: nn.Module, key: str, image_size: int, remedy: str) -> None:
+    patch_embed = getattr(model, "patch_embed", None)
+    patch = getattr(patch_embed, "patch_size", None)
+    if patch is None:
+        return
+    if any(image_size % side for side in patch):
+        raise ValueError(f"{key}={image_size} leaves no whole grid of {patch[0]} x {patch[1]} px patches")
+    own = getattr(patch_embed, "img_size", None)
+    if getattr(patch_embed, "strict_img_size", False) and own is not None and own != (image_size, image_size):
+        raise ValueError(f"{key}={image_size}, but the model is made for {own[0]} x {own[1]} px; set {remedy}")
