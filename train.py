@@ -1,58 +1,6 @@
-"""Trains a timm model, with or without SBP: `python train.py`, or `torchrun --nproc_per_node=N train.py`.
+"""`python train.py ...` is `sbp train ...`, and so under torchrun."""
 
-`python train.py --help` lists the config groups and every key. `-m` sweeps: `python train.py -m sbp.keep_ratio=0.5,1`.
-A command that names its `run_dir` goes on, when it is given again, where it was interrupted.
-"""
-
-from pathlib import Path
-from typing import Any
-
-import hydra
-from omegaconf import DictConfig
-
-from sbp.cli.launch import join_processes, run_job
-from sbp.training.config.schema import Config, validate
-from sbp.training.engine.run import Run
-from sbp.training.memory.forecast import advised
-from sbp.training.record.status import RunStatus, recorded
-
-
-@recorded
-@advised
-def train(config: Config, folder: Path, status: RunStatus) -> dict[str, Any]:
-    """One run, recorded in `folder`, where an interrupted one goes on; returns its summary.
-
-    Raises ValueError for what the user got wrong and for what cannot go on; out of memory is such an error, and says
-    which settings would have fitted. Raises Preempted when a signal asks to stop.
-    """
-    validate(config)
-    run = Run(config, folder, status)
-    with run.tracker:
-        if run.step == 0:
-            run.log({key: run.facts[key] for key in ("saved_bytes_per_image", "effective_keep_ratio")})
-        run.catch_up()
-        while run.epoch < config.recipe.epochs:
-            for step, figures, asked_to_stop in run.train_epoch():
-                if run.when.probe(step):
-                    figures |= run.gradient_cosines()
-                if figures:
-                    run.log(figures)
-                if asked_to_stop or run.when.save_within_epoch(step):
-                    run.save()
-                if asked_to_stop:
-                    raise run.preempted()
-            if run.when.save(run.epoch):
-                run.save()
-            if run.when.evaluate(run.epoch):
-                run.evaluate()
-        return run.summarise()
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(composed: DictConfig) -> Any:
-    return run_job(composed, Config, train)
-
+from sbp.cli.train import main
 
 if __name__ == "__main__":
-    join_processes()
     main()

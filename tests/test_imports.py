@@ -12,7 +12,11 @@ from tests.installed import modules_besides
 ROOT = Path(__file__).parents[1]
 METHOD = sorted((ROOT / "sbp").glob("*.py"))
 FRAMEWORK = sorted((ROOT / "sbp" / "training").rglob("*.py"))
-ENTRY_POINTS = [ROOT / "train.py", ROOT / "eval.py", *sorted((ROOT / "scripts").rglob("*.py"))]
+COMMANDS = sorted((ROOT / "sbp" / "cli").rglob("*.py"))
+ENTRY_POINTS = [ROOT / "train.py", ROOT / "eval.py", *COMMANDS, *sorted((ROOT / "scripts").rglob("*.py"))]
+
+# The rooms of sbp/training: each imports those before it, and none after it.
+ROOMS = ["config", "runtime", "record", "models", "data", "tasks", "memory", "benchmark", "checks", "engine", "study"]
 
 
 def imported(path: Path) -> set[str]:
@@ -37,12 +41,43 @@ def test_the_method_needs_torch_and_timm_only(path):
 def test_the_framework_knows_no_hydra_and_one_module_knows_wandb(path):
     roots = {name.split(".")[0] for name in imported(path)}
     assert not roots & {"hydra", "omegaconf", "train", "eval", "scripts"}
+    assert not any(name.startswith("sbp.cli") for name in imported(path))
     assert "wandb" not in roots or path.name == "tracking.py"
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def graph(paths: list[Path]) -> dict[str, set[str]]:
+    """Which of these modules each of them imports."""
+    modules = {module(path): path for path in paths}
+    return {name: imported(path) & modules.keys() for name, path in modules.items()}
+
+
+def test_rooms_import_those_before_them():
+    assert {path.name for path in (ROOT / "sbp" / "training").iterdir() if path.is_dir()} - {"__pycache__"} == {*ROOMS}
+    wrong = []
+    for name, others in graph(FRAMEWORK).items():
+        room = name.split(".")[2]
+        wrong += [(name, one) for one in others if room in ROOMS and ROOMS.index(one.split(".")[2]) > ROOMS.index(room)]
+    assert wrong == []
+
+
+def test_no_circle_of_files():
+    arrows = graph(METHOD + FRAMEWORK + COMMANDS)
+    while leaves := {name for name, others in arrows.items() if not others & arrows.keys()}:
+        arrows = {name: others for name, others in arrows.items() if name not in leaves}
+    assert not arrows
+
+
+def test_nothing_imports_scripts():
+    assert not any(name.split(".")[0] == "scripts" for path in METHOD + FRAMEWORK + COMMANDS for name in imported(path))
 
 
 def test_only_entry_points_know_hydra():
     knowing = [path for path in ENTRY_POINTS if any(name.split(".")[0] == "hydra" for name in imported(path))]
-    assert {"train.py", "eval.py"} <= {path.name for path in knowing}
+    assert knowing and not any(path.parent == ROOT for path in knowing)
     assert not any("wandb" in {name.split(".")[0] for name in imported(path)} for path in ENTRY_POINTS)
 
 

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import hydra
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -52,8 +53,21 @@ _SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them
 _STARTED = "SBP_STARTED"
 
 ConfigStore.instance().store(name="train_schema", node=Config)
-ConfigStore.instance().store(name="eval_schema", node=EvalConfig)
-ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+
+# Beside the package in a checkout, within it where it was installed from a wheel.
+CONFIGS = next(one for one in (ROOT / "configs", ROOT / "sbp" / "configs") if (one / "train.yaml").is_file())
+
+
+def command(name: str, kind: type[C], job: Callable[[C, Path], Any]) -> Any:
+    """Runs `job` with the config that configs/NAME.yaml and the command line make, as `run_job` does."""
+    join_processes()
+    ConfigStore.instance().store(name=f"{name}_schema", node=kind)
+
+    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
+    def main(composed: DictConfig) -> Any:
+        return run_job(composed, kind, job)
+
+    return main()
 
 
 def job_folder(overrides: ListConfig) -> str:
@@ -163,7 +177,7 @@ def typed(given: DictConfig, kind: type[C]) -> C:
 
 def composed(overrides: Sequence[str]) -> Config:
     """The config that `python train.py *overrides` runs with, validated."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return validate(typed(compose("train", list(overrides)), Config))
 
 

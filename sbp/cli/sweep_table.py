@@ -1,16 +1,14 @@
-"""The table of a sweep, running or ended, from what lies in its folder: `python -m sbp.cli.sweep_table FOLDER`.
+"""The table of a sweep, running or ended, from what lies in its folder.
 
 Every folder in it that holds a run is a row, wherever that run is computed. `--save` also writes table.csv, table.md
 and figure.png there, as a sweep does at its end.
 """
 
-import argparse
 import contextlib
 import csv
 import io
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,23 +145,6 @@ def write_table(folder: Path) -> list[Job]:
     return jobs
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sbp.cli.sweep_table", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="the sweep's folder: what run_dir named")
-    parser.add_argument("--save", action="store_true", help="also write table.csv, table.md and figure.png to it")
-    arguments = parser.parse_args()
-    folder = arguments.folder
-    jobs = read_jobs(folder) if folder.is_dir() else []
-    if not jobs:
-        sys.exit(f"error: {folder} {'holds no run' if folder.is_dir() else 'is no folder'}")
-    print(table(jobs))
-    if arguments.save:
-        from sbp.cli.sweep_figure import draw
-
-        write_table(folder)
-        draw(jobs, folder / "figure.png")
-
-
 def _overrides(folder: Path) -> dict[str, str]:
     """What Hydra wrote of the job's command line; {} when it was told to write nothing."""
     path = folder / ".hydra" / "overrides.yaml"
@@ -186,7 +167,3 @@ def _sortable(text: str) -> list[tuple[int, float, str]]:
     """Numbers in a text compare by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)", text)
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
-
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from sbp.training.record.status import STATUS, Preempted, read_status
 from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import signals
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and the one that SLURM is told to send
 PASSED_ON = {  # what comes here -> what torchrun gets: a run does not know a closed terminal
     signal.SIGTERM: signal.SIGTERM,
@@ -35,11 +35,11 @@ class RunFailed(Exception):  # noqa: N818 - nothing is wrong here
 def torchrun(processes: int, overrides: list[str], folder: Path, config_name: str | None = "train") -> list[str]:
     """The command that trains in `folder` with so many processes on this machine."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = [str(ROOT / "train.py"), f"--config-name={config_name}"]
+    command = ["-m", "sbp.cli", "train", f"--config-name={config_name}"]
     # The folder and its .hydra are there already.
     return [
         sys.executable, *launcher, f"--signals-to-handle={SIGNALS_TO_HANDLE}",
-        *script, *overrides, f"run_dir={quoted(folder)}", "hydra.output_subdir=null",
+        *command, *overrides, f"run_dir={quoted(folder)}", "hydra.output_subdir=null",
     ]  # fmt: skip
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from sbp.cli.check_data import CheckDataConfig, check
+from sbp.training.engine.train import train as train_run
 from sbp.training.record.tracking import read_metrics
-from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import BACKBONES, ROOT, composed
 from tests.training.several_processes import train
-from train import train as train_run
 
 TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -98,7 +98,7 @@ def assert_close(found, expected, path=""):
 def test_two_processes_benchmark_and_the_first_one_writes(tmp_path):
     model = ("+backbone.kwargs.depth=2", "+backbone.kwargs.embed_dim=48", "data.image_size=32")
     tiny = (*model, "batch_size=2", "rounds=1")
-    command = (ROOT / "scripts" / "benchmark.py", *tiny, "device=cpu", "arms=[plain,sbp]", "run_dir=here")
+    command = ("-m", "sbp.cli", "benchmark", *tiny, "device=cpu", "arms=[plain,sbp]", "run_dir=here")
     result = run(*TORCHRUN, *command, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     record = json.loads((tmp_path / "here" / "vit_tiny_patch16_224.json").read_text())
@@ -109,15 +109,15 @@ def test_two_processes_benchmark_and_the_first_one_writes(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train.py", "data=imagenet", "data.root=nowhere"), "no folder nowhere/train"),
-        (("train.py", *TINY, "+sbp.typo=1"), "Key 'typo' not in 'SbpConfig' (key: sbp.typo)"),
-        (("eval.py", "checkpoint=nothing.pt"), "no checkpoint nothing.pt"),
-        (("scripts/benchmark.py", "arms=[plane]"), "arms=['plane'] must be among plain, "),
+        ((ROOT / "train.py", "data=imagenet", "data.root=nowhere"), "no folder nowhere/train"),
+        (("-m", "sbp.cli", "train", *TINY, "+sbp.typo=1"), "Key 'typo' not in 'SbpConfig' (key: sbp.typo)"),
+        ((ROOT / "eval.py", "checkpoint=nothing.pt"), "no checkpoint nothing.pt"),
+        (("-m", "sbp.cli", "benchmark", "arms=[plane]"), "arms=['plane'] must be among plain, "),
     ],
     ids=["data", "key", "checkpoint", "arm"],
 )
 def test_a_mistake_ends_in_one_line_and_exit_code_1(tmp_path, arguments, message):
-    result = run(ROOT / arguments[0], *arguments[1:], folder=tmp_path)
+    result = run(*arguments, folder=tmp_path)
     assert result.returncode == 1
     assert f"error: {message}" in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

@@ -201,7 +201,7 @@ def table_1(folder: Path) -> Iterator[str]:
     yield f"Memory: **{memory_of_table_1(folder)}**; accuracy: **not run** (300 epochs of ImageNet each)."
     yield markdown(rows)
     yield (
-        "MiB without → with SBP at keep-ratio 0.5, and their ratio, by `python scripts/forecast_memory.py "
+        "MiB without → with SBP at keep-ratio 0.5, and their ratio, by `sbp forecast "
         "backbone=vit_tiny global_batch_size=256 amp=bfloat16` and so on; `make gpu-results` measures. "
         "`python scripts/study.py scale=imagenet gpus=8` checks the eight runs and prints their commands."
     )
@@ -221,8 +221,8 @@ def table_2(folder: Path) -> Iterator[str]:
     yield "Memory: **forecast** where the table has no measurement; accuracy: **not run**, AP is the talk's."
     yield markdown(rows)
     yield (
-        "Without → with SBP at keep-ratio 0.5, and their ratio; two images of `800 x 1333` pixels, by `python "
-        "scripts/forecast_memory.py experiment=table2/mask_rcnn_convnext_tiny_sbp data.root=/path/to/coco "
+        "Without → with SBP at keep-ratio 0.5, and their ratio; two images of `800 x 1333` pixels, by `sbp "
+        "forecast experiment=table2/mask_rcnn_convnext_tiny_sbp data.root=/path/to/coco "
         "global_batch_size=2 amp=bfloat16` and so on; `make gpu-results` measures. By forecast, which knows no "
         "workspaces, today's plain detectors need about half of what the talk's did, and SBP saves a smaller share of "
         "it: weights, optimizer, pyramid and heads, which it does not touch, are there in full. It saves somewhat less "

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, features
 
+from sbp.cli.check_data import CheckDataConfig, check
 from sbp.training.config.schema import plan_batches, validate
 from sbp.training.data import shards
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
@@ -19,7 +20,6 @@ from sbp.training.data.naming import path
 from sbp.training.data.shards import expand, read_shard
 from sbp.training.data.sources import build_datasets, build_validation_set
 from sbp.training.engine import setup
-from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import composed, small
 
 CPU = torch.device("cpu")

@@ -16,13 +16,13 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.utils.data import Dataset
 
+from sbp.cli.check_data import CheckDataConfig, check
 from sbp.training.checks import inspection
 from sbp.training.checks.findings import IMAGENET_1K, findings, meaning
 from sbp.training.checks.inspection import Split, describe, loading_speed, read
 from sbp.training.config.schema import DataConfig
 from sbp.training.data.loading import spread
-from scripts.check_data import CheckDataConfig, check
-from tests.training.configs import ROOT, composed
+from tests.training.configs import composed
 
 CLASSES = ("ant", "bee", "cat")
 PER_CLASS = {"train": 4, "val": 2}
@@ -256,7 +256,7 @@ def test_the_command_reports_and_its_exit_code_tells(root):
     shutil.rmtree(root / "train" / "cat")
     (root / "train" / "bee" / "3.jpg").write_bytes(b"")
     small = ("data.num_classes=3", "data.image_size=32", "data.workers=1", f"run_dir={root.parent / 'out'}")
-    command = [sys.executable, ROOT / "scripts" / "check_data.py", f"data.root={root}", *small]
+    command = [sys.executable, "-m", "sbp.cli", "check-data", f"data.root={root}", *small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root.parent, check=False)
     assert done.returncode == 1 and done.stderr == "" and "\r" not in done.stdout
     for line in (

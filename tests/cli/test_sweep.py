@@ -16,7 +16,7 @@ from tests.training.configs import BACKBONES, ROOT
 from tests.training.data.test_loading import image_folders
 
 TINY = ("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=1", "recipe.warmup_epochs=0")
-SWEEP = ROOT / "tests" / "scripts" / "sweep.py"
+SWEEP = ROOT / "tests" / "cli" / "sweep.py"
 
 pytestmark = pytest.mark.multiprocess
 

@@ -10,20 +10,20 @@ import timm
 import torch
 from PIL import Image
 
-from eval import evaluate_checkpoint
 from sbp.training.config.schema import DETECTORS, EvalConfig, validate
 from sbp.training.engine import setup
+from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.export import export
+from sbp.training.engine.train import train
 from sbp.training.models.optim import build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.tasks.task import task_of
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
-from tests.training.detection.coco_files import coco_folder, one_class
-from tests.training.detection.few import few_images
+from tests.training.tasks.detection.coco_files import coco_folder, one_class
+from tests.training.tasks.detection.few import few_images
 from tests.training.wandb_side import wandb_history
-from train import train
 
 CPU = torch.device("cpu")
 PHOTOGRAPHS = os.environ.get("SBP_COCO")  # with images/train and annotations/instances_train.json

@@ -1,24 +1,17 @@
-"""Forecasts the peak CUDA memory of a training step on a machine without a GPU.
+"""sbp forecast [group=choice] [key=value] ...: the peak CUDA memory of a training step, on a machine without a GPU.
 
-    python scripts/forecast_memory.py backbone=vit_base sbp.keep_ratio=0.5 global_batch_size=64 amp=bfloat16
+    sbp forecast backbone=vit_base sbp.keep_ratio=0.5 global_batch_size=64 amp=bfloat16
 
-Takes the groups and keys of train.py, and memory_gib, world_size and rules (configs/forecast.yaml). The micro batch is
+Takes the groups and keys of `sbp train`, and memory_gib, world_size and rules (configs/forecast.yaml). Its micro batch is
 that of the run: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
 """
 
 import logging
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
-
-from sbp.cli.launch import join_processes, run_job
+from sbp.cli.launch import command
 from sbp.training.config.schema import Config, plan_batches
 from sbp.training.memory import forecast as forecasts
 from sbp.training.memory.forecast import PARTS, TODAY, Forecast
@@ -42,9 +35,6 @@ class ForecastConfig(Config):
     memory_gib: float = 24
     world_size: int = 1
     rules: str = "today"
-
-
-ConfigStore.instance().store(name="forecast_schema", node=ForecastConfig)
 
 
 def report(config: ForecastConfig, folder: Path) -> None:
@@ -96,11 +86,5 @@ def mib(size: int) -> float:
     return size / 2**20
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="forecast")
-def main(composed: DictConfig) -> None:
-    run_job(composed, ForecastConfig, report)
-
-
-if __name__ == "__main__":
-    join_processes()
-    main()
+def main() -> Any:
+    return command("forecast", ForecastConfig, report)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from sbp.cli.check_data import CheckDataConfig, check
 from sbp.training.config.schema import RecipeConfig, plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.naming import path
@@ -16,9 +17,8 @@ from sbp.training.tasks.detection.annotations import run_lengths
 from sbp.training.tasks.detection.augmentation import collate
 from sbp.training.tasks.detection.coco import CocoImages, Packed
 from sbp.training.tasks.detection.datasets import build_datasets, build_validation_set
-from scripts.check_data import CheckDataConfig, check
 from tests.training.configs import composed
-from tests.training.detection.coco_files import (
+from tests.training.tasks.detection.coco_files import (
     CATEGORIES,
     SIZES,
     annotation,

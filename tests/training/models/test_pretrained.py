@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from eval import evaluate_checkpoint
 from sbp.training.config.schema import EvalConfig
 from sbp.training.engine import setup
+from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.export import export
+from sbp.training.engine.train import train
 from sbp.training.models import pretrained
 from sbp.training.models.build import create
 from sbp.training.models.pretrained import preprocessing_differences, starting_weights, timm_name
@@ -22,7 +23,6 @@ from sbp.training.record.checkpoint import find
 from sbp.training.runtime.distributed import pick_device
 from tests.training.comparing import assert_equal
 from tests.training.configs import BACKBONES, composed, small
-from train import train
 
 CPU = pick_device("cpu")
 CLASSIFIER = {"vit": "head.", "convnext": "head.fc."}

@@ -10,6 +10,7 @@ import torch
 from sbp.training.data import loading
 from sbp.training.engine import trainer
 from sbp.training.engine.probes import PeakMemory
+from sbp.training.engine.train import train
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.record.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
 from sbp.training.record.status import Preempted, RunStatus, only_run_in, read_status
@@ -17,7 +18,6 @@ from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime import signals
 from tests.training.comparing import assert_equal, assert_same_run, record
 from tests.training.configs import small
-from train import train
 
 
 def incidents(folder, max_corrupt_images=3, max_skipped_steps=2):

@@ -1,23 +1,18 @@
-"""Checks a data set before a week of training does: `python scripts/check_data.py data.root=PATH [max_images=2000]`.
+"""sbp check-data data.root=PATH [max_images=2000] ...: checks a data set before a week of training does.
 
-Takes the groups and keys of train.py. Reads every image once; says what is wrong and how fast the loader is. The
+Takes the groups and keys of `sbp train`. Reads every image once; says what is wrong and how fast the loader is. The
 complete lists go to data_check.json and corrupt_images.txt in the run's folder, also after Ctrl-C. Exit code 1: errors.
 """
 
 import logging
 import sys
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
-
-import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sbp.cli.launch import join_processes, run_job
+from sbp.cli.launch import command
 from sbp.training.checks import findings
 from sbp.training.checks.inspection import loading_speed, open_splits, read
 from sbp.training.config.schema import Config, validate
@@ -34,12 +29,6 @@ class CheckDataConfig(Config):
     """A training run whose data is to be checked. max_images: of each split; null for all."""
 
     max_images: int | None = None
-
-
-_schema = OmegaConf.structured(CheckDataConfig)
-for _field in fields(Config):
-    _schema[_field.name] = MISSING  # configs/train.yaml, which comes first, has given it a value
-ConfigStore.instance().store(name="check_data_schema", node=_schema)
 
 
 def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ()) -> None:
@@ -90,13 +79,11 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
         sys.exit(1)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="check_data")
-def main(composed: DictConfig) -> None:
-    imagenet = HydraConfig.get().runtime.choices.get("data") == "imagenet" and composed.data.num_classes == 1000
-    expected = findings.IMAGENET_1K if imagenet else ()
-    run_job(composed, CheckDataConfig, partial(check, expected=expected))
+def check_composed(config: CheckDataConfig, folder: Path) -> None:
+    """`check`; data=imagenet, as it is, has ImageNet's numbers of images."""
+    imagenet = HydraConfig.get().runtime.choices.get("data") == "imagenet" and config.data.num_classes == 1000
+    check(config, folder, findings.IMAGENET_1K if imagenet else ())
 
 
-if __name__ == "__main__":
-    join_processes()
-    main()
+def main() -> Any:
+    return command("check_data", CheckDataConfig, check_composed)

@@ -14,7 +14,7 @@ from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.runtime import distributed, wrapping
 from sbp.training.tasks.detection.augmentation import collate
 from sbp.training.tasks.detection.evaluation import evaluate_detection
-from tests.training.detection.coco_files import plain, settings
+from tests.training.tasks.detection.coco_files import plain, settings
 
 CPU = torch.device("cpu")
 IMAGES, BATCH = 7, 3  # of two processes one has two batches, the other one

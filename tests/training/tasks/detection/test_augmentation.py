@@ -21,7 +21,7 @@ from sbp.training.tasks.detection.augmentation import (
     random_crop,
     resize,
 )
-from tests.training.detection.coco_files import disc
+from tests.training.tasks.detection.coco_files import disc
 
 DATA = DataConfig(source="coco", image_size=800, max_size=1333, interpolation="bilinear")
 PUBLISHED = RecipeConfig(short_sides=list(range(480, 801, 32)), crop_share=0.5)

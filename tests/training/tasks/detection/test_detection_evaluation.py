@@ -15,8 +15,8 @@ from sbp.training.tasks.detection import evaluation
 from sbp.training.tasks.detection.augmentation import PaddedNormalize, collate
 from sbp.training.tasks.detection.evaluation import average_precision, coco_results, evaluate_detection
 from tests.training.configs import ROOT
-from tests.training.detection.coco_files import coco_folder, coco_settings, plain
-from tests.training.detection.finding import CPU, IMAGES, Finder, disturbed, figures, perfect, shapes
+from tests.training.tasks.detection.coco_files import coco_folder, coco_settings, plain
+from tests.training.tasks.detection.finding import CPU, IMAGES, Finder, disturbed, figures, perfect, shapes
 from tests.training.test_processes import TORCHRUN, load, run
 
 NAMES = ["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import roi_align
 
-from tests.training.detection.detectors import rectangles, small_detector
+from tests.training.tasks.detection.detectors import rectangles, small_detector
 
 SIZES = [(60, 90), (44, 56)]
 STAGES = [(0.5, [0.1, 0.1, 0.2, 0.2], 1), (0.6, [0.05, 0.05, 0.1, 0.1], 0.5), (0.7, [0.033, 0.033, 0.067, 0.067], 0.25)]

@@ -5,9 +5,9 @@ import os
 import torch
 
 from sbp.training.engine import setup
+from sbp.training.engine.train import train
 from sbp.training.runtime import seeding
 from tests.training.configs import small
-from train import train
 
 
 def test_a_run_can_ask_for_deterministic_algorithms_and_the_next_one_has_its_own_choice(tmp_path):

@@ -7,10 +7,10 @@ from timm.data import resolve_data_config
 
 from sbp.training.engine import setup
 from sbp.training.engine.export import export
+from sbp.training.engine.train import train
 from sbp.training.record.checkpoint import find
 from sbp.training.runtime.distributed import pick_device
 from tests.training.configs import BACKBONES, small
-from train import train
 
 
 @pytest.fixture(scope="module", params=BACKBONES)

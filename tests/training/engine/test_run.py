@@ -9,9 +9,10 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-from eval import evaluate_checkpoint
 from sbp.training.config.schema import EvalConfig
 from sbp.training.engine import setup
+from sbp.training.engine.evaluate import evaluate_checkpoint
+from sbp.training.engine.train import train
 from sbp.training.engine.trainer import Trainer
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import build_criterion, build_optimizer, build_scheduler
@@ -20,7 +21,6 @@ from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime.distributed import pick_device
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import BACKBONES, small
-from train import train
 
 CPU = pick_device("cpu")
 

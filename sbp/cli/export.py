@@ -1,25 +1,17 @@
-"""Exports a checkpoint of train.py for timm: `python scripts/export.py checkpoint=FILE_OR_RUN_FOLDER run_dir=TARGET`.
+"""sbp export checkpoint=FILE_OR_RUN_FOLDER run_dir=TARGET [ema=false]: writes a checkpoint as timm reads it.
 
 Writes model.safetensors and config.json, of the averaged weights where there are any (ema=false: of the raw ones).
 """
 
 import logging
-import sys
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself puts the folder of this file there, not the root
-
-import hydra
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
-
-from sbp.cli.launch import join_processes, run_job
+from sbp.cli.launch import command
 from sbp.training.config.schema import ExportConfig
 from sbp.training.engine.export import export
 
 log = logging.getLogger("export")
-
-ConfigStore.instance().store(name="export_schema", node=ExportConfig)
 
 
 def export_checkpoint(request: ExportConfig, folder: Path) -> None:
@@ -37,11 +29,5 @@ def export_checkpoint(request: ExportConfig, folder: Path) -> None:
     log.info('timm.create_model("%s", checkpoint_path="%s"%s)', done.name, done.weights, kwargs)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="export")
-def main(composed: DictConfig) -> None:
-    run_job(composed, ExportConfig, export_checkpoint)
-
-
-if __name__ == "__main__":
-    join_processes()
-    main()
+def main() -> Any:
+    return command("export", ExportConfig, export_checkpoint)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sbp.training.tasks.detection.shapes import CLASSES, SMALLEST, Shapes, generate
-from tests.training.detection.coco_files import plain, settings
+from tests.training.tasks.detection.coco_files import plain, settings
 
 
 def test_an_image_is_a_function_of_stream_and_index():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sbp.training.tasks.detection.pictures import draw, predicted
-from tests.training.detection.coco_files import coco_folder, coco_settings, plain
-from tests.training.detection.finding import Finder, perfect, shapes
+from tests.training.tasks.detection.coco_files import coco_folder, coco_settings, plain
+from tests.training.tasks.detection.finding import Finder, perfect, shapes
 
 CLASSES = ["cat", "dog"]
 

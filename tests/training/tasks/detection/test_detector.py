@@ -16,7 +16,15 @@ from sbp.training.tasks.detection.detector import OBJECTS_AT_ONCE, Anchors, buil
 from sbp.training.tasks.detection.heads import AlignedPool, crop_masks
 from tests import oracles
 from tests.conftest import assert_same_gradients
-from tests.training.detection.detectors import BACKBONE, CLASSES, batch, gradients, losses, rectangles, small_detector
+from tests.training.tasks.detection.detectors import (
+    BACKBONE,
+    CLASSES,
+    batch,
+    gradients,
+    losses,
+    rectangles,
+    small_detector,
+)
 
 BLOCKS = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1"]
 DOWNSAMPLES = ["stages.1.downsample", "stages.2.downsample"]

@@ -6,13 +6,13 @@ import torch
 import sbp
 from sbp.state import State
 from sbp.training.engine import setup
+from sbp.training.engine.train import train
 from sbp.training.engine.trainer import Trainer
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.runtime.distributed import pick_device
 from sbp.training.tasks.accuracy import evaluate
 from tests.training.comparing import assert_equal, record
 from tests.training.configs import BACKBONES, small
-from train import train
 
 CPU = pick_device("cpu")
 QUICK = (  # 4 steps an epoch

@@ -9,7 +9,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torchvision.ops import roi_align
 
 import sbp
+from sbp.cli.forecast import ForecastConfig, report
 from sbp.training.config.schema import DETECTORS, Config
+from sbp.training.engine.train import train
 from sbp.training.engine.trainer import Trainer
 from sbp.training.memory import detection
 from sbp.training.memory import forecast as forecasts
@@ -18,10 +20,8 @@ from sbp.training.memory.paper import PAPER
 from sbp.training.models.build import build_model
 from sbp.training.tasks.detection import synthetic
 from sbp.training.tasks.detection.heads import MaskRoIHeads
-from scripts.forecast_memory import ForecastConfig, report
 from scripts.gpu_results import BenchmarkRules
 from tests.training.configs import BACKBONES, composed, small
-from train import train
 
 MIB = 2**20
 
