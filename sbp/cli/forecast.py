@@ -2,8 +2,8 @@
 
     sbp forecast backbone=vit_base sbp.keep_ratio=0.5 global_batch_size=64 amp=bfloat16
 
-Takes the groups and keys of `sbp train`, and memory_gib, world_size and rules (configs/forecast.yaml). Its micro batch is
-that of the run: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
+Takes the groups and keys of `sbp train`, and memory_gib, world_size and rules (configs/forecast.yaml). Its micro
+batch is the run's: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
 """
 
 import logging
