@@ -66,7 +66,7 @@ class SeededDataset(Dataset):
         unreadable: list[str] = []
         for attempt in range(self.substitutes + 1):
             key = (self.seed, seeding.SAMPLE, turn, index) + ((attempt,) if attempt else ())
-            seeding.seed_everything(*key)
+            seeding.seed_host(*key)
             at = index if attempt == 0 else seeding.whole_number(len(self.dataset), *key)  # type: ignore[arg-type]
             try:
                 image, label = self.dataset[at]
