@@ -170,8 +170,8 @@ class RecipeConfig:
     warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
-    crop_padding: in its place, a crop of the image's own scale, padded by so many black pixels on each side, as is usual
-        for images of 32 pixels; null for none.
+    crop_padding: in its place, a crop of the image's own scale, padded by so many black pixels on each side, as is
+        usual for images of 32 pixels; null for none.
     short_sides: detection: a training image's shorter side becomes one of these, at random; null for data.image_size.
     crop_share: detection: so many of the training images are first resized to one of crop_short_sides and cropped to
         sides within crop_sides, at random.
