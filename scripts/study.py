@@ -3,6 +3,8 @@
     python scripts/study.py scale=laptop                    claims 1, 2 and 5: under 45 minutes on 2 cores
     python scripts/study.py scale=laptop claim=3            any other claim or question of sbp/training/study/claims.py
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
+    nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
+                                                            networks on photographs, 20 hours of 2 cores
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 
 Trains every arm that the claims need by a sweep of train.py over the seeds (run_dir/SCALE/SETTING/ARM), measures
@@ -11,6 +13,7 @@ command again goes on where it was interrupted, and does nothing twice. `results
 are in the repository. Keys: StudyConfig below.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -31,16 +34,17 @@ from sbp.training.study.claims import ANSWERED, Claim, arms_of
 from sbp.training.study.settings import SCALES, Scale, Setting
 from scripts import dry_run
 from scripts.jobs import Jobs
-from scripts.study_tasks import Place, arm_config, measure_costs, tasks
+from scripts.study_tasks import Place, arm_config, by_seed, measure_costs, tasks
 
 
 @dataclass
 class StudyConfig:
-    """scale: "laptop", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and QUESTIONS in
+    """scale: "laptop", "cifar10", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and QUESTIONS in
         sbp/training/study/claims.py, "all", or null for what the scale answers by default.
     setting: what is trained, by its name in sbp/training/study/settings.py; null for all that `data_root` allows.
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
-    seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for one on each GPU, or two.
+    seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for what the scale has on each
+        GPU, or for one on each core.
     minutes: stop in good order before they are over. device: null for the scale's own.
     run_dir: where the runs lie. results: the folder of the records, beside which RESULTS.md goes.
     gpus, nodes: of the imagenet scale.
@@ -72,15 +76,17 @@ def main() -> None:
     places = [Place.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
     for here in places:
         check_images(here)
-    with Jobs(config.jobs or gpus or 2, gpus, config.minutes) as jobs:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:
+        if scale.by_seed:
+            places = [at_measured_time(here, claims, scale, jobs) for here in places]
+            jobs.do("training", {} if jobs.stopping else by_seed(places, claims))
         for here in places:
-            arms = arms_of(claims, here.setting)
-            if {"longer", "shorter"} & set(arms):  # how long is known only then
-                jobs.do(f"{here.setting.name}, time", {"SBP": partial(measure_costs, here, [], scale.rounds)})
-                here = here.with_measured_time()
-            for kind, todo in tasks(here, claims).items():
+            here = here if scale.by_seed else at_measured_time(here, claims, scale, jobs)
+            for kind, todo in {} if jobs.stopping else tasks(here, claims).items():
                 jobs.do(f"{here.setting.name}, {kind}", todo)
             if not here.setting.gradients_only:
+                arms = arms_of(claims, here.setting)
                 jobs.do(f"{here.setting.name}, costs", {"all": partial(measure_costs, here, arms, scale.rounds)})
     write_results(Path(config.results))
     if jobs.failed:
@@ -88,6 +94,15 @@ def main() -> None:
     if jobs.stopping:
         print("stopped; the same command goes on from here")
         sys.exit(EXIT_PREEMPTED)
+
+
+def at_measured_time(here: Place, claims: list[Claim], scale: Scale, jobs: Jobs) -> Place:
+    """With the time that a step with SBP takes, where arms are to be trained for as long as others."""
+    if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, here.setting)):
+        return here
+    arms = arms_of(claims, here.setting) if scale.by_seed else []  # it may end before all are trained
+    jobs.do(f"{here.setting.name}, time", {"of a step": partial(measure_costs, here, arms, scale.rounds)})
+    return here if jobs.stopping else here.with_measured_time()
 
 
 def read_config(arguments: list[str]) -> StudyConfig:

@@ -1,11 +1,13 @@
 """What the study does in one setting: trains arms, compares gradients, measures costs; each leaves one file."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 
 import torch
 
@@ -14,14 +16,16 @@ from sbp.cli.torchrun import quoted
 from sbp.training.benchmark.report import write_json
 from sbp.training.config.schema import Config
 from sbp.training.data.sources import build_datasets
-from sbp.training.record.status import read_json
+from sbp.training.record.status import is_taken, read_json
 from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import environment
-from sbp.training.study.claims import ARMS, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
+from sbp.training.study.claims import ARMS, PARTIAL, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
 from sbp.training.study.costs import step_costs
 from scripts.jobs import Jobs
 
 Task = Callable[[Jobs], str | None]
+
+_writing = Lock()
 
 RUN_FIGURES = ("seed", "top1", "top5", "val_loss", "saved_bytes_per_image", "effective_keep_ratio")
 RUN_FACTS = ("device", "versions", "amp", "global_batch_size", "epochs", "steps_per_epoch", "train_images", "lr")
@@ -83,7 +87,8 @@ def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     setting = here.setting
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
     gradients = [name for name in gradients_of(claims, setting) if not here.has("gradients", name)]
-    published = ["sbp"] if "qkv_exact" in trained and not here.has("published", "sbp") else []
+    partially = any(pair.better in PARTIAL for claim in claims for pair in claim.comparisons)
+    published = ["sbp"] if setting.is_vit and partially and not here.has("published", "sbp") else []
     read = {"plain": bool(gradients), "sbp": bool(published) or "own" in gradients}  # whose checkpoints others need
     lacking = [arm for arm, needed in read.items() if needed and len(here.finished(arm)) < len(here.seeds)]
     return {
@@ -95,29 +100,50 @@ def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     }
 
 
+def by_seed(places: list[Place], claims: list[Claim]) -> dict[str, Task]:
+    """What is left to be trained in several settings: claim by claim, and of each claim all arms of a seed, in their
+    order, before any of the next.
+    """
+    found: list[tuple[tuple[int, int, float], str, Task]] = []
+    for here in places:
+        arms = [arm for arm in arms_of(claims, here.setting) if ARMS[arm].same_as is None]
+        first = {arm: next(i for i, one in enumerate(claims) if arm in arms_of([one], here.setting)) for arm in arms}
+        for seed in here.seeds:
+            one = replace(here, seeds=[seed])
+            for arm in tasks(one, claims)["training"]:
+                place = first[arm], seed, arms.index(arm) / len(arms)
+                found.append((place, f"{here.setting.name}, {arm}, seed {seed}", partial(train, one, arm)))
+    return {name: task for _, name, task in sorted(found, key=lambda one: one[0])}
+
+
 def train(here: Place, arm: str, jobs: Jobs) -> str | None:
-    """A sweep over the seeds."""
+    """A sweep over the seeds, or the run of one."""
     saved = ["checkpoint.keep=1"]
     if arm == "plain":  # the checkpoints that gradients are compared on, and no others that would push them out
         saved = ["checkpoint.keep=1000", "checkpoint.every_epochs=1000000"]
         saved.append(f"checkpoint.every_steps={max(1, total_steps(here) // 10)}")
-    given = [*here.common, *ARMS[arm].overrides(here.setting), *saved, f"seed={','.join(map(str, here.seeds))}"]
-    folder = here.runs / arm
-    jobs.run(["train.py", "-m", *given, f"run_dir={quoted(folder)}"], folder / "log.txt")
+    given = [*here.common, *ARMS[arm].overrides(here.setting), *saved]
+    folder, seeds = here.runs / arm, ",".join(map(str, here.seeds))
+    sweep, own = (["-m"], folder) if len(here.seeds) > 1 else ([], folder / f"seed-{seeds}")  # as a sweep names it
+    while is_taken(own) and not jobs.stopping:  # by a run whose study was killed
+        time.sleep(5)
+    jobs.run(["train.py", *sweep, *given, f"seed={seeds}", f"run_dir={quoted(own)}"], folder / "log.txt")
     summaries = [json.loads((run / SUMMARY).read_text()) for run in here.finished(arm).values()]
     if not summaries:
         return None
-    before = read_json(here.file("training", arm))  # of other seeds, too, perhaps
-    of_seed = {run["seed"]: run for run in before.get("runs", [])}
-    of_seed |= {one["seed"]: {key: one.get(key) for key in RUN_FIGURES} for one in summaries}
-    runs = [of_seed[seed] for seed in sorted(of_seed)]
-    facts = {key: summaries[-1][key] for key in RUN_FACTS}
-    for several, values in {
-        "devices": [one["device"] for one in summaries],
-        "commits": [one["versions"].get("commit", "unknown") for one in summaries],
-    }.items():
-        facts[several] = sorted({*before.get(several, []), *values})
-    write_json({"arm": arm, "command": shell("train.py -m", given), **facts, "runs": runs}, here.file("training", arm))
+    with _writing:  # another seed of the arm may end at the same time
+        before = read_json(here.file("training", arm))  # of other seeds, too, perhaps
+        of_seed = {run["seed"]: run for run in before.get("runs", [])}
+        of_seed |= {one["seed"]: {key: one.get(key) for key in RUN_FIGURES} for one in summaries}
+        runs = [of_seed[seed] for seed in sorted(of_seed)]
+        facts = {key: summaries[-1][key] for key in RUN_FACTS}
+        for several, values in {
+            "devices": [one["device"] for one in summaries],
+            "commits": [one["versions"].get("commit", "unknown") for one in summaries],
+        }.items():
+            facts[several] = sorted({*before.get(several, []), *values})
+        command = shell("train.py -m", [*given, f"seed={','.join(map(str, of_seed))}"])
+        write_json({"arm": arm, "command": command, **facts, "runs": runs}, here.file("training", arm))
     losses = [run["val_loss"] for run in runs]
     return f"validation loss {fmean(losses):.4f} in {len(runs)} runs, {min(losses):.4f} to {max(losses):.4f}"
 
@@ -192,17 +218,17 @@ def evaluate_as_published(here: Place, jobs: Jobs) -> str | None:
 
 
 def measure_costs(here: Place, arms: list[str], rounds: int, jobs: Jobs) -> None:
-    """What a step of each arm costs, in groups that take turns with plain training; nothing else may run meanwhile.
+    """What a step of each arm costs, in groups that take turns with plain training; on a GPU nothing else may run then.
 
     What is known stays: later arms are set in relation to the plain arm's time of before.
     """
     path = here.results / "costs.json"
     known = read_json(path).get("arms", {})
     configs = {arm: arm_config(here, arm) for arm in dict.fromkeys(["plain", "sbp", *arms])}
-    two_kinds_of_steps = [arm for arm, config in configs.items() if config.sbp.exact_epochs]
-    new = [arm for arm in configs if arm not in {*known, *two_kinds_of_steps}]
+    new = [arm for arm in configs if arm not in known and (arm not in ARMS or ARMS[arm].parts is None)]
     if here.device.type == "cpu":
         torch.set_num_threads(1)
+        environment.keep_freed_memory()
     for group in (new[first : first + 3] for first in range(0, len(new), 3)):  # all at once might not fit into memory
         together = {arm: configs[arm] for arm in dict.fromkeys(["plain", *group])}
         found = step_costs(together, rounds=rounds, device=here.device, stopping=lambda: jobs.stopping)

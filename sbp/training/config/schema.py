@@ -120,6 +120,7 @@ class DataConfig:
     crop_pct: in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped.
     workers: loader processes for each training process. prefetch: batches that each of them reads ahead.
     shuffle: "full", or "shards" to read webdataset shards a few at a time, for disks that seek slowly.
+    cache: each loader process keeps what it has decoded, which a small set of image files is read faster with.
     max_corrupt_images: so many different unreadable images are replaced by others in training, and listed; one
         more ends the run. In evaluation each is an error.
     num_classes: of the labels; in detection without the background, so that one is enough.
@@ -145,6 +146,7 @@ class DataConfig:
     workers: int = 4
     prefetch: int = 4
     shuffle: str = "full"
+    cache: bool = False
     max_corrupt_images: int = 100
     train_images: int = 1024
     val_images: int = 256
@@ -168,6 +170,8 @@ class RecipeConfig:
     warmup_steps: in place of warmup_epochs, and then part of the epochs.
     augment: False leaves resizing and normalisation only.
     crop_scale: smallest area of the random crop, as a share of the image.
+    crop_padding: in its place, a crop of the image's own scale, padded by so many black pixels on each side, as is
+        usual for images of 32 pixels; null for none.
     short_sides: detection: a training image's shorter side becomes one of these, at random; null for data.image_size.
     crop_share: detection: so many of the training images are first resized to one of crop_short_sides and cropped to
         sides within crop_sides, at random.
@@ -196,6 +200,7 @@ class RecipeConfig:
     ema_decay: float | None = None
     augment: bool = True
     crop_scale: float = 0.08
+    crop_padding: int | None = None
     short_sides: list[int] | None = None
     crop_share: float = 0.0
     crop_short_sides: list[int] = field(default_factory=lambda: [400, 500, 600])
@@ -474,10 +479,12 @@ def validate(config: Config) -> Config:
         raise ValueError("data.root is needed: the folder that holds the shards")
     if data.shuffle == "shards" and data.source != "webdataset":
         raise ValueError(f"data.shuffle=shards needs data.source=webdataset, got {data.source}")
+    if data.cache and data.source != "folder":
+        raise ValueError(f"data.cache=true needs data.source=folder, got {data.source}")
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
     _at_least(config, 0, "seed", "sbp.seed", "data.workers", "recipe.warmup_epochs", "recipe.mixup", "recipe.cutmix")
-    _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps", "recipe.warmup_steps")
+    _at_least(config, 0, "data.max_corrupt_images", "max_skipped_steps", "recipe.warmup_steps", "recipe.crop_padding")
     _at_least(config, 1, "data.prefetch", "logger.init_timeout", "logger.finish_timeout")
     _at_least(config, 1, "global_batch_size", "micro_batch_size", "eval_batch_size", "threads", "log_every_steps")
     _at_least(config, 1, "processes")
@@ -563,6 +570,7 @@ _CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detect
     "recipe.color_jitter": 0,
     "recipe.auto_augment": None,
     "recipe.random_erasing": 0,
+    "recipe.crop_padding": None,
     "data.train_image_size": None,
     "compile": False,  # training images have other sizes in each step
 }
@@ -664,7 +672,8 @@ def scaled_lr(recipe: RecipeConfig, global_batch_size: int) -> float:
 # Keys that may differ between the run that wrote a checkpoint and the one that goes on with it: where things lie,
 # what is recorded, and how the same global batch is computed.
 _FREE = (
-    *("data.root", "data.download", "data.workers", "data.prefetch", "data.max_corrupt_images", "logger", "probe"),
+    *("data.root", "data.download", "data.workers", "data.prefetch", "data.cache", "data.max_corrupt_images"),
+    *("logger", "probe"),
     *("checkpoint", "log_every_steps", "parallel", "deterministic", "max_skipped_steps"),
     *(
         "sbp.recompute",

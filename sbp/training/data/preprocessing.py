@@ -9,6 +9,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
 from sbp.training.config.schema import DataConfig, RecipeConfig
 
@@ -80,7 +81,7 @@ def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
     `Normalize` has the rest. Raises ValueError for a policy that timm does not know.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             data.size_in_training,
             is_training=True,
             use_prefetcher=True,  # leaves the images uint8
@@ -95,6 +96,11 @@ def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
         )
     except AssertionError as error:  # which timm raises for a policy that it does not know
         raise ValueError(f"recipe.auto_augment={recipe.auto_augment}: {error}") from None
+    if recipe.augment and recipe.crop_padding is not None:  # which timm has not
+        size, interpolation = data.size_in_training, InterpolationMode(data.interpolation)
+        crop = [Resize(size, interpolation), RandomCrop(size, padding=recipe.crop_padding)]
+        return Compose([*crop, *transform.transforms[1:]])  # in place of the resized crop
+    return transform
 
 
 def validation_transform(data: DataConfig) -> Any:

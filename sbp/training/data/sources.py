@@ -1,5 +1,6 @@
 """The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,7 +81,10 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
         return SyntheticImages(length, data.num_classes, data.image_size, transform)
     if data.source == "folder":
         assert data.root is not None
-        return image_folder(Path(data.root) / name, data.num_classes, transform)
+        images = image_folder(Path(data.root) / name, data.num_classes, transform)
+        if data.cache:
+            images.loader = Remembered(_load)
+        return images
     if data.source == "webdataset":
         assert data.root is not None
         return Shards(Path(data.root), name, data.num_classes, transform, decode)
@@ -134,6 +138,19 @@ def image_folder(folder: Path, num_classes: int, transform: Any = None) -> Image
 
 def _load(path: str) -> Image.Image:
     return decode(Path(path).read_bytes())
+
+
+class Remembered:
+    """Loads each path once and keeps its pixels, uint8 (H, W, 3), for as long as this lives."""
+
+    def __init__(self, load: Callable[[str], Image.Image]) -> None:
+        self.load = load
+        self.pixels: dict[str, np.ndarray] = {}
+
+    def __call__(self, path: str) -> Image.Image:
+        if path not in self.pixels:
+            self.pixels[path] = np.asarray(self.load(path))
+        return Image.fromarray(self.pixels[path])
 
 
 class Digits(Dataset):

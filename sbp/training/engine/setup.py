@@ -75,6 +75,8 @@ def pick_device(config: Config) -> torch.device:
         raise ValueError(
             "deterministic must be false with task=detection on CUDA: reading regions has no such algorithm"
         )
+    if device.type == "cpu":
+        environment.keep_freed_memory()
     return device
 
 

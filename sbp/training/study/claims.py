@@ -4,7 +4,7 @@ Source of the claims: Fang et al., "An In-depth Study of Stochastic Backpropagat
 An arm is one way to train; a comparison sets two of them side by side; a claim is decided by its comparisons.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,7 @@ class Arm:
     than one.
 
     same_as: the arm with the very same gradients, whose accuracy is taken: only what a step costs is measured.
+    parts: of an arm with several kinds of steps, those of which arms they are, and their share.
     """
 
     label: str
@@ -65,6 +66,7 @@ class Arm:
     vit_only: bool = False
     many_epochs: bool = False
     same_as: str | None = None
+    parts: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Claim:
     """comparisons: decide it. dominated_by: arms, of which none may be as lean, as fast and better than "sbp".
 
     context: arms that are shown beside those. published: what the talk says. shows: its figure, "differences" of pairs,
-    "similarities" along training, or "costs", that is loss against memory and time.
+    "similarities" along training, "costs", that is loss against memory and time, or "choice".
+    against_plain: arms whose accuracy is set beside that of training without SBP, the most telling first.
     """
 
     title: str
@@ -90,6 +93,7 @@ class Claim:
     dominated_by: tuple[str, ...] = ()
     context: tuple[str, ...] = ()
     shows: str = "differences"
+    against_plain: tuple[str, ...] = ()
 
 
 NONE = "sbp=none"
@@ -145,6 +149,10 @@ def exact_end(setting: Setting) -> list[str]:
     return [f"sbp.exact_epochs={max(1, setting.epochs // 10)}"]
 
 
+def query(keep_ratio: float) -> Callable[[Setting], list[str]]:
+    return fixed("sbp.mhsa_drop=query", f"sbp.keep_ratio={keep_ratio}")
+
+
 ARMS = {
     "plain": Arm("no SBP", fixed(NONE)),
     "sbp": Arm("published SBP", fixed()),
@@ -156,6 +164,9 @@ ARMS = {
     "rising": Arm("keep-ratio rising, 0.25 to 0.75", ratios(0.25, 0.75)),
     "falling": Arm("keep-ratio falling, 0.75 to 0.25", ratios(0.75, 0.25)),
     "query": Arm("drop on queries", fixed("sbp.mhsa_drop=query"), vit_only=True),
+    "query_0.25": Arm("drop on queries, keep-ratio 0.25", query(0.25), vit_only=True),
+    "query_0.125": Arm("drop on queries, keep-ratio 0.125", query(0.125), vit_only=True),
+    "query_0.0625": Arm("drop on queries, keep-ratio 0.0625", query(0.0625), vit_only=True),
     "head": Arm("drop on heads", fixed("sbp.mhsa_drop=head"), vit_only=True),
     "layers_all": Arm("SBP in all layers", fixed("sbp.layers=all")),
     "layers_other": Arm("SBP in as many layers at the other end", other_layers),
@@ -174,7 +185,9 @@ ARMS = {
     "longer": Arm("SBP, more epochs", epochs(lambda s: 1 / s.sbp_time), many_epochs=True),
     "accumulation": Arm("no SBP, two micro batches", half_batches, same_as="plain"),
     "cheap": Arm("no SBP, cheap recomputation", fixed("sbp.keep_ratio=1", "sbp.recompute=cheap"), same_as="plain"),
+    "block": Arm("no SBP, block recomputation", fixed("sbp.keep_ratio=1", "sbp.recompute=block"), same_as="plain"),
     "sbp_cheap": Arm("SBP, cheap recomputation", fixed("sbp.recompute=cheap"), same_as="sbp"),
+    "sbp_block": Arm("SBP, block recomputation", fixed("sbp.recompute=block"), same_as="sbp"),
     "plain_lr_half": Arm("no SBP, half the learning rate", lr(0.5, NONE)),
     "plain_lr_double": Arm("no SBP, twice the learning rate", lr(2, NONE)),
     "sbp_lr_half": Arm("SBP, half the learning rate", lr(0.5)),
@@ -268,6 +281,16 @@ QUESTIONS = {  # ours, answered in the same way
         context=("cheap", "accumulation", "sbp_cheap"),
         shows="costs",
     ),
+    "choice": Claim(
+        "Which setting loses least for the memory and the time that one has?",
+        "Not in the talk.",
+        context=("cheap", "block", "sbp_cheap", "sbp_block"),
+        shows="choice",
+        against_plain=(
+            *("sbp", "query", "query_0.25", "ratio_0.25", "ratio_0.75", "shorter", "longer", "qkv_exact"),
+            *("patch_dropout", "query_0.125", "query_0.0625", "low_resolution"),
+        ),
+    ),
     "learning_rate": Claim(
         "Does SBP want another learning rate than exact training?",
         "Not in the talk, which trains both at the same.",
@@ -292,8 +315,10 @@ def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
     """The arms that the claims need, "plain" and "sbp" first."""
     if setting.gradients_only:
         return ["plain"]
-    named = ["plain", "sbp"] if any(claim.comparisons or claim.dominated_by for claim in claims) else []
+    compares = any(claim.comparisons or claim.dominated_by or claim.against_plain for claim in claims)
+    named = ["plain", "sbp"] if compares else []
     for claim in claims:
+        named += claim.against_plain
         named += [arm for one in claim.comparisons for arm in (one.better, one.worse)]
         named += [*claim.dominated_by, *claim.context]
     return [arm for arm in dict.fromkeys(named) if exists(arm, setting)]

@@ -2,8 +2,9 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ def step_costs(
 ) -> dict[str, dict[str, float]]:
     """For each arm {"step_ms", "memory", "peak_allocated"}.
 
-    step_ms: median over the rounds, in each of which every arm takes one step on random images. memory: bytes that are
+    step_ms: median over the rounds, in each of which every arm takes one step on random images; on a CPU the time of
+    this process alone, whose one thread may share the core with others. memory: bytes that are
     saved for the backward pass of one micro batch. peak_allocated: bytes on CUDA, of the arm by itself. {} when it was
     asked to stop before the end.
     """
@@ -38,6 +40,7 @@ def step_costs(
             found[name]["peak_allocated"] = torch.cuda.max_memory_allocated(device)
         del trainer
         gc.collect()
+    clock = perf_counter if device.type == "cuda" else process_time
     trainers = {name: _trainer(config, device) for name, config in configs.items()}
     times: dict[str, list[float]] = {name: [] for name in configs}
     for step in range(rounds + 1):  # the first is for warming up
@@ -45,16 +48,17 @@ def step_costs(
             return {}
         for name, trainer in trainers.items():
             trainer.wait()
-            begin = perf_counter()
+            begin = clock()
             trainer.step(step, batches[name])
             trainer.wait()
-            times[name].append(1000 * (perf_counter() - begin))
+            times[name].append(1000 * (clock() - begin))
     for name, values in times.items():
         found[name]["step_ms"] = median(values[1:])
     return found
 
 
 def _trainer(config: Config, device: torch.device) -> Trainer:
+    config = replace(config, recipe=replace(config.recipe, warmup_steps=None))  # there may be fewer images here
     plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
     return setup.build_trainer(config, TrainSampler(config.data.train_images, plan, config.seed, 0), device)
 

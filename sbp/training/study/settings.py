@@ -10,13 +10,16 @@ from sbp.training.study.claims import Setting
 class Scale:
     """claims: what is answered unless others are asked for. rounds: of measuring what a step costs.
 
-    device: "cpu", or "auto" for a GPU where there is one.
+    device: "cpu", or "auto" for a GPU where there is one. on_one_gpu: runs beside one another on each GPU.
+    by_seed: all arms of one seed, in all settings, before any of the next: the study can end after any of them.
     """
 
     settings: tuple[Setting, ...]
     claims: tuple[str, ...]
     rounds: int
     device: str
+    on_one_gpu: int = 1
+    by_seed: bool = False
 
     def by_default(self, with_root: bool) -> list[Setting]:
         """Those that need images from a folder, where there is one, else the others."""
@@ -51,6 +54,43 @@ CIFAR_SMALL_VIT = replace(
     overrides=(*SMALL_VIT, "data=cifar10", "data.workers=0", *PLAIN_RECIPE, "recipe.warmup_epochs=0"),
     epochs=1,
     needs_root=True,
+)
+# The choice between settings, on photographs with two small networks: a run is a quarter of an hour on one core.
+SMALL_ON_PHOTOGRAPHS = (
+    *("data=cifar10", "data.workers=0", "data.cache=true", "recipe=short", "amp=off", "threads=1"),
+    *("recipe.crop_padding=4", "recipe.label_smoothing=0", "recipe.warmup_epochs=0", "recipe.warmup_steps=300"),
+    *("recipe.lr_base_batch_size=null", "eval_batch_size=100"),
+)
+SMALL_VIT_ON_PHOTOGRAPHS = Setting(
+    name="small-vit",
+    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens and a class token) on CIFAR-10 at 32 px",
+    overrides=(*SMALL_VIT, "backbone.kwargs.num_heads=2", *SMALL_ON_PHOTOGRAPHS),
+    sbp_layers=4,
+    other_layers=tuple(f"blocks.{i}" for i in range(4)),
+    epochs=6,
+    lr=2e-3,
+    batch_size=64,
+    seeds=3,
+    image_size=32,
+    small_size=24,
+    needs_root=True,
+)
+# A stem of stride 1, for the mask's grid to be 8 x 8; a third of ConvNeXt-Tiny's blocks, and as many of them SBP.
+SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
+    SMALL_VIT_ON_PHOTOGRAPHS,
+    name="small-convnext",
+    label="a small ConvNeXt (1, 1, 3, 1 blocks of 16 to 128 channels, maps of 32 to 4 px, a mask of 8 x 8) on CIFAR-10",
+    overrides=(
+        *("backbone=convnext_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=1"),
+        *("backbone.kwargs.dims=[16,32,64,128]", "+backbone.kwargs.ls_init_value=0.1", *SMALL_ON_PHOTOGRAPHS),
+    ),
+    sbp_layers=6,
+    other_layers=(
+        *("stages.2.downsample", "stages.2.blocks.0", "stages.2.blocks.1", "stages.2.blocks.2"),
+        *("stages.3.downsample", "stages.3.blocks.0"),
+    ),
+    epochs=5,
+    is_vit=False,
 )
 CIFAR_VIT = Setting(
     name="cifar10-vit_tiny-32",
@@ -115,6 +155,14 @@ PHOTOGRAPHS_CONVNEXT = replace(
 
 SCALES = {
     "laptop": Scale((DIGITS_VIT, CIFAR_SMALL_VIT), claims=("1", "2", "5", "exact_attention"), rounds=15, device="cpu"),
+    "cifar10": Scale(
+        (SMALL_VIT_ON_PHOTOGRAPHS, SMALL_CONVNEXT_ON_PHOTOGRAPHS),
+        claims=("choice", "learning_rate", "5", "2", "1", "gradients", "masks", "alternatives", "3", "4"),
+        rounds=12,
+        device="auto",
+        on_one_gpu=6,
+        by_seed=True,
+    ),
     "gpu": Scale(
         (CIFAR_VIT, CIFAR_VIT_224, CIFAR_CONVNEXT_224, PHOTOGRAPHS_VIT, PHOTOGRAPHS_CONVNEXT),
         claims=("1", "2", "3", "4", "5", "exact_attention"),

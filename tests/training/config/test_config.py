@@ -104,7 +104,7 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
         *("recipe.label_smoothing=1", "backbone.drop_path=1", "backbone.drop_path=-0.1", "recipe.optimizer=adamm"),
         *("recipe.optimizer=adahessian", "recipe.optimizer=lookahead_adahessian", "+backbone.kwargs.proj_drop_rate=1"),
         *("recipe.scheduler=step", "data.interpolation=cubic", "data.train_image_size=0"),
-        *("sbp.exact_epochs=-1", "sbp.exact_epochs=21"),
+        *("sbp.exact_epochs=-1", "sbp.exact_epochs=21", "recipe.crop_padding=-1", "data.cache=true"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_rejected_by_name(override):

@@ -14,6 +14,7 @@ from timm.data import create_transform
 from sbp.training.config.schema import plan_batches
 from sbp.training.data.classes import check_same_classes
 from sbp.training.data.loading import (
+    SeededDataset,
     TrainSampler,
     ValidationSampler,
     make_loader,
@@ -21,7 +22,7 @@ from sbp.training.data.loading import (
     spread_samples,
 )
 from sbp.training.data.preprocessing import Normalize, decode, train_transform, validation_transform
-from sbp.training.data.sources import Digits, SyntheticImages, build_datasets, build_validation_set
+from sbp.training.data.sources import Digits, SyntheticImages, build_datasets, build_validation_set, open_datasets
 from sbp.training.engine import setup
 from sbp.training.runtime import seeding
 from tests.training.configs import ROOT, composed, small
@@ -129,6 +130,46 @@ def test_preprocessing_is_ours_not_the_models():
     normalize = Normalize(published.data, published.recipe)
     torch.testing.assert_close(normalize.mean.flatten() / 255, torch.tensor([0.485, 0.456, 0.406]))
     assert normalize.random_erasing == 0.25
+
+
+def test_padded_crops_are_parts_of_the_padded_image_at_its_own_scale():
+    """All offsets and both directions occur; low resolution is scaled first."""
+    config = composed("data=cifar10", "data.root=anywhere", "recipe=short", "recipe.crop_padding=2")
+    pixels = np.random.default_rng(0).integers(1, 256, size=(32, 32, 3), dtype=np.uint8)
+    padded = torch.from_numpy(np.pad(pixels, ((2, 2), (2, 2), (0, 0)))).permute(2, 0, 1)
+    crops = {
+        (top, left, flip): padded[:, top : top + 32, left : left + 32].flip([-1] if flip else [])
+        for top in range(5)
+        for left in range(5)
+        for flip in (False, True)
+    }
+    transform, seen = train_transform(config.data, config.recipe), set()
+    for number in range(200):
+        seeding.seed_everything(number)
+        out = transform(Image.fromarray(pixels))
+        seen |= {where for where, crop in crops.items() if torch.equal(out, crop)} or {number}
+    assert seen <= crops.keys() and len(seen) > 40
+    config.data.train_image_size = 24
+    assert train_transform(config.data, config.recipe)(Image.fromarray(pixels)).shape == (3, 24, 24)
+    config.recipe.augment = False
+    assert "RandomCrop" not in repr(train_transform(config.data, config.recipe))
+
+
+def test_remembered_images_are_those_of_the_files(tmp_path, monkeypatch):
+    images_of = f"data.root={image_folders(tmp_path)}"
+    overrides = ("data=cifar10", images_of, "data.val_split=val", "data.num_classes=2", "recipe=short")
+    plain, remembered = (
+        open_datasets(config.data, config.recipe)[0]
+        for config in (composed(*overrides), composed(*overrides, "data.cache=true"))
+    )
+
+    def images(dataset):
+        return [SeededDataset(dataset, 0)[turn, i].image for turn in range(2) for i in range(len(dataset))]
+
+    expected = images(plain)
+    assert all(map(torch.equal, expected, images(remembered)))
+    monkeypatch.setattr(remembered.loader, "load", None)  # which nothing asks for again
+    assert all(map(torch.equal, expected, images(remembered)))
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
@@ -365,7 +406,7 @@ def test_the_names_of_a_global_batch_are_those_of_its_images(tmp_path):
 def test_a_process_that_fails_does_not_wait_for_its_loaders():
     code = """
 import torch
-from sbp.training import setup
+from sbp.training.engine import setup
 from tests.training.configs import small
 batches = iter(setup.load_images(small("data.workers=1"), torch.device("cpu")).train)
 next(batches)
