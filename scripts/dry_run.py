@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
 from sbp.cli.launch import composed
-from sbp.training.config.schema import BatchPlan, Config, plan_batches
+from sbp.training.config.batches import BatchPlan, plan_batches
+from sbp.training.config.run import Config
 from sbp.training.data.loading import TrainSampler
 from sbp.training.engine.setup import build_trainer
 from sbp.training.engine.trainer import Trainer

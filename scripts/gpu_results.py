@@ -30,16 +30,11 @@ from sbp.training.benchmark import report as benchmark_report
 from sbp.training.benchmark.benchmark import ARMS, benchmark
 from sbp.training.benchmark.benchmark import memory as benchmark_memory
 from sbp.training.benchmark.report import write_json
-from sbp.training.config.schema import (
-    BackboneConfig,
-    BenchmarkConfig,
-    BenchmarkDataConfig,
-    Config,
-    DataConfig,
-    DetectorConfig,
-    RecipeConfig,
-    SbpConfig,
-)
+from sbp.training.config.images import DataConfig
+from sbp.training.config.model import BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.config.recipe import RecipeConfig
+from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Rules, forecast
 from sbp.training.record.table import markdown
 from sbp.training.runtime import distributed, environment

@@ -14,7 +14,7 @@ import torch
 from sbp.cli.launch import composed
 from sbp.cli.torchrun import quoted
 from sbp.training.benchmark.report import write_json
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import is_taken, read_json
 from sbp.training.record.summary import SUMMARY

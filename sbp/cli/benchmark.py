@@ -13,7 +13,7 @@ from typing import Any
 from sbp.cli.launch import command
 from sbp.training.benchmark.benchmark import benchmark
 from sbp.training.benchmark.report import table, write
-from sbp.training.config.schema import BenchmarkConfig
+from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.runtime import distributed
 
 log = logging.getLogger("benchmark")

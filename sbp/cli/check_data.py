@@ -15,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from sbp.cli.launch import command
 from sbp.training.checks import findings
 from sbp.training.checks.inspection import loading_speed, open_splits, read
-from sbp.training.config.schema import Config, validate
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
 from sbp.training.record.files import lines, shown, write_json, write_text
 from sbp.training.record.incidents import CORRUPT_IMAGES
 from sbp.training.runtime import environment, signals

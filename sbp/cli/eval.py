@@ -7,7 +7,7 @@ code does, with masks and partial attention.
 from typing import Any
 
 from sbp.cli.launch import command
-from sbp.training.config.schema import EvalConfig
+from sbp.training.config.requests import EvalConfig
 from sbp.training.engine.evaluate import evaluate_checkpoint
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sbp.cli.launch import command
-from sbp.training.config.schema import ExportConfig
+from sbp.training.config.requests import ExportConfig
 from sbp.training.engine.export import export
 
 log = logging.getLogger("export")

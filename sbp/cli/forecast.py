@@ -3,7 +3,7 @@
     sbp forecast backbone=vit_base sbp.keep_ratio=0.5 global_batch_size=64 amp=bfloat16
 
 Takes the groups and keys of `sbp train`, and memory_gib, world_size and rules (configs/forecast.yaml). Its micro
-batch is the run's: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to the run's folder.
+batch is the run's: micro_batch_size, or a process's share of global_batch_size. Writes forecast.json to run_dir.
 """
 
 import logging
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sbp.cli.launch import command
-from sbp.training.config.schema import Config, plan_batches
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.run import Config
 from sbp.training.memory import forecast as forecasts
 from sbp.training.memory.forecast import PARTS, TODAY, Forecast
 from sbp.training.memory.paper import PAPER

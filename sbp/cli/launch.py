@@ -30,7 +30,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sbp.cli.requeue import Requeue
 from sbp.cli.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
 from sbp.cli.torchrun import ROOT, RunFailed, quoted, run_children, torchrun
-from sbp.training.config.schema import BenchmarkConfig, Config, EvalConfig, ExportConfig, validate
+from sbp.training.config.describe import as_text
+from sbp.training.config.requests import BenchmarkConfig, EvalConfig, ExportConfig
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
 from sbp.training.record.files import open_text
 from sbp.training.record.status import (
     EXIT_INTERRUPTED,
@@ -52,7 +55,8 @@ LONGEST_NAME = 120
 _SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them
 _STARTED = "SBP_STARTED"
 
-ConfigStore.instance().store(name="train_schema", node=Config)
+for _name, _kind in {"train": Config, "eval": EvalConfig, "export": ExportConfig, "benchmark": BenchmarkConfig}.items():
+    ConfigStore.instance().store(name=f"{_name}_schema", node=_kind)
 
 # Beside the package in a checkout, within it where it was installed from a wheel.
 CONFIGS = next(one for one in (ROOT / "configs", ROOT / "sbp" / "configs") if (one / "train.yaml").is_file())
@@ -93,6 +97,15 @@ def _key(override: str) -> str:
 
 
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def all_keys(*, _root_: DictConfig) -> str:
+    """The keys of a training run with their meaning, for --help."""
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"]))
+    return as_text(Config, plain).replace("$", "$$")  # Hydra fills in what stands behind a single one
+
+
+OmegaConf.register_new_resolver("all_keys", all_keys, replace=True)
 OmegaConf.register_new_resolver("or_one", lambda number: number or 1, replace=True)
 
 

@@ -7,7 +7,7 @@ that names its `run_dir` goes on, when it is given again, where it was interrupt
 from typing import Any
 
 from sbp.cli.launch import command
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.engine.train import train
 
 

@@ -14,7 +14,7 @@ import hydra
 import torch
 
 from sbp.cli.launch import join_processes, run_job
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.record.status import Preempted, write_status
 from sbp.training.runtime import signals
 

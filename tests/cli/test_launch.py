@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sbp.cli import launch
 from sbp.cli.torchrun import RunFailed, quoted, run_children, torchrun
-from sbp.training.config.schema import validate
+from sbp.training.config.rules import validate
 from sbp.training.record.status import Preempted, write_status
 from sbp.training.record.summary import finished
 from tests.training.configs import small

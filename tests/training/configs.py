@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from sbp.cli.launch import typed
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 
 ROOT = Path(__file__).parents[2]
 BACKBONES = {

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sbp.training.config.schema import BackboneConfig, Config, DataConfig, ProbeConfig, RecipeConfig, validate
+from sbp.training.config.images import DataConfig
+from sbp.training.config.model import BackboneConfig
+from sbp.training.config.recipe import RecipeConfig
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config, ProbeConfig
 from sbp.training.engine.run import Run
 from sbp.training.record.checkpoint import find
 from sbp.training.record.status import RunStatus

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from sbp.training.config.schema import plan_batches
+from sbp.training.config.batches import plan_batches
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.data.sources import build_datasets

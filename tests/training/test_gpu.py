@@ -11,7 +11,7 @@ import torch
 
 import sbp
 from sbp.training.benchmark.benchmark import ARMS, Runner
-from sbp.training.config.schema import BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.engine import setup
 from sbp.training.record.checkpoint import Checkpoints, find
 from tests.conftest import (

@@ -23,7 +23,10 @@ from torch.utils._pytree import tree_leaves
 import sbp
 from sbp.training.benchmark import launches
 from sbp.training.benchmark.authors_release import release_model
-from sbp.training.config.schema import BenchmarkConfig, RecipeConfig, SbpConfig, validate_benchmark
+from sbp.training.config.model import SbpConfig
+from sbp.training.config.recipe import RecipeConfig
+from sbp.training.config.requests import BenchmarkConfig
+from sbp.training.config.rules import validate_benchmark
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import build_criterion
 from sbp.training.runtime import distributed, environment, wrapping

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sbp.training.checks.inspection import Loading, Split
-from sbp.training.config.schema import DataConfig
+from sbp.training.config.images import DataConfig
 from sbp.training.data.classes import hidden
 from sbp.training.record.table import markdown
 

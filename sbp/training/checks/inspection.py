@@ -27,7 +27,8 @@ from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import Compose
 from tqdm import tqdm
 
-from sbp.training.config.schema import Config, DataConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.run import Config
 from sbp.training.data.classes import class_names
 from sbp.training.data.loading import SUBSTITUTES, Batch, Sample, SeededDataset, collate, make_loader, spread
 from sbp.training.data.naming import path

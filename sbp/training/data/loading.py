@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from sbp.training.config.schema import BatchPlan
+from sbp.training.config.batches import BatchPlan
 from sbp.training.data.naming import path
 from sbp.training.runtime import seeding, signals
 

@@ -11,7 +11,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 
 UPRIGHT = {  # what turns a stored image upright, by EXIF's number
     1: None,

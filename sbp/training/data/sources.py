@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.classes import check_labels, check_same_classes, hidden
 from sbp.training.data.cluttered import DIGITS, ClutteredDigits
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform

@@ -5,7 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sbp.training.config.schema import Config, EvalConfig, evaluation_batch, from_dict, overridden, validate
+from sbp.training.config.batches import evaluation_batch
+from sbp.training.config.keys import from_dict
+from sbp.training.config.requests import EvalConfig, overridden
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.engine import setup
 from sbp.training.models.build import fit_position_embedding

@@ -6,7 +6,10 @@ from typing import Any
 
 from timm.models import save_for_hf
 
-from sbp.training.config.schema import Config, DataConfig, SbpConfig, from_dict
+from sbp.training.config.images import DataConfig
+from sbp.training.config.keys import from_dict
+from sbp.training.config.model import SbpConfig
+from sbp.training.config.run import Config
 from sbp.training.models.build import build_model
 from sbp.training.record.checkpoint import choose_weights, find, load_weights
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sbp.training.config.schema import Config, check_same_run
+from sbp.training.config.run import Config
+from sbp.training.config.same_run import check_same_run
 from sbp.training.engine import setup
 from sbp.training.engine.probes import PeakMemory, gradient_cosines
 from sbp.training.engine.trainer import Step, train_epoch

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import sbp
-from sbp.training.config.schema import SLOPE_IMAGES, Config, evaluation_batch, plan_batches, scaled_lr
+from sbp.training.config.batches import evaluation_batch, plan_batches, scaled_lr
+from sbp.training.config.rules import SLOPE_IMAGES
+from sbp.training.config.run import Config
 from sbp.training.data.loading import (
     SUBSTITUTES,
     Images,

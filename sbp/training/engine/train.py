@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sbp.training.config.schema import Config, validate
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
 from sbp.training.engine.run import Run
 from sbp.training.memory.forecast import advised
 from sbp.training.record.status import RunStatus, recorded

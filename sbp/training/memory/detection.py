@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.tasks.detection import synthetic
 from sbp.training.tasks.detection.detector import PROPOSALS, Detector, build_detector
 from sbp.training.tasks.detection.synthetic import Batch

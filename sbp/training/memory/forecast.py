@@ -28,7 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sbp.recompute import MODES as RECOMPUTE
-from sbp.training.config.schema import Config, plan_batches, scaled_lr, validate
+from sbp.training.config.batches import plan_batches, scaled_lr
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
 from sbp.training.memory import detection
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer

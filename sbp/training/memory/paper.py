@@ -24,7 +24,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from sbp import convnext, masks, vit
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.memory.forecast import CudaCasts, Rules
 from sbp.training.models.build import build_model
 

@@ -8,7 +8,7 @@ from timm.models import ConvNeXt
 from torch import Tensor, nn
 
 import sbp
-from sbp.training.config.schema import BackboneConfig, SbpConfig
+from sbp.training.config.model import BackboneConfig, SbpConfig
 
 
 def build_model(

@@ -11,7 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from sbp.training.config.schema import RecipeConfig
+from sbp.training.config.recipe import RecipeConfig
 
 FUSED = ("adam", "adamw")  # whose step on CUDA can be one kernel
 

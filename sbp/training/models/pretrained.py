@@ -12,7 +12,10 @@ import torch
 from timm.models import load_state_dict, split_model_name_tag
 from torch import Tensor, nn
 
-from sbp.training.config.schema import BackboneConfig, Config, DataConfig, from_dict
+from sbp.training.config.images import DataConfig
+from sbp.training.config.keys import from_dict
+from sbp.training.config.model import BackboneConfig
+from sbp.training.config.run import Config
 from sbp.training.models.build import check_name, create
 from sbp.training.record.checkpoint import load_weights
 from sbp.training.runtime import distributed

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.record.files import read_json, write_json
 from sbp.training.runtime import distributed, signals
 

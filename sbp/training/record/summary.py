@@ -5,7 +5,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from sbp.training.config.schema import Config, check_same_run
+from sbp.training.config.run import Config
+from sbp.training.config.same_run import check_same_run
 from sbp.training.record.files import read_json, write_json
 from sbp.training.record.status import read_status
 from sbp.training.record.tracking import METRICS, read_metrics

@@ -10,7 +10,7 @@ from shlex import quote
 from types import TracebackType
 from typing import Any, Literal
 
-from sbp.training.config.schema import LoggerConfig
+from sbp.training.config.run import LoggerConfig
 from sbp.training.record.files import open_text, read_json, read_text, shown, write_text
 
 try:

@@ -9,7 +9,9 @@ from time import perf_counter, process_time
 import torch
 from torch import Tensor
 
-from sbp.training.config.schema import SLOPE_IMAGES, Config, plan_batches
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.rules import SLOPE_IMAGES
+from sbp.training.config.run import Config
 from sbp.training.data.loading import TrainSampler
 from sbp.training.engine import setup
 from sbp.training.engine.probes import saved_bytes_per_image

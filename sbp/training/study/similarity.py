@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 
 import sbp
 from sbp.diagnostics import Gradient
-from sbp.training.config.schema import Config, SbpConfig, from_dict
+from sbp.training.config.keys import from_dict
+from sbp.training.config.model import SbpConfig
+from sbp.training.config.run import Config
 from sbp.training.data.loading import spread_samples
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.data.sources import build_datasets

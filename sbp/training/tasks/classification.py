@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from sbp.training.config.schema import Config
+from sbp.training.config.run import Config
 from sbp.training.data import sources
 from sbp.training.data.loading import collate
 from sbp.training.data.preprocessing import Normalize, Preprocessing

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sbp.training.config.schema import BackboneConfig, Config, DataConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.model import BackboneConfig
+from sbp.training.config.run import Config
 from sbp.training.data.loading import Batch, Sample
 from sbp.training.data.preprocessing import Normalize
 

@@ -15,7 +15,8 @@ from sbp.training.benchmark import report
 from sbp.training.benchmark.authors_release import release_model
 from sbp.training.benchmark.benchmark import ARMS, KINDS, PARTS, Arm, Runner, _choose_arms, benchmark, search_largest
 from sbp.training.benchmark.report import merged, pareto, table
-from sbp.training.config.schema import BenchmarkConfig, BenchmarkDataConfig, validate_benchmark
+from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.config.rules import validate_benchmark
 from sbp.training.runtime import environment
 from scripts import gpu_results
 from scripts.gpu_results import LIMITS, NETWORKS, SMALL, Slice, benchmark_config, judge

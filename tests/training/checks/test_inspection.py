@@ -20,7 +20,7 @@ from sbp.cli.check_data import CheckDataConfig, check
 from sbp.training.checks import inspection
 from sbp.training.checks.findings import IMAGENET_1K, findings, meaning
 from sbp.training.checks.inspection import Split, describe, loading_speed, read
-from sbp.training.config.schema import DataConfig
+from sbp.training.config.images import DataConfig
 from sbp.training.data.loading import spread
 from tests.training.configs import composed
 

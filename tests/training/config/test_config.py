@@ -9,17 +9,12 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
-from sbp.training.config.schema import (
-    BatchPlan,
-    Config,
-    EvalConfig,
-    check_same_run,
-    from_dict,
-    overridden,
-    plan_batches,
-    scaled_lr,
-    validate,
-)
+from sbp.training.config.batches import BatchPlan, plan_batches, scaled_lr
+from sbp.training.config.keys import from_dict
+from sbp.training.config.requests import EvalConfig, overridden
+from sbp.training.config.rules import validate
+from sbp.training.config.run import Config
+from sbp.training.config.same_run import check_same_run
 from sbp.training.tasks.task import task_of
 from tests.training.configs import ROOT, composed, small
 

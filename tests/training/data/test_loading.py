@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from sbp.training.config.schema import plan_batches
+from sbp.training.config.batches import plan_batches
 from sbp.training.data.classes import check_same_classes
 from sbp.training.data.loading import (
     SeededDataset,

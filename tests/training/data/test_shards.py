@@ -13,7 +13,8 @@ import torch
 from PIL import Image, features
 
 from sbp.cli.check_data import CheckDataConfig, check
-from sbp.training.config.schema import plan_batches, validate
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.rules import validate
 from sbp.training.data import shards
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable
 from sbp.training.data.naming import path

@@ -9,7 +9,7 @@ import timm
 import torch
 from timm.models import load_checkpoint
 
-from sbp.training.config.schema import EvalConfig
+from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.train import train

@@ -10,7 +10,8 @@ from torchvision.ops import roi_align
 
 import sbp
 from sbp.cli.forecast import ForecastConfig, report
-from sbp.training.config.schema import DETECTORS, Config
+from sbp.training.config.model import DETECTORS
+from sbp.training.config.run import Config
 from sbp.training.engine.train import train
 from sbp.training.engine.trainer import Trainer
 from sbp.training.memory import detection

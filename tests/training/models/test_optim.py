@@ -5,7 +5,8 @@ import timm
 import torch
 
 import sbp
-from sbp.training.config.schema import SCHEDULERS, RecipeConfig, validate
+from sbp.training.config.recipe import SCHEDULERS, RecipeConfig
+from sbp.training.config.rules import validate
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import build_optimizer, build_scheduler
 from tests.training.configs import BACKBONES, small

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from sbp.training.config.schema import EvalConfig
+from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.export import export

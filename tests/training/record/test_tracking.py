@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from sbp.training.config.schema import LoggerConfig
+from sbp.training.config.run import LoggerConfig
 from sbp.training.record import tracking
 from sbp.training.record.tracking import SENT, Tracker, read_metrics
 from tests.training.wandb_side import WandbServer, offline_folders, wandb_history

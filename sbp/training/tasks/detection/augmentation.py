@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import NO_IMAGES, Batch, Sample
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.tasks.detection.target import Target, padded

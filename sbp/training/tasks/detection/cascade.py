@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops import clip_boxes_to_image, generalized_box_iou_loss
 
-from sbp.training.config.schema import DetectorConfig
+from sbp.training.config.model import DetectorConfig
 from sbp.training.tasks.detection.heads import MaskRoIHeads, Size, as_detections, roi_stage
 from sbp.training.tasks.detection.target import Target
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.tasks.detection.augmentation import Preprocessing, TrainTransform
 from sbp.training.tasks.detection.coco import CocoImages
 from sbp.training.tasks.detection.shapes import Shapes

@@ -21,7 +21,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import FeaturePyramidNetwork, box_iou
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from sbp.training.config.schema import BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.config.model import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.models.build import apply_sbp, check_name, create
 from sbp.training.record.checkpoint import load_weights
 from sbp.training.tasks.detection.cascade import cascade_heads

@@ -9,7 +9,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
-from sbp.training.config.schema import DetectorConfig
+from sbp.training.config.model import DetectorConfig
 from sbp.training.tasks.detection.target import Target
 
 Size = tuple[int, int]  # height, width

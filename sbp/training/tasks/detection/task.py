@@ -6,7 +6,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from sbp.training.config.schema import BackboneConfig, Config, DataConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.model import BackboneConfig
+from sbp.training.config.run import Config
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.models import pretrained
 from sbp.training.tasks.detection import datasets

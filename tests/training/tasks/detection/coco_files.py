@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.tasks.detection.datasets import build_datasets
 
 SIZES = [(40, 60), (60, 40), (50, 50), (33, 70), (48, 64)]  # (height, width)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sbp.training.config.schema import BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.config.model import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.tasks.detection.detector import Detector, build_detector
 from tests.conftest import randomise
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sbp.training.config.schema import DataConfig, RecipeConfig
+from sbp.training.config.images import DataConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import Sample
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.tasks.detection.augmentation import (

@@ -9,7 +9,8 @@ import torch
 from PIL import Image, ImageOps
 
 from sbp.cli.check_data import CheckDataConfig, check
-from sbp.training.config.schema import RecipeConfig, plan_batches
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
 from sbp.training.data.naming import path
 from sbp.training.data.preprocessing import UPRIGHT

@@ -6,7 +6,7 @@ import torch
 from pycocotools import mask as run_lengths
 from pycocotools.cocoeval import COCOeval
 
-from sbp.training.config.schema import RecipeConfig
+from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.record.status import Preempted

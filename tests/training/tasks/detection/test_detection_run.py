@@ -10,7 +10,9 @@ import timm
 import torch
 from PIL import Image
 
-from sbp.training.config.schema import DETECTORS, EvalConfig, validate
+from sbp.training.config.model import DETECTORS
+from sbp.training.config.requests import EvalConfig
+from sbp.training.config.rules import validate
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.export import export

@@ -10,7 +10,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import box_iou, roi_align
 
 import sbp
-from sbp.training.config.schema import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.config.model import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.runtime import wrapping
 from sbp.training.tasks.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
 from sbp.training.tasks.detection.heads import AlignedPool, crop_masks

@@ -1,0 +1,182 @@
+"""What must hold between the keys of a config; what holds for each alone stands at its field."""
+
+import json
+from typing import Any
+
+from timm.optim import get_optimizer_info
+
+from sbp import masks
+from sbp.training.config.keys import check_limits, quoted, select
+from sbp.training.config.recipe import RecipeConfig
+from sbp.training.config.requests import BenchmarkConfig
+from sbp.training.config.run import OBJECTIVES, Config
+
+SOURCES = {
+    "classification": ("digits", "cluttered_digits", "synthetic", "folder", "webdataset", "timm"),
+    "detection": ("shapes", "coco"),
+}
+SLOPE_IMAGES = {"classification": 4, "detection": 2}  # enough to measure saved bytes per image as a slope
+LEAST_CLASSES = {"classification": 2, "detection": 1}  # a detector has the background beside them
+
+
+def validate(config: Config) -> Config:
+    """Returns the config; raises ValueError that names the key, what is wrong and what is allowed."""
+    check_limits(config)
+    _check_keep_ratio(config.sbp.keep_ratio)
+    for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {quoted(objective)}")
+    _check_source(config)
+    _check_classes(config)
+    least = SLOPE_IMAGES["classification"] if config.task == "classification" else 1
+    if config.probe.images < least:
+        raise ValueError(f"probe.images must be at least {least}, got {config.probe.images}")
+    _check_task(config)
+    _check_warmup(config.recipe)
+    _check_milestones(config.recipe)
+    _check_exact_epochs(config)
+    _check_rates(config)
+    _check_optimizer(config.recipe.optimizer)
+    return config
+
+
+def _check_source(config: Config) -> None:
+    data, allowed = config.data, SOURCES[config.task]
+    if data.source not in allowed:
+        raise ValueError(
+            f"data.source, with task={config.task}, must be one of {', '.join(allowed)}, got {quoted(data.source)}"
+        )
+    if data.source == "folder" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the image folders of training and validation")
+    if data.source == "webdataset" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the shards")
+    if data.shuffle == "shards" and data.source != "webdataset":
+        raise ValueError(f"data.shuffle=shards needs data.source=webdataset, got {data.source}")
+    if data.cache and data.source != "folder":
+        raise ValueError(f"data.cache=true needs data.source=folder, got {data.source}")
+    if data.source == "timm" and data.name is None:
+        raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
+
+
+def _check_warmup(recipe: RecipeConfig) -> None:
+    if recipe.warmup_steps is not None and recipe.warmup_epochs:
+        raise ValueError(
+            f"recipe.warmup_steps={recipe.warmup_steps} is in place of recipe.warmup_epochs, which must then be 0, got "
+            f"{recipe.warmup_epochs}"
+        )
+    if recipe.scheduler == "rsqrt" and not (recipe.warmup_epochs or recipe.warmup_steps):
+        raise ValueError(
+            "recipe.warmup_epochs or recipe.warmup_steps must be above 0 with recipe.scheduler=rsqrt, whose fall is as "
+            "slow as the warm-up"
+        )
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise ValueError(
+            f"recipe.warmup_epochs must be less than recipe.epochs, got {recipe.warmup_epochs} and {recipe.epochs}"
+        )
+
+
+def _check_exact_epochs(config: Config) -> None:
+    sbp, epochs = config.sbp, config.recipe.epochs
+    if sbp.exact_epochs > epochs:
+        raise ValueError(f"sbp.exact_epochs must lie in [0, {epochs}] (recipe.epochs), got {sbp.exact_epochs}")
+    if sbp.exact_epochs and not sbp.enabled:
+        raise ValueError(
+            f"sbp.exact_epochs={sbp.exact_epochs} needs sbp.enabled=true; without SBP all epochs are exact"
+        )
+
+
+def _check_rates(config: Config) -> None:
+    """Raises ValueError for those of timm's own names that leave nothing to learn from."""
+    for name, rate in config.backbone.kwargs.items():
+        is_rate = name.endswith("drop_rate") or name == "drop_path_rate"
+        if is_rate and isinstance(rate, int | float) and not 0 <= rate < 1:
+            raise ValueError(f"backbone.kwargs.{name} must lie in [0, 1), got {rate}")
+
+
+def _check_optimizer(name: str) -> None:
+    """Raises ValueError for one that timm does not know, or that needs more than gradients."""
+    try:
+        info = get_optimizer_info(name.lower().removeprefix("lookahead_"))
+    except ValueError as error:
+        raise ValueError(f"recipe.optimizer={name}: {error}") from None
+    if info.second_order:
+        raise ValueError(f"recipe.optimizer={name} needs second derivatives, which are not computed; take another one")
+
+
+def _check_milestones(recipe: RecipeConfig) -> None:
+    milestones = recipe.decay_milestones
+    if recipe.scheduler != "multistep":
+        if milestones is not None:
+            raise ValueError(f"recipe.decay_milestones needs recipe.scheduler=multistep, got {recipe.scheduler}")
+        return
+    first = recipe.warmup_epochs
+    if not milestones or milestones != sorted({one for one in milestones if first < one < recipe.epochs}):
+        raise ValueError(
+            f"recipe.decay_milestones must be increasing epochs in ({first}, {recipe.epochs}) (recipe.warmup_epochs, "
+            f"recipe.epochs) with recipe.scheduler=multistep, got {milestones}"
+        )
+
+
+_CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detector, and their values without effect
+    "recipe.mixup": 0,
+    "recipe.cutmix": 0,
+    "recipe.label_smoothing": 0,
+    "recipe.color_jitter": 0,
+    "recipe.auto_augment": None,
+    "recipe.random_erasing": 0,
+    "recipe.crop_padding": None,
+    "data.train_image_size": None,
+    "compile": False,  # training images have other sizes in each step
+}
+_DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0, "data.background": False}
+
+
+def _check_task(config: Config) -> None:
+    """Raises ValueError for what the task would leave aside, or cannot work with."""
+    detection = config.task == "detection"
+    for key, neutral in (_CLASSIFICATION_ONLY if detection else _DETECTION_ONLY).items():
+        value = select(config, key)
+        if value != neutral:
+            raise ValueError(f"{key} must be {json.dumps(neutral)} with task={config.task}, got {value}")
+    if not detection:
+        return
+    detector, data, recipe = config.detector, config.data, config.recipe
+    if min(detector.anchor_sizes) < 1:
+        raise ValueError(f"detector.anchor_sizes must be 5 sizes in pixels, got {detector.anchor_sizes}")
+    if not config.backbone.name.startswith("convnext"):
+        raise ValueError(f"backbone.name must be a timm ConvNeXt with task=detection, got {config.backbone.name}")
+    if data.background and data.source != "coco":
+        raise ValueError(f"data.background=true needs data.source=coco, got {data.source}")
+    if data.source == "coco" and data.root is None:
+        raise ValueError("data.root is needed: the folder that holds the image folders and the annotation files")
+    for key in ("short_sides", "crop_short_sides", "crop_sides"):
+        sides = getattr(recipe, key)
+        if sides is not None and (not sides or min(sides) < 1):
+            raise ValueError(f"recipe.{key} must be sizes in pixels, got {sides}")
+    if recipe.crop_sides[0] > recipe.crop_sides[1]:
+        raise ValueError(f"recipe.crop_sides must be a smallest and a largest side, got {recipe.crop_sides}")
+    largest = max([data.image_size, *(recipe.short_sides or [])])
+    if largest > data.max_size:
+        raise ValueError(f"data.max_size must be at least the largest shorter side, {largest}, got {data.max_size}")
+
+
+def validate_benchmark(config: BenchmarkConfig) -> BenchmarkConfig:
+    """Returns the config; raises ValueError as `validate` does. The arms are checked where they are defined."""
+    check_limits(config)
+    _check_keep_ratio(config.sbp.keep_ratio)
+    _check_classes(config)
+    return config
+
+
+def _check_classes(config: Config | BenchmarkConfig) -> None:
+    least = LEAST_CLASSES[config.task]
+    if config.data.num_classes < least:
+        raise ValueError(f"data.num_classes must be at least {least}, got {config.data.num_classes}")
+
+
+def _check_keep_ratio(keep_ratio: Any) -> None:
+    for ratio in keep_ratio if isinstance(keep_ratio, list) else [keep_ratio]:
+        try:
+            masks.check_keep_ratio(ratio)
+        except ValueError as error:
+            raise ValueError(f"sbp.{error}") from None

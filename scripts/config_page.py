@@ -1,0 +1,31 @@
+"""Writes docs/config.md from the config's fields, which a test holds it to: python -m scripts.config_page"""
+
+from pathlib import Path
+
+from sbp.training.config.describe import as_markdown
+from sbp.training.config.requests import BenchmarkConfig, EvalConfig, ExportConfig
+from sbp.training.config.run import Config
+from sbp.training.record.files import write_text
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+
+
+def page() -> str:
+    parts = [
+        "# Every key",
+        "`python -m scripts.config_page` writes this page from the fields in `sbp/training/config`. The defaults are "
+        "those of the fields; what a group's choice in `configs/` says counts more, and what the command line says "
+        "most. `sbp train --help` shows the values that a command line ends up with.",
+        as_markdown(Config),
+        "# Keys of `sbp eval`",
+        as_markdown(EvalConfig),
+        "# Keys of `sbp export`",
+        as_markdown(ExportConfig),
+        "# Keys of `sbp benchmark`",
+        as_markdown(BenchmarkConfig),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    write_text(PAGE, page())
