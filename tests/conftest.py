@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -90,6 +90,11 @@ def never_waits(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def others_long(names: Iterable[str], *usual: str) -> list:
+    """Parameters of a test that takes its time: the usual ones, and the others marked long."""
+    return [name if name in usual else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 # -- models and comparisons

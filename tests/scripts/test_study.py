@@ -6,6 +6,7 @@ from sbp.training.runtime import seeding
 from sbp.training.study.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
 from sbp.training.study.settings import SCALES
 from scripts.study_tasks import Place, arm_config
+from tests.conftest import others_long
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
 
@@ -19,7 +20,7 @@ def known(setting: Setting) -> list[str]:
     return arms_of(list(ANSWERED.values()), setting)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", others_long(SETTINGS, "digits-vit", "cifar10-convnext_tiny-224"))
 def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     """Each differs from the others, and has as many SBP layers as the setting says."""
     here = place(name, tmp_path)

@@ -19,6 +19,7 @@ from sbp.training.models.optim import build_criterion, build_optimizer, build_sc
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime.distributed import pick_device
+from tests.conftest import others_long
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import BACKBONES, small
 
@@ -101,7 +102,7 @@ RANDOM = (
 )
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", others_long(BACKBONES, "vit"))
 def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, backbone):
     config = small(*RANDOM, backbone=backbone)
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -22,6 +22,7 @@ from sbp.training.models.build import build_model
 from sbp.training.tasks.detection import synthetic
 from sbp.training.tasks.detection.heads import MaskRoIHeads
 from scripts.gpu_results import BenchmarkRules
+from tests.conftest import others_long
 from tests.training.configs import BACKBONES, composed, small
 
 MIB = 2**20
@@ -229,7 +230,7 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
     assert "micro_batch_size=8" in str(error.value) and "sbp.keep_ratio=0.25" in str(error.value)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
 @pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.recompute=cheap"])
 def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     """With as many objects as the forecast assumes, and sampled regions that a real detector may have."""
@@ -246,7 +247,7 @@ def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     assert forecast(config, 2).saved == pytest.approx(real, rel=0.005)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
 def test_the_peak_of_a_detector_is_that_of_an_independent_count(name):
     """Of a real step, in which anchors are matched and proposals chosen, which a forecast leaves out."""
     config = composed(
@@ -266,7 +267,7 @@ def test_the_peak_of_a_detector_is_that_of_an_independent_count(name):
     assert ours.peak - ours.optimizer == pytest.approx(counted, rel=0.005)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
 def test_a_benchmarked_detector_samples_as_many_regions_with_objects_as_forecast(name, monkeypatch):
     drawn = []
 

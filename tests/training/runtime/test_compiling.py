@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sbp
 from sbp.training.engine import setup
 from sbp.training.runtime.compiling import blocks_of, compile_model
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, others_long, small_convnext, small_vit
 from tests.training import runs
 
 RATE = {"drop_path_rate": 0.3}
@@ -41,7 +41,7 @@ def eager_copy(model):
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", others_long(MODELS, "plain vit", "vit", "convnext"))
 def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
     model = MODELS[name]()
     keys = list(model.state_dict())
