@@ -10,7 +10,8 @@ import matplotlib.image
 import pytest
 
 from sbp.cli.sweep_figure import draw
-from sbp.cli.sweep_table import columns_of, main, read_jobs, swept_keys, table, write_table
+from sbp.cli.sweep import main
+from sbp.cli.sweep_table import columns_of, read_jobs, swept_keys, table, write_table
 from sbp.training.record.status import write_status
 
 FIGURES = {"keep_ratio": 0.5, "effective_keep_ratio": 0.5, "saved_bytes_per_image": 2**20, "peak_allocated": 2**30}
@@ -102,14 +103,14 @@ def test_the_figure_has_all_finished_jobs(tmp_path, key, values):
 
 
 def test_the_command(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sweep_table", str(folder)])
+    monkeypatch.setattr(sys, "argv", ["sbp sweep", str(folder)])
     main()
     assert capsys.readouterr().out == table(read_jobs(folder)) + "\n"
     assert not (folder / "table.csv").exists()
-    monkeypatch.setattr(sys, "argv", ["sweep_table", str(folder), "--save"])
+    monkeypatch.setattr(sys, "argv", ["sbp sweep", str(folder), "--save"])
     main()
     assert {"table.csv", "table.md", "figure.png"} <= set(os.listdir(folder))
-    monkeypatch.setattr(sys, "argv", ["sweep_table", str(folder / "notes")])
+    monkeypatch.setattr(sys, "argv", ["sbp sweep", str(folder / "notes")])
     with pytest.raises(SystemExit, match="notes holds no run"):
         main()
 
