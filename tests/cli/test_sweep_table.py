@@ -9,8 +9,8 @@ import sys
 import matplotlib.image
 import pytest
 
-from sbp.cli.sweep_figure import draw
 from sbp.cli.sweep import main
+from sbp.cli.sweep_figure import draw
 from sbp.cli.sweep_table import columns_of, read_jobs, swept_keys, table, write_table
 from sbp.training.record.status import write_status
 
