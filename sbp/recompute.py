@@ -10,7 +10,6 @@ Gradients stay the same: exact methods all of them, which go with SBP or without
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import count
 from typing import Any
 
 import torch
@@ -71,8 +70,21 @@ def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if torch.compiler.is_compiling():  # what nothing reads is left out by the compiler
         return checkpoint(partial(run, again=False), *inputs, **how)
-    calls = count()
-    return checkpoint(lambda *x: run(*x, again=next(calls) > 0), *inputs, **how)
+    recomputing = _Recomputing()
+    how["context_fn"] = lambda: (nullcontext(), recomputing)  # of the forward pass, and of running again
+    return checkpoint(lambda *x: run(*x, again=recomputing.now), *inputs, **how)
+
+
+class _Recomputing:
+    """A context within which `now` is true."""
+
+    now = False
+
+    def __enter__(self) -> None:
+        self.now = True
+
+    def __exit__(self, *_: object) -> None:
+        self.now = False
 
 
 def has_dropout(*modules: nn.Module) -> bool:

@@ -12,24 +12,28 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from sbp.cli.launch import command
+from sbp.cli.launch import command, register
 from sbp.training.checks import findings
 from sbp.training.checks.inspection import loading_speed, open_splits, read
+from sbp.training.config.keys import key
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.record.files import lines, shown, write_json, write_text
 from sbp.training.record.incidents import CORRUPT_IMAGES
 from sbp.training.runtime import environment, signals
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger("check_data")
 
 
 @dataclass
 class CheckDataConfig(Config):
-    """A training run whose data is to be checked. max_images: of each split; null for all."""
+    """A training run whose data is to be checked."""
 
-    max_images: int | None = None
+    max_images: int | None = key(None, "look at so many images of each split only, at equal distances", at_least=1)
+
+
+register("check_data", CheckDataConfig)
 
 
 def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ()) -> None:
@@ -40,10 +44,8 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
     validate(config)
     if config.data.source == "shapes":
         raise ValueError("data.source must not be shapes here: there is nothing to check in generated images")
-    if config.max_images is not None and config.max_images < 1:
-        raise ValueError(f"max_images must be null or at least 1, got {config.max_images}")
     data, loading, digests = config.data, None, dict[bytes, str]()
-    with signals.noted():
+    with signals.deferred():
         (train, train_set), (val, val_set) = open_splits(config)
         try:
             if train.length:

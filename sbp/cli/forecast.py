@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sbp.cli.launch import command
+from sbp.cli.launch import command, register
 from sbp.training.config.batches import plan_batches
+from sbp.training.config.keys import check_limits, key
 from sbp.training.config.run import Config
 from sbp.training.memory import forecast as forecasts
 from sbp.training.memory.forecast import PARTS, TODAY, Forecast
@@ -28,22 +29,21 @@ RULES = {"today": TODAY, "paper": PAPER}
 
 @dataclass
 class ForecastConfig(Config):
-    """A training run, and the GPU it is to run on.
+    """A training run, and the GPU it is to run on."""
 
-    memory_gib: what the largest micro batch is to fit into. world_size: processes. rules: "today" or "paper".
-    """
+    memory_gib: float = key(24, "of the GPU; the largest micro batch is to fit into it", above=0)
+    world_size: int = key(1, "processes, each with its own GPU", at_least=1)
+    rules: str = key(
+        "today", "paper: torch 1.8 and the authors' layers, for experiment=table1/...", one_of=tuple(RULES)
+    )
 
-    memory_gib: float = 24
-    world_size: int = 1
-    rules: str = "today"
+
+register("forecast", ForecastConfig)
 
 
 def report(config: ForecastConfig, folder: Path) -> None:
     """Prints the forecast and writes forecast.json. Raises ValueError for what the user got wrong."""
-    if config.rules not in RULES:
-        raise ValueError(f"rules must be one of {', '.join(RULES)}, got {config.rules!r}")
-    if config.world_size < 1:
-        raise ValueError(f"world_size must be at least 1, got {config.world_size}")
+    check_limits(config)
     run = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
     plan = plan_batches(run.global_batch_size, run.micro_batch_size, config.world_size)
     batch = plan.micro_batch_size

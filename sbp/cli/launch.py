@@ -55,8 +55,16 @@ LONGEST_NAME = 120
 _SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them
 _STARTED = "SBP_STARTED"
 
-for _name, _kind in {"train": Config, "eval": EvalConfig, "export": ExportConfig, "benchmark": BenchmarkConfig}.items():
-    ConfigStore.instance().store(name=f"{_name}_schema", node=_kind)
+
+def register(name: str, kind: type) -> None:
+    """The keys of configs/NAME.yaml are the fields of this dataclass."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=kind)
+
+
+register("train", Config)
+register("eval", EvalConfig)
+register("export", ExportConfig)
+register("benchmark", BenchmarkConfig)
 
 # Beside the package in a checkout, within it where it was installed from a wheel.
 CONFIGS = next(one for one in (ROOT / "configs", ROOT / "sbp" / "configs") if (one / "train.yaml").is_file())
@@ -65,7 +73,6 @@ CONFIGS = next(one for one in (ROOT / "configs", ROOT / "sbp" / "configs") if (o
 def command(name: str, kind: type[C], job: Callable[[C, Path], Any]) -> Any:
     """Runs `job` with the config that configs/NAME.yaml and the command line make, as `run_job` does."""
     join_processes()
-    ConfigStore.instance().store(name=f"{name}_schema", node=kind)
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def main(composed: DictConfig) -> Any:
@@ -206,7 +213,7 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
     sweeping = hydra_config.mode == RunMode.MULTIRUN
     if sweeping:
         signals.listen()  # between its jobs, too
-        if signals.agreed():
+        if signals.stop_requested():
             log.warning("asked to stop; the same command goes on from here")
             sys.exit(EXIT_PREEMPTED)
     _show_any_name()

@@ -35,7 +35,7 @@ from sbp.training.data.naming import path
 from sbp.training.data.preprocessing import decode, orientation, train_transform
 from sbp.training.data.sources import image_folder, open_datasets
 from sbp.training.runtime import signals
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger(__name__)
 

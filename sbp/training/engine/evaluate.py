@@ -16,7 +16,7 @@ from sbp.training.models.build import fit_position_embedding
 from sbp.training.record.checkpoint import choose_weights, find, load_weights
 from sbp.training.record.files import write_json
 from sbp.training.runtime import distributed, signals
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger("eval")
 
@@ -32,9 +32,10 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
         raise ValueError(f"sbp.eval=published, but {path} was trained without SBP")
     ema, weights = choose_weights(path, checkpoint, request.ema)
 
-    if request.pictures and config.task != "detection":
+    task = task_of(config)
+    if request.pictures and not task.draws:
         raise ValueError(f"pictures={request.pictures} needs a run with task=detection; {path} is of another one")
-    task, device = task_of(config), setup.pick_device(config)
+    device = setup.pick_device(config)
     images = task.build_validation_set(config)
     model = task.build_model(config).to(device)
     load_weights(model, fit_position_embedding(model, weights))
@@ -43,7 +44,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
         images, order, seed=config.seed, workers=config.data.workers, device=device, collate=task.collate
     )
     normalize = task.normalize(config).to(device)
-    with signals.noted():
+    with signals.deferred():
         figures = task.evaluate(model, loader, normalize=normalize, amp=config.amp, patched=config.sbp.enabled)
     if request.pictures and distributed.is_main():
         (folder / "pictures").mkdir(exist_ok=True)

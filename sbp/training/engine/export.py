@@ -12,6 +12,7 @@ from sbp.training.config.model import SbpConfig
 from sbp.training.config.run import Config
 from sbp.training.models.build import build_model
 from sbp.training.record.checkpoint import choose_weights, find, load_weights
+from sbp.training.tasks.choice import task_of
 
 WEIGHTS = "model.safetensors"
 
@@ -39,7 +40,7 @@ def export(checkpoint: Path, folder: Path, ema: bool | None = None) -> Exported:
         raise ValueError(f"{target} exists: remove it, or take another run_dir")
     path, content = find(checkpoint)
     config = from_dict(Config, content["config"])
-    if config.task != "classification":
+    if not task_of(config).exportable:
         raise ValueError(f"{path} is of a run with task={config.task}; only classifiers are models of timm's")
     averaged, weights = choose_weights(path, content, ema)
     backbone, data = config.backbone, config.data

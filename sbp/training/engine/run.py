@@ -19,7 +19,7 @@ from sbp.training.record.progress import Progress
 from sbp.training.record.status import Preempted, RunStatus
 from sbp.training.record.tracking import Tracker, new_run_id
 from sbp.training.runtime import distributed, signals
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 
 PICTURES = 4  # that wandb shows of each evaluation
 

@@ -28,7 +28,7 @@ from sbp.training.models.optim import build_ema, build_mixup, build_optimizer, b
 from sbp.training.runtime import distributed, environment, graphs, seeding, wrapping
 from sbp.training.runtime.compiling import compile_model
 from sbp.training.runtime.graphs import CudaRecorder
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,10 @@ def pick_device(config: Config) -> torch.device:
     seeding.set_deterministic(config.deterministic)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = distributed.together(lambda: distributed.pick_device(config.device))
-    if config.deterministic and config.task == "detection" and device.type == "cuda":
+    device = distributed.all_or_none(lambda: distributed.pick_device(config.device))
+    if config.deterministic and device.type == "cuda" and not task_of(config).deterministic:
         raise ValueError(
-            "deterministic must be false with task=detection on CUDA: reading regions has no such algorithm"
+            f"deterministic must be false with task={config.task} on CUDA: reading regions has no such algorithm"
         )
     if device.type == "cpu":
         environment.keep_freed_memory()
@@ -88,7 +88,7 @@ def load_images(config: Config, device: torch.device) -> Images:
     Raises ValueError, on all processes, for data or batch sizes that cannot be trained with.
     """
     distributed.only_main(lambda: prepare(config.data))
-    return distributed.together(lambda: _load_images(config, device))
+    return distributed.all_or_none(lambda: _load_images(config, device))
 
 
 def _load_images(config: Config, device: torch.device) -> Images:
@@ -163,7 +163,7 @@ def build_trainer(
         exact_from=exact * order.steps_per_epoch if config.sbp.exact_epochs else None,
         channels_last=config.channels_last,
         recorder=CudaRecorder if captured else None,
-        cast_together=not (config.compile or sharded or config.task == "detection"),
+        cast_together=task.same_shapes and not (config.compile or sharded),
         seed=config.seed,
     )
 
@@ -172,7 +172,7 @@ def _reason_against_graphs(config: Config, model: nn.Module, device: torch.devic
     """Why passes are not captured; None where they are. Raises ValueError where they must be and cannot."""
     if config.cuda_graph is False:
         return "cuda_graph=false"
-    reason = graphs.reason_against(model, device, detects=config.task == "detection")
+    reason = graphs.reason_against(model, device, same_shapes=task_of(config).same_shapes)
     if reason and config.cuda_graph is True:
         raise ValueError(f"cuda_graph=true is not possible here: {reason}; take cuda_graph=auto")
     return reason
@@ -240,8 +240,7 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
     )
     origin = "absolute" if base is None else f"{facts['base_lr']:g} for a batch of {base}"
     decay = config.recipe.layer_decay
-    top = "detector" if config.task == "detection" else "classifier"
-    layers = "" if decay is None else f", of the {top}; times {decay:g} for each layer below it"
+    layers = "" if decay is None else f", of the {task_of(config).top}; times {decay:g} for each layer below it"
     log.info("lr            %g (%s)%s", facts["lr"], origin, layers)
     log.info("device        %s, amp %s", facts["device"], facts["amp"])
     captured = facts["cuda_graph"]

@@ -83,7 +83,7 @@ class Trainer:
         self.update(step)
         return loss.read()
 
-    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> "OnItsWay":
+    def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> "PendingFigures":
         """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.model.train()
         self.scheduler.step_update(step)
@@ -107,7 +107,7 @@ class Trainer:
                     sbp.set_draw(self.model, self._draw(step, micro))
                 mean += run.forward(*inputs) / self.accumulation
                 if last:
-                    figures = OnItsWay(mean, self.parts)
+                    figures = PendingFigures(mean, self.parts)
                 run.backward()
         if self.graphs is not None:
             wrapping.average_gradients(self.model)
@@ -257,7 +257,7 @@ class Update(NamedTuple):
     scale: float
 
 
-class OnItsWay:
+class PendingFigures:
     """A loss that the device has yet to compute, and its parts.
 
     values: (1 + P,), the loss and what the P names stand for. Reading them waits for these, not for what was asked of
@@ -307,7 +307,7 @@ def train_epoch(
     """
     batches = iter(images.train)
     for step in range(first_step, first_step + images.order.steps_left):
-        taken = _Taken(trainer.accumulation, images, progress, batches)
+        taken = _MicroBatches(trainer.accumulation, images, progress, batches)
         losses = trainer.backward(step, taken).read_all()
         loss = losses["loss"]
         stop, endless, corrupt, lacking = distributed.maxima(
@@ -319,13 +319,13 @@ def train_epoch(
             incidents.replaced(step, taken.unreadable)
         if endless:
             trainer.skip()
-            incidents.left_out(step, loss, images.names(step))
+            incidents.step_skipped(step, loss, images.names(step))
         else:
             norm, scale = trainer.update(step)
             if norm is None or math.isfinite(norm):
-                incidents.went_well(step, scale)
+                incidents.step_succeeded(step, scale)
             else:
-                incidents.left_out(step, norm, images.names(step), what="gradient norm")
+                incidents.step_skipped(step, norm, images.names(step), what="gradient norm")
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):
@@ -336,7 +336,7 @@ def train_epoch(
         yield Step(step + 1, figures, bool(stop))
 
 
-class _Taken:
+class _MicroBatches:
     """The micro batches of one step, each taken from the loader when its turn comes.
 
     unreadable: images that could not be read so far. lacking: whether nothing could be read in the place of one. Then

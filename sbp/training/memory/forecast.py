@@ -36,6 +36,7 @@ from sbp.training.models.build import build_model
 from sbp.training.models.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer
 from sbp.training.runtime import distributed
 from sbp.training.runtime.precision import autocast
+from sbp.training.tasks.choice import task_of
 from sbp.training.tasks.detection.detector import Detector
 
 P = ParamSpec("P")
@@ -382,8 +383,7 @@ def with_sbp(config: Config, **changes: Any) -> Config:
 
 
 def _check(config: Config, micro_batch_size: int) -> None:
-    source = "shapes" if config.task == "detection" else "synthetic"
-    no_images = replace(config.data, source=source)  # a forecast reads none
+    no_images = replace(config.data, source=task_of(config).generated)  # a forecast reads none
     validate(replace(config, data=no_images, micro_batch_size=micro_batch_size))
     build_mixup(config.recipe, config.data.num_classes, micro_batch_size)
 

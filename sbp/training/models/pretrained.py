@@ -37,7 +37,7 @@ def starting_weights(backbone: BackboneConfig, data: DataConfig, classifier: boo
     """
     if backbone.pretrained is None:
         return None
-    return distributed.together(lambda: _read(backbone, data, classifier))
+    return distributed.all_or_none(lambda: _read(backbone, data, classifier))
 
 
 def load_starting_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -146,7 +146,7 @@ def resume_point(resume: str, checkpoints: Checkpoints) -> Origin | None:
     path = distributed.only_main(lambda: _choose(resume, checkpoints))
     if path is None:
         return None
-    content = distributed.together(lambda: load(path))
+    content = distributed.all_or_none(lambda: load(path))
     log.info("resuming from %s at step %d", path, content["step"])
     return Origin(path, checkpoints.own(path), content)
 

@@ -69,7 +69,7 @@ class Incidents:
             f"Last good checkpoint: {self.checkpoints.newest() or 'none yet'}"
         )
 
-    def left_out(self, step: int, value: float, images: list[str], what: str = "loss") -> None:
+    def step_skipped(self, step: int, value: float, images: list[str], what: str = "loss") -> None:
         """The loss of step number `step` was not finite in some process (here it was `value`), so it changed nothing.
 
         images: those of its global batch. what: "loss", or "gradient norm". Raises ValueError after too many such
@@ -96,7 +96,7 @@ class Incidents:
         precision = {"float16": ", amp=bfloat16", "bfloat16": ", amp=off"}.get(self.amp, "")
         return f"a lower recipe.lr, {clip}{precision}"
 
-    def went_well(self, step: int, scale: float) -> None:
+    def step_succeeded(self, step: int, scale: float) -> None:
         """A step had a finite loss, and but in float16 a finite gradient.
 
         scale: what the loss was multiplied by for the backward pass; 1 but in float16.

@@ -80,7 +80,7 @@ def recorded(run: Callable[[Config, Path, RunStatus], T]) -> Callable[[Config, P
     def recorded_run(config: Config, folder: Path) -> T:
         with ExitStack() as stack:
             distributed.only_main(lambda: stack.enter_context(only_run_in(folder)))
-            stack.enter_context(signals.noted())  # until the status says how it ended
+            stack.enter_context(signals.deferred())  # until the status says how it ended
             status = stack.enter_context(RunStatus(folder, enabled=distributed.is_main()))
             return run(config, folder, status)
 

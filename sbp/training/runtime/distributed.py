@@ -87,7 +87,7 @@ def only_main(job: Callable[[], T]) -> T:
     return outcome
 
 
-def together(job: Callable[[], T]) -> T:
+def all_or_none(job: Callable[[], T]) -> T:
     """What `job()` returns on this process, when it raises ValueError on none; else that error on all of them.
 
     The job must not exchange anything with the other processes.

@@ -164,12 +164,12 @@ class Graphs:
             )
 
 
-def reason_against(model: nn.Module, device: torch.device, *, detects: bool) -> str | None:
+def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool) -> str | None:
     """Why the passes of this model cannot be captured; None where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    if detects:
-        return "the images of detection have other sizes in each step"
+    if not same_shapes:
+        return "the images have other sizes in each step"
     if wrapping.is_sharded(model):
         return "parallel=fsdp gathers the weights in each pass"
     if distributed.world_size() > 1 and any(True for _ in model.buffers()):

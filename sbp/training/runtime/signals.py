@@ -20,7 +20,7 @@ _owner = 0
 
 
 @contextmanager
-def noted() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Inside, a signal is only noted, until the run asks; a second Ctrl-C, some time later, stops at once."""
     before = listen()
     try:
@@ -47,7 +47,7 @@ def listening() -> bool:
 
 
 def remember(one: signal.Signals | None) -> None:
-    """Sets what `agreed` and `name` tell."""
+    """Sets what `stop_requested` and `name` tell."""
     global received
     received = one
 
@@ -69,7 +69,7 @@ def _note(number: int, frame: FrameType | None) -> None:
         received, _since = signal.Signals(number), now
 
 
-def agreed() -> bool:
+def stop_requested() -> bool:
     """Whether any process was asked to stop. All processes have to ask together."""
     return distributed.maxima([float(received is not None)])[0] > 0
 

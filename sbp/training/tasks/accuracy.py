@@ -70,7 +70,7 @@ def validation_batches(model: nn.Module, loader: DataLoader, *, patched: bool) -
     unreadable: list[str] = []
     batches = iter(loader)
     for _ in range(int(distributed.maxima([len(loader)])[0])):
-        if signals.agreed():
+        if signals.stop_requested():
             raise Preempted(f"stopped by {signals.name()} during evaluation")
         images, targets, cannot = next(batches, NO_IMAGES)
         unreadable += cannot

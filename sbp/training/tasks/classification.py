@@ -1,52 +1,57 @@
-"""The task of classification; see tasks.py."""
+"""The task of classification."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from sbp.training.config.images import DataConfig
+from sbp.training.config.model import BackboneConfig
 from sbp.training.config.run import Config
-from sbp.training.data import sources
-from sbp.training.data.loading import collate
+from sbp.training.data import loading, sources
+from sbp.training.data.loading import Batch, Sample
 from sbp.training.data.preprocessing import Normalize, Preprocessing
-from sbp.training.models import build, optim
-from sbp.training.models.pretrained import load_starting_weights, starting_weights
+from sbp.training.models import build, optim, pretrained
 from sbp.training.tasks import accuracy
-
-__all__ = ["collate", "load_starting_weights", "starting_weights"]
-
-preprocessing = Preprocessing.of
+from sbp.training.tasks.task import Task
 
 
-def build_datasets(config: Config) -> tuple[Dataset, Dataset]:
-    return sources.build_datasets(config.data, config.recipe)
+class Classification(Task):
+    top = "classifier"
+    same_shapes = deterministic = exportable = True
+    generated = "synthetic"
 
+    def build_datasets(self, config: Config) -> tuple[Dataset, Dataset]:
+        return sources.build_datasets(config.data, config.recipe)
 
-def build_validation_set(config: Config) -> Dataset:
-    return sources.build_validation_set(config.data)
+    def build_validation_set(self, config: Config) -> Dataset:
+        return sources.build_validation_set(config.data)
 
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        return loading.collate(samples)
 
-def normalize(config: Config) -> Normalize:
-    return Normalize(config.data, config.recipe)
+    def normalize(self, config: Config) -> Normalize:
+        return Normalize(config.data, config.recipe)
 
+    def preprocessing(self, data: DataConfig) -> Any:
+        return Preprocessing.of(data)
 
-def build_model(config: Config) -> nn.Module:
-    data = config.data
-    return build.build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
+    def build_model(self, config: Config) -> nn.Module:
+        data = config.data
+        return build.build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
 
+    def build_criterion(self, config: Config) -> nn.Module | None:
+        return optim.build_criterion(config.recipe)
 
-def build_criterion(config: Config) -> nn.Module | None:
-    return optim.build_criterion(config.recipe)
+    def starting_weights(self, backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor] | None:
+        return pretrained.starting_weights(backbone, data)
 
+    def load_starting_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        pretrained.load_starting_weights(model, weights)
 
-def evaluate(
-    model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
-) -> dict[str, float]:
-    return asdict(accuracy.evaluate(model, loader, normalize=normalize, amp=amp, patched=patched))
-
-
-def pictures(
-    model: nn.Module, dataset: Dataset, count: int, *, normalize: Normalize | None, amp: str
-) -> list[tuple[str, Any]]:
-    return []
+    def evaluate(
+        self, model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
+    ) -> dict[str, float]:
+        return asdict(accuracy.evaluate(model, loader, normalize=normalize, amp=amp, patched=patched))

@@ -1,11 +1,8 @@
-"""What a run trains: all that differs between classification and detection.
+"""What a run trains: all that differs between classification and detection."""
 
-A task is a module with the functions of `Task`: classification.py, detection/task.py.
-"""
-
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,44 +14,63 @@ from sbp.training.config.run import Config
 from sbp.training.data.loading import Batch, Sample
 from sbp.training.data.preprocessing import Normalize
 
-_MODULES = {"classification": "sbp.training.tasks.classification", "detection": "sbp.training.tasks.detection.task"}
-
 
 def sum_of(losses: dict[str, Tensor]) -> Tensor:
     """The loss of a model that returns several by name."""
     return torch.stack(list(losses.values())).sum()
 
 
-class Task(Protocol):
-    """The functions of a task's module."""
+class Task(ABC):
+    """What the rest of the framework asks a task.
 
+    top: what stands on the backbone. same_shapes: whether all training batches have the same shapes. deterministic:
+    whether CUDA has deterministic algorithms for all that it does. exportable: whether timm reads its models.
+    generated: a data source that reads nothing.
+    """
+
+    top: str
+    same_shapes: bool
+    deterministic: bool
+    exportable: bool
+    generated: str
+
+    @abstractmethod
     def build_datasets(self, config: Config) -> tuple[Dataset, Dataset]:
         """The training and the validation set. Raises ValueError for what cannot be trained on."""
 
+    @abstractmethod
     def build_validation_set(self, config: Config) -> Dataset:
         """The validation set alone."""
 
+    @abstractmethod
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """One batch of what the sets give."""
 
+    @abstractmethod
     def normalize(self, config: Config) -> Normalize:
         """What the images of a batch go through on the device."""
 
+    @abstractmethod
     def preprocessing(self, data: DataConfig) -> Any:
         """What an image goes through in evaluation: a dataclass that reads well as a text."""
 
+    @abstractmethod
     def build_model(self, config: Config) -> nn.Module:
         """The model, with SBP where it is enabled. Raises ValueError for settings that do not fit it."""
 
+    @abstractmethod
     def build_criterion(self, config: Config) -> nn.Module | None:
         """The loss of the model's outputs and the labels; None where the model has losses of its own."""
 
+    @abstractmethod
     def starting_weights(self, backbone: BackboneConfig, data: DataConfig) -> dict[str, Tensor] | None:
         """What `backbone.pretrained` names; as sbp/training/models/pretrained.py."""
 
+    @abstractmethod
     def load_starting_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         """Into a model that `build_model` made."""
 
+    @abstractmethod
     def evaluate(
         self, model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
     ) -> dict[str, float]:
@@ -66,12 +82,10 @@ class Task(Protocol):
     def pictures(
         self, model: nn.Module, dataset: Dataset, count: int, *, normalize: Normalize | None, amp: str
     ) -> list[tuple[str, Any]]:
-        """What the model finds in `count` images of the validation set, drawn: name and PIL image of each.
+        """What the model finds in `count` images of the validation set, drawn: name and PIL image of each."""
+        return []
 
-        An empty list for a task without anything to draw.
-        """
-
-
-def task_of(config: Config) -> Task:
-    """The config's task. Detection needs pycocotools, so that its module is imported only where it is asked for."""
-    return cast(Task, import_module(_MODULES[config.task]))
+    @property
+    def draws(self) -> bool:
+        """Whether there are pictures."""
+        return type(self).pictures is not Task.pictures

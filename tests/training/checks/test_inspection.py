@@ -219,7 +219,7 @@ def test_a_sample_says_that_it_is_one(root):
         f"only 5 of {count} images were read; nothing is known of the others" for count in (12, 6)
     ]
     assert list(spread(12, 5)) == [0, 3, 6, 8, 11] and list(spread(3, 5)) == list(spread(3, None)) == [0, 1, 2]
-    with pytest.raises(ValueError, match="max_images must be null or at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_images must be at least 1, got 0"):
         check(config(root, "max_images=0"), root)
 
 

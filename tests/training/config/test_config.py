@@ -15,7 +15,7 @@ from sbp.training.config.requests import EvalConfig, overridden
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.config.same_run import check_same_run
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 from tests.training.configs import ROOT, composed, small
 
 GROUPS = ("backbone", "sbp", "data", "recipe", "logger")

@@ -42,7 +42,7 @@ def test_names_that_are_not_utf8_or_have_line_breaks_are_listed_as_they_are(tmp_
     found = incidents(tmp_path)
     found.replaced(0, [name, "two\nlines.png (empty)"])
     assert (tmp_path / CORRUPT_IMAGES).read_bytes() == b"bad\xff.png (broken)\ntwo\\nlines.png (empty)\n"
-    found.left_out(0, float("nan"), [name])
+    found.step_skipped(0, float("nan"), [name])
     assert json.loads((tmp_path / SKIPPED_STEPS).read_text())["images"] == [name]
 
 
@@ -50,19 +50,19 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
     found = incidents(tmp_path)
     nan = float("nan")
     for step in (3, 4):
-        found.left_out(step, nan, ["a.png", "b.png"])
-    found.went_well(5, scale=1.0)
+        found.step_skipped(step, nan, ["a.png", "b.png"])
+    found.step_succeeded(5, scale=1.0)
     for step in (9, 10):
-        found.left_out(step, float("inf"), ["c.png"])
+        found.step_skipped(step, float("inf"), ["c.png"])
     assert found.figures() == {"skipped_steps": 4} and "step 10 left out: its loss is inf" in caplog.text
     with pytest.raises(
         ValueError, match=r"the loss is nan in step 12; 3 steps in a row .* Last good checkpoint: none yet"
     ):
-        found.left_out(11, nan, ["d.png"])
+        found.step_skipped(11, nan, ["d.png"])
     lines = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
     assert lines[0] == {"step": 4, "loss": "nan", "images": ["a.png", "b.png"]} and len(lines) == 5
     with pytest.raises(ValueError, match=r"infinite in float16: by step 21 the loss scale has fallen to 6\.1e-05"):
-        found.went_well(20, scale=2.0**-14)
+        found.step_succeeded(20, scale=2.0**-14)
 
 
 def test_a_batch_that_cannot_be_read_ends_the_run_after_the_step_it_was_for(tmp_path, monkeypatch):
@@ -160,7 +160,7 @@ def test_gradients_that_stay_infinite_end_a_run_with_the_files_of_the_first_such
 def test_what_is_advised_is_not_in_force_already(tmp_path, amp, clip_grad, remedies):
     found = Incidents(tmp_path, Checkpoints(tmp_path), 0, 0, amp, clip_grad)
     with pytest.raises(ValueError, match=f"in another run_dir: {remedies}$"):
-        found.left_out(0, float("nan"), ["a.png"])
+        found.step_skipped(0, float("nan"), ["a.png"])
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -249,12 +249,12 @@ def test_a_folder_is_one_processs_own_and_signals_are_given_back(tmp_path):
     with only_run_in(tmp_path):
         pass
     before = {one: signals.signal.getsignal(one) for one in signals.SIGNALS}
-    with signals.noted():
-        assert not signals.agreed()
+    with signals.deferred():
+        assert not signals.stop_requested()
         signals.signal.raise_signal(signals.signal.SIGUSR1)
-        assert signals.agreed() and signals.name() == "SIGUSR1"
+        assert signals.stop_requested() and signals.name() == "SIGUSR1"
     assert before == {one: signals.signal.getsignal(one) for one in signals.SIGNALS}
-    assert not signals.agreed()
+    assert not signals.stop_requested()
 
 
 def test_a_status_that_cannot_be_written_is_a_warning(tmp_path, caplog):

@@ -124,13 +124,13 @@ def test_inputs_of_another_shape_run_as_they_are(recorder):
 def test_reasons_against():
     model = small_vit()
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert graphs.reason_against(model, cpu, detects=False) == "the device is cpu"
-    assert "other sizes" in graphs.reason_against(model, cuda, detects=True)
-    assert graphs.reason_against(model, cuda, detects=False) is None
+    assert graphs.reason_against(model, cpu, same_shapes=True) == "the device is cpu"
+    assert "other sizes" in graphs.reason_against(model, cuda, same_shapes=False)
+    assert graphs.reason_against(model, cuda, same_shapes=True) is None
     dropout = sbp.apply(small_vit(proj_drop_rate=0.1), recompute="block")
-    assert "dropout" in graphs.reason_against(dropout, cuda, detects=False)
+    assert "dropout" in graphs.reason_against(dropout, cuda, same_shapes=True)
     sbp.remove(dropout)
-    assert graphs.reason_against(sbp.apply(dropout), cuda, detects=False) is None
+    assert graphs.reason_against(sbp.apply(dropout), cuda, same_shapes=True) is None
     with pytest.raises(ValueError, match="cuda_graph=true is not possible here: the device is cpu"):
         config = runs.configured(cuda_graph=True, device="cpu")
         setup.build_trainer(config, setup.load_images(config, cpu).order, cpu)

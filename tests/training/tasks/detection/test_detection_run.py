@@ -20,7 +20,7 @@ from sbp.training.engine.train import train
 from sbp.training.models.optim import build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
-from sbp.training.tasks.task import task_of
+from sbp.training.tasks.choice import task_of
 from tests.conftest import others_long
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
@@ -156,13 +156,13 @@ def test_the_published_recipe_has_its_layers_and_steps():
             "backbone.name must be a timm ConvNeXt with task=detection, got vit_tiny_patch16_224",
         ),
         ("detector.name=yolo", "detector.name must be one of mask_rcnn, cascade_mask_rcnn, got 'yolo'"),
-        ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must be 5 sizes in pixels, got \[8, 16\]"),
+        ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must have 5 values, got 2"),
         ("data.max_size=32", "data.max_size must be at least the largest shorter side, 64, got 32"),
         ("data=coco", "data.root is needed"),
         ("data.background=true", "data.background=true needs data.source=coco, got shapes"),
         ("recipe.scheduler=multistep", r"recipe.decay_milestones must be increasing epochs in \(0, 1\)"),
         ("recipe.decay_milestones=[1]", "recipe.decay_milestones needs recipe.scheduler=multistep, got cosine"),
-        ("recipe.crop_sides=[9]", r"recipe.crop_sides must be a smallest and a largest side, got \[9\]"),
+        ("recipe.crop_sides=[9]", r"recipe.crop_sides must have 2 values, got 1"),
     ],
 )
 def test_what_a_detector_cannot_be_trained_with_is_refused_at_once(override, message):
