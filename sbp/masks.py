@@ -15,9 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("grid", "random")
-PER = ("batch", "half", "sample")  # what has a mask of its own
-
 _LARGEST_PERIOD = 64  # of a grid pattern; finer ratios are met by the exact count
 _WORD = 0xFFFFFFFF
 

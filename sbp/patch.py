@@ -13,8 +13,8 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sbp import convnext, masks, vit
 from sbp.backbone import Backbone
-from sbp.recompute import MODES
-from sbp.state import EVALUATIONS, State, states
+from sbp.settings import Settings
+from sbp.state import State, states
 
 FAMILIES = (vit, convnext)
 _PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
@@ -78,11 +78,7 @@ def apply(
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """
     _refuse_wrapped(model)
-    _check_choice("mask", mask, masks.KINDS)
-    _check_choice("mhsa_drop", mhsa_drop, vit.MHSA_DROPS)
-    _check_choice("evaluation", evaluation, EVALUATIONS)
-    _check_choice("recompute", recompute, MODES)
-    _check_choice("mask_per", mask_per, masks.PER)
+    settings = Settings(mask, mhsa_drop, evaluation, recompute, mask_per, rescale)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
@@ -90,18 +86,7 @@ def apply(
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
-    state = backbone.state(
-        names,
-        _keep_ratios(keep_ratio, names),
-        mask=mask,
-        mhsa_drop=mhsa_drop,
-        seed=seed,
-        rank=rank,
-        evaluation=evaluation,
-        recompute=recompute,
-        mask_per=mask_per,
-        rescale=rescale,
-    )
+    state = backbone.state(names, _keep_ratios(keep_ratio, names), settings, seed=seed, rank=rank)
     state.members = [backbone.layers[name] for name in names]
     for name, layer in backbone.layers.items():
         if name in names or recompute != "none":
@@ -233,11 +218,6 @@ def _keep_ratios(keep_ratio: float | Sequence[float], names: list[str]) -> list[
     if len(keep_ratio) != len(names):
         raise ValueError(f"keep_ratio has {len(keep_ratio)} values for {len(names)} SBP layers: {', '.join(names)}")
     return [masks.check_keep_ratio(ratio) for ratio in keep_ratio]
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def _one_state(model: nn.Module) -> State:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
-MODES = ("none", "cheap", "block")
-
 Function = Callable[[Tensor], Tensor]
 
 

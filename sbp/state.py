@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from sbp import masks
 from sbp.masks import Positions
-
-EVALUATIONS = ("exact", "published")
+from sbp.settings import Settings
 
 Grid = tuple[int, int]  # height, width
 
@@ -67,27 +66,17 @@ class State:
         self,
         layers: Sequence[str],
         keep_ratios: Sequence[float],
+        settings: Settings,
         *,
-        mask: str,
-        mhsa_drop: str,
         seed: int,
         rank: int,
-        evaluation: str,
-        recompute: str,
-        mask_per: str,
-        rescale: bool,
         prefix: int = 0,
     ) -> None:
         self.layers = list(layers)
         self.keep_ratios = list(keep_ratios)
-        self.mask = mask
-        self.mhsa_drop = mhsa_drop
+        self.settings = settings
         self.seed = seed
         self.rank = rank
-        self.evaluation = evaluation
-        self.recompute = recompute
-        self.mask_per = mask_per
-        self.rescale = rescale
         self.prefix = prefix
         self.members: list[nn.Module] = []  # the SBP layers themselves
         self.enabled = True
@@ -113,7 +102,7 @@ class State:
             return False
         if module.training:
             return torch.is_grad_enabled()
-        return self.evaluation == "published"
+        return self.settings.evaluation == "published"
 
     @property
     def running(self) -> Pass:
@@ -123,7 +112,7 @@ class State:
 
     def recomputes(self, module: nn.Module) -> str:
         """What `module` computes again in the backward pass of now, which only training has."""
-        return self.recompute if module.training and torch.is_grad_enabled() else "none"
+        return self.settings.recompute if module.training and torch.is_grad_enabled() else "none"
 
     def positions(self, module: nn.Module, index: int | None) -> Positions | None:
         """The positions of SBP layer `index` in this pass; None where all have gradient."""
@@ -149,18 +138,19 @@ class State:
 
     def gradient_scale(self, module: nn.Module, index: int | None) -> float:
         """What multiplies the gradient that enters the branches of SBP layer `index` at kept positions."""
-        if not self.rescale or index is None or self.positions(module, index) is None:
+        if not self.settings.rescale or index is None or self.positions(module, index) is None:
             return 1.0
         return 1 / self.keep_ratio(index)
 
     def describe(self, index: int | None) -> str:
         """The settings of SBP layer `index` (None: of a layer that only recomputes), as its `repr` shows them."""
         settings: list[str] = []
+        own = self.settings
         if index is not None:
-            settings += [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={self.mask}"]
-            settings += [f"mask_per={self.mask_per}"] if self.mask_per != "batch" else []
-            settings += ["rescale=True"] if self.rescale else []
-        return ", ".join(settings + ([f"recompute={self.recompute}"] if self.recompute != "none" else []))
+            settings += [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={own.mask}"]
+            settings += [f"mask_per={own.mask_per}"] if own.mask_per != "batch" else []
+            settings += ["rescale=True"] if own.rescale else []
+        return ", ".join(settings + ([f"recompute={own.recompute}"] if own.recompute != "none" else []))
 
     # -- one forward pass
 
@@ -171,7 +161,7 @@ class State:
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
             return
-        if self.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
+        if self.settings.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
             shape = Shape(shape.grid, shape.maps, 1, shape.prefix_only, shape.skips_dropped)
         if self.draw.device != device:
             self.draw = self.draw.to(device)
@@ -201,8 +191,9 @@ class State:
     def _drawn_masks(self, shape: Shape, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid, or one for each image, and how many positions it keeps."""
         height, width = shape.grid
-        drawn = masks.nested_masks(self.mask, height, width, self.keep_ratios, key, self.mask_per, shape.images)
-        return {ratio: (mask, masks.kept_count(self.mask, height * width, ratio)) for ratio, mask in drawn.items()}
+        kind, per = self.settings.mask, self.settings.mask_per
+        drawn = masks.nested_masks(kind, height, width, self.keep_ratios, key, per, shape.images)
+        return {ratio: (mask, masks.kept_count(kind, height * width, ratio)) for ratio, mask in drawn.items()}
 
     def _fixed_masks(self, grid: Grid, device: torch.device) -> dict[float, tuple[Tensor, int]]:
         assert self.fixed is not None
@@ -223,8 +214,8 @@ class State:
             count *= factor**2
         elif mask.ndim == 3:
             raise ValueError(
-                f"mask_per={self.mask_per!r} needs maps that are a multiple of the mask grid, as the images would keep "
-                f"different numbers of positions: got a map of {height} x {width} and {factor} times a grid of "
+                f"mask_per={self.settings.mask_per!r} needs maps that are a multiple of the mask grid, as the images "
+                f"would keep different numbers of positions: got a map of {height} x {width} and {factor} times a grid of "
                 f"{rows} x {columns}; take another image size, or mask_per='batch'"
             )
         else:

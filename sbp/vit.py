@@ -25,12 +25,12 @@ from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
+from sbp.settings import Settings
 from sbp.state import Grid, LayerMap, Shape, State
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 QKV = tuple[Tensor, Tensor, Tensor]
 Branch = tuple[Tensor, Callable[[], Tensor]]  # of the kept tokens; and of the dropped ones, computed when called
-MHSA_DROPS = ("qkv", "query", "head", "qkv_exact")
 
 
 def find(model: nn.Module) -> Backbone | None:
@@ -58,12 +58,14 @@ def find(model: nn.Module) -> Backbone | None:
     )
 
 
-def _state(blocks: dict[str, nn.Module], names: list[str], *args: Any, **kwargs: Any) -> "ViTState":
-    for name in names if kwargs["mhsa_drop"] == "head" else []:
+def _state(
+    blocks: dict[str, nn.Module], names: list[str], keep_ratios: list[float], settings: Settings, **kwargs: Any
+) -> "ViTState":
+    for name in names if settings.mhsa_drop == "head" else []:
         attn = blocks[name].attn
         if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
             raise ValueError(f"mhsa_drop='head' needs heads that do not mix before the projection; see {name}.attn")
-    return ViTState(names, *args, **kwargs)
+    return ViTState(names, keep_ratios, settings, **kwargs)
 
 
 class ViTState(State):
@@ -75,7 +77,7 @@ class ViTState(State):
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the transformer: unlike forward_features, forward reads pooled tokens only."""
         self.prefix_only = _reads_prefix_only(model)
-        self.skips_dropped = self.prefix_only and self.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
+        self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
 
     def never_regrows(self, blocks: nn.Sequential) -> bool:
         """Whether no block sees a token again that one before it dropped."""
@@ -155,7 +157,7 @@ class SBPBlock(Block):
         branches = partial(  # all of the pass is read here: when a block runs again it may not be the last one any more
             self._branches,
             read=state.prefix if prefix_only else None,
-            key=state.running.key if state.mhsa_drop == "head" and x.dropped is not None else None,
+            key=state.running.key if state.settings.mhsa_drop == "head" and x.dropped is not None else None,
             scale=scale,
         )
         if state.recomputes(self) != "block":
@@ -184,7 +186,7 @@ class SBPBlock(Block):
         The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
         same ones whether or not the dropped stream follows.
         """
-        if self.sbp_state.mhsa_drop == "qkv" and (again or read is not None):
+        if self.sbp_state.settings.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
         if key is None:
             branch, dropped_branch = _attend(self, Streams(kept, dropped), read)
@@ -267,7 +269,7 @@ def _attend(block: SBPBlock, x: Streams, read: int | None) -> Branch:
     query: kept queries see all keys and values, with gradient; dropped queries give none.
     qkv_exact: every query sees all keys and values; those of dropped tokens give no gradient.
     """
-    attn, method = block.attn, block.sbp_state.mhsa_drop
+    attn, method = block.attn, block.sbp_state.settings.mhsa_drop
     to_qkv = block.sbp_linear(attn.qkv, block.norm1)
     project = _projection(block)
     q, k, v = _heads(attn, to_qkv(x.kept))
@@ -308,7 +310,7 @@ def _attend_with_some_heads(block: SBPBlock, x: Streams, read: int | None, key: 
         out = _attention(attn, attn.q_norm(q[:, :, :read]), attn.k_norm(k), v).transpose(1, 2).flatten(2)
         return F.linear(out, proj.index_select(1, heads).flatten(1))
 
-    out = rescale_gradient(run(tokens, order[:count]), attn.num_heads / count if state.rescale else 1.0)
+    out = rescale_gradient(run(tokens, order[:count]), attn.num_heads / count if state.settings.rescale else 1.0)
     if count < attn.num_heads:
         with torch.no_grad():
             rest = run(tokens, order[count:])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sbp import masks
+from sbp.settings import MASK_PER, MASKS
 
 
 @pytest.mark.parametrize("size", [(14, 14), (7, 9), (4, 4), (1, 5), (25, 42)])
@@ -59,8 +60,8 @@ def test_random_masks_drop_the_published_number(ratio):
     assert torch.equal(first, masks.random_mask(14, 14, ratio, torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize("mask_per", masks.PER)
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("mask_per", MASK_PER)
+@pytest.mark.parametrize("kind", MASKS)
 def test_drawn_masks_are_nested(kind, mask_per):
     ratios = [0.6, 0.25, 0.5, 0.75, 0.25, 1.0, 0.1]
     for draw in range(20):
@@ -73,7 +74,7 @@ def test_drawn_masks_are_nested(kind, mask_per):
             assert (drawn[large].sum((-2, -1)) == masks.kept_count(kind, 196, large)).all()
 
 
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("size", [(14, 14), (7, 9)])
 @pytest.mark.parametrize("ratios", [[0.1], [0.4], [0.5], [0.6], [0.9], [1.0], [0.2, 0.3, 0.5], [0.3, 0.7, 0.8, 0.95]])
 def test_the_halves_of_a_batch_share_as_little_as_they_can(kind, size, ratios):
@@ -94,7 +95,7 @@ def test_the_halves_of_a_batch_are_complementary_where_scores_are_equal(monkeypa
     assert torch.equal(first, ~second)
 
 
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 def test_the_mask_of_an_image_depends_on_its_place_and_not_on_the_others(kind):
     key = masks.draw_key(3, 1, torch.tensor(7))
     many, few = (masks.nested_masks(kind, 14, 14, [0.2, 0.5], key, "sample", images) for images in (32, 5))
@@ -105,7 +106,7 @@ def test_the_mask_of_an_image_depends_on_its_place_and_not_on_the_others(kind):
     assert not torch.equal(other[0.2], many[0.2])
 
 
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 def test_every_image_keeps_every_position_about_as_often(kind):
     """Over draws, whatever its place; and two places agree as often as chance has it."""
     drawn = torch.stack(
@@ -134,7 +135,7 @@ def test_masks_of_several_keys_are_those_of_each(ratio):
         assert torch.equal(masks.hashed_scores(keys, 9)[i], masks.hashed_scores(key, 9))
 
 
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 def test_masks_are_a_pure_function_of_seed_rank_and_draw(kind):
     def mask(seed, rank, draw):
         return masks.nested_masks(kind, 14, 14, [0.2], masks.draw_key(seed, rank, torch.tensor(draw)))[0.2]
@@ -148,7 +149,7 @@ def test_masks_are_a_pure_function_of_seed_rank_and_draw(kind):
         assert len({tuple(m.flatten().tolist()) for m in other}) >= (5 if kind == "grid" else 20)
 
 
-@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("size", [(14, 14), (4, 4), (7, 7), (25, 42)])
 @pytest.mark.parametrize("ratio", [1 / 32, 0.05, 0.1, 1 / 8, 0.2, 0.25, 1 / 3, 0.4, 0.5, 2 / 3, 0.9, 0.95])
 def test_every_position_is_kept_about_as_often(kind, size, ratio):

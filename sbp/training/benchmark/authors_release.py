@@ -38,11 +38,11 @@ def release_model(folder: Path, model: nn.Module, drop_path: float) -> nn.Module
     common: dict[str, Any] = {
         "drop_path_rate": drop_path,
         "grad_keep_ratio": state.keep_ratios[0],
-        "grad_mask_sampling_method": state.mask,
+        "grad_mask_sampling_method": state.settings.mask,
     }
     with redirect_stdout(io.StringIO()):  # they print their settings
         if isinstance(model, VisionTransformer):
-            return _vit(folder, model, state.layers, common | {"drop_attn_option": state.mhsa_drop})
+            return _vit(folder, model, state.layers, common | {"drop_attn_option": state.settings.mhsa_drop})
         return _convnext(folder, model, state.layers, common)  # type: ignore[arg-type]
 
 

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sbp import masks
-from sbp.recompute import MODES
-from sbp.state import EVALUATIONS
+from sbp.settings import EVALUATIONS, MASK_PER, MASKS, MHSA_DROPS, RECOMPUTE
 from sbp.training.config.keys import key
-from sbp.vit import MHSA_DROPS
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
 
@@ -57,7 +54,7 @@ class SbpConfig:
     keep_ratio: Any = key(
         0.5, "the share of positions that is kept, in (0, 1]: one number, or a list with one for each SBP layer"
     )
-    mask: str = key("grid", "kept positions lie on a regular grid, or anywhere", one_of=masks.KINDS)
+    mask: str = key("grid", "kept positions lie on a regular grid, or anywhere", one_of=MASKS)
     mhsa_drop: str = key("qkv", "what attention drops; `qkv` is the published method", one_of=MHSA_DROPS)
     layers: Any = key(None, "null for the published ones, `all`, or a list of names")
     seed: int = key(0, "of the masks", at_least=0)
@@ -75,12 +72,12 @@ class SbpConfig:
         "exact", "`published` is the authors' evaluation, with masks and partial attention", one_of=EVALUATIONS
     )
     recompute: str = key(
-        "none", "what is computed again in the backward pass instead of being saved", one_of=MODES, free="always"
+        "none", "what is computed again in the backward pass instead of being saved", one_of=RECOMPUTE, free="always"
     )
     mask_per: str = key(
         "batch",
         "who has a mask of its own; `half` and `sample` go by an image's place in its micro batch, which is one "
         "process's",
-        one_of=masks.PER,
+        one_of=MASK_PER,
     )
     rescale: bool = key(False, "multiply the gradient that enters a branch at kept positions by N / K")

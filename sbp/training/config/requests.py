@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from sbp import masks
+from sbp.settings import MASKS
 from sbp.training.config.keys import group, key
 from sbp.training.config.model import BackboneConfig, DetectorConfig
 from sbp.training.config.run import AMP, DEVICES, TASKS, Config
@@ -69,7 +69,7 @@ class BenchmarkSbpConfig:
     """Keys of SbpConfig, for every arm with SBP. The arms themselves decide on mhsa_drop and recompute."""
 
     keep_ratio: Any = key(0.5, "as in training")
-    mask: str = key("grid", "as in training", one_of=masks.KINDS)
+    mask: str = key("grid", "as in training", one_of=MASKS)
     layers: Any = key(None, "as in training")
     seed: int = key(0, "as in training")
 

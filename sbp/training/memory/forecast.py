@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sbp.recompute import MODES as RECOMPUTE
+from sbp.settings import RECOMPUTE
 from sbp.training.config.batches import plan_batches, scaled_lr
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config

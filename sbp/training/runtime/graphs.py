@@ -175,7 +175,7 @@ def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool)
     if distributed.world_size() > 1 and any(True for _ in model.buffers()):
         return "the model has buffers, such as those of batch norms, which processes exchange in each pass"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
-    if any(block.sbp_state.recompute != "none" for block in blocks) and has_dropout(*blocks):  # type: ignore[union-attr]
+    if any(block.sbp_state.settings.recompute != "none" for block in blocks) and has_dropout(*blocks):  # type: ignore[union-attr]
         return "dropout is computed again in the backward pass, and a replay cannot set the generator back"
     return None
 
