@@ -215,8 +215,8 @@ class State:
         elif mask.ndim == 3:
             raise ValueError(
                 f"mask_per={self.settings.mask_per!r} needs maps that are a multiple of the mask grid, as the images "
-                f"would keep different numbers of positions: got a map of {height} x {width} and {factor} times a grid of "
-                f"{rows} x {columns}; take another image size, or mask_per='batch'"
+                f"would keep different numbers of positions: got a map of {height} x {width} and {factor} times a grid "
+                f"of {rows} x {columns}; take another image size, or mask_per='batch'"
             )
         else:
             count = int(fine.sum())  # the border cuts blocks: only the mask itself knows
