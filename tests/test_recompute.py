@@ -208,7 +208,14 @@ def test_cheap_saves_what_is_read_and_nothing_else():
         assert sbp.saved_bytes(lambda: fused(y)) == y.nbytes + layer.weight.nbytes // 2  # no float32 copy
 
 
-@pytest.mark.parametrize(("name", "cuda"), [*((name, False) for name in LIMITS), ("convnext_tiny", True)])
+@pytest.mark.parametrize(
+    ("name", "cuda"),
+    [
+        *((name, False) for name in LIMITS if "tiny" in name),
+        *(pytest.param(name, False, marks=pytest.mark.long) for name in LIMITS if "base" in name),
+        ("convnext_tiny", True),
+    ],
+)
 def test_saved_memory_of_the_published_networks(name, cuda):
     """As `python -m scripts.saved_memory` prints it."""
     saved = saved_by(name, cuda)

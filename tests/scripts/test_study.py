@@ -20,7 +20,7 @@ def known(setting: Setting) -> list[str]:
     return arms_of(list(ANSWERED.values()), setting)
 
 
-@pytest.mark.parametrize("name", others_long(SETTINGS, "digits-vit", "cifar10-convnext_tiny-224"))
+@pytest.mark.parametrize("name", others_long(SETTINGS, "digits-vit"))
 def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     """Each differs from the others, and has as many SBP layers as the setting says."""
     here = place(name, tmp_path)
@@ -40,6 +40,7 @@ def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     assert len(rising) == here.setting.sbp_layers and sum(rising) / len(rising) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.long
 def test_runs_of_one_seed_start_alike(tmp_path):
     """With the same weights, and with the same images in the same order."""
     here = place("digits-vit", tmp_path)

@@ -122,6 +122,7 @@ def test_less_is_kept_with_a_lower_ratio(backbone):
     assert peaks[0] > peaks[1] > peaks[2]
 
 
+@pytest.mark.long
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     config = small("global_batch_size=4096")
     gib = 0.05
@@ -145,6 +146,7 @@ def test_the_peak_is_that_of_an_independent_count(backbone):
     assert ours.peak - ours.optimizer == pytest.approx(counted, abs=0.1 * MIB)
 
 
+@pytest.mark.long
 def test_advice_names_settings_that_fit():
     config = small("sbp.keep_ratio=1.0", "global_batch_size=64")
     needed = forecast(config, 64).peak
