@@ -1,1 +1,1 @@
-"""Entry points beside train.py and eval.py, and what the entry points share."""
+"""What reproduces the paper and the tables of the documents; nothing imports it."""

@@ -38,7 +38,7 @@ from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Rules, forecast
 from sbp.training.record.table import markdown
 from sbp.training.runtime import distributed, environment
-from sbp.training.study.settings import SCALES
+from scripts.reproduction.settings import SCALES
 
 ROOT = Path(__file__).parents[1]
 LEFT = 3  # exit code

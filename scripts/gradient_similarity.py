@@ -18,7 +18,7 @@ import torch
 from sbp.training.benchmark.report import write_json
 from sbp.training.record.table import markdown
 from sbp.training.runtime import distributed, environment
-from sbp.training.study.similarity import of_checkpoint
+from scripts.reproduction.similarity import of_checkpoint
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from sbp.training.record.files import write_text
-from sbp.training.study import figures, report
-from sbp.training.study.claims import ANSWERED
+from scripts.reproduction import figures, report
+from scripts.reproduction.claims import ANSWERED
 
 
 def write(folder: Path) -> None:

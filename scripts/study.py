@@ -1,7 +1,7 @@
 """The study: checks the talk's claims at the scale of a machine, and writes them down.
 
     python scripts/study.py scale=laptop                    claims 1, 2 and 5: under 45 minutes on 2 cores
-    python scripts/study.py scale=laptop claim=3            any other claim or question of sbp/training/study/claims.py
+    python scripts/study.py scale=laptop claim=3            any other claim or question of reproduction/claims.py
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
@@ -30,18 +30,18 @@ from omegaconf.errors import OmegaConfBaseException
 from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import EXIT_PREEMPTED
 from sbp.training.runtime import distributed
-from sbp.training.study.claims import ANSWERED, Claim, arms_of
-from sbp.training.study.settings import SCALES, Scale, Setting
 from scripts import dry_run
 from scripts.jobs import Jobs
+from scripts.reproduction.claims import ANSWERED, Claim, arms_of
+from scripts.reproduction.settings import SCALES, Scale, Setting
 from scripts.study_tasks import Place, arm_config, by_seed, measure_costs, tasks
 
 
 @dataclass
 class StudyConfig:
     """scale: "laptop", "cifar10", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and QUESTIONS in
-        sbp/training/study/claims.py, "all", or null for what the scale answers by default.
-    setting: what is trained, by its name in sbp/training/study/settings.py; null for all that `data_root` allows.
+        scripts/reproduction/claims.py, "all", or null for what the scale answers by default.
+    setting: what is trained, by its name in scripts/reproduction/settings.py; null for all that `data_root` allows.
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for what the scale has on each
         GPU, or for one on each core.

@@ -19,9 +19,9 @@ from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import is_taken, read_json
 from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import environment
-from sbp.training.study.claims import ARMS, PARTIAL, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
-from sbp.training.study.costs import step_costs
 from scripts.jobs import Jobs
+from scripts.reproduction.claims import ARMS, PARTIAL, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
+from scripts.reproduction.costs import step_costs
 
 Task = Callable[[Jobs], str | None]
 

@@ -3,8 +3,8 @@ import torch
 
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
-from sbp.training.study.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
-from sbp.training.study.settings import SCALES
+from scripts.reproduction.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
+from scripts.reproduction.settings import SCALES
 from scripts.study_tasks import Place, arm_config
 from tests.conftest import others_long
 

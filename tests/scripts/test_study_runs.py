@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sbp.training.study import report
-from sbp.training.study.claims import CLAIMS
-from sbp.training.study.evidence import Evidence
-from sbp.training.study.settings import DIGITS_VIT
 from scripts import results, study_tasks
 from scripts.jobs import Jobs
+from scripts.reproduction import report
+from scripts.reproduction.claims import CLAIMS
+from scripts.reproduction.evidence import Evidence
+from scripts.reproduction.settings import DIGITS_VIT
 from scripts.study_tasks import Place, measure_costs, tasks
 
 pytestmark = [pytest.mark.survival, pytest.mark.multiprocess]

@@ -13,7 +13,7 @@ from sbp.training.engine import setup
 from sbp.training.engine.probes import PeakMemory, gradient_cosines
 from sbp.training.engine.trainer import Step, train_epoch
 from sbp.training.record import summary
-from sbp.training.record.checkpoint import Checkpoints, load_weights, resume_point
+from sbp.training.record.checkpoint import Checkpoints, Origin, load_weights, resume_point
 from sbp.training.record.incidents import Incidents
 from sbp.training.record.progress import Progress
 from sbp.training.record.status import Preempted, RunStatus
@@ -34,45 +34,61 @@ class Run:
     def __init__(self, config: Config, folder: Path, status: RunStatus) -> None:
         self.config, self.folder, self.status = config, folder, status
         self.task = task_of(config)
-        self.device = setup.pick_device(config)
-        self.peak = PeakMemory(self.device)
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-        origin = resume_point(config.resume, self.checkpoints)
+        self._figures: dict[str, float] = {}  # of the last report
+        origin = self._open()
+        self._build(origin)
         if origin is not None:
-            check_same_run(origin.content["config"], config, own=origin.own)
-        weights = self.task.starting_weights(config.backbone, config.data) if origin is None else None
+            self._go_on(origin)
+        self._announce()
 
+    def _open(self) -> Origin | None:
+        """The device, and the checkpoint to go on from."""
+        self.device = setup.pick_device(self.config)
+        self.peak = PeakMemory(self.device)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
+        origin = resume_point(self.config.resume, self.checkpoints)
+        if origin is not None:
+            check_same_run(origin.content["config"], self.config, own=origin.own)
+        return origin
+
+    def _build(self, origin: Origin | None) -> None:
+        """The parts, as they are before the first step."""
+        config = self.config
+        weights = self.task.starting_weights(config.backbone, config.data) if origin is None else None
         self.images = setup.load_images(config, self.device)
         self.trainer = setup.build_trainer(config, self.images.order, self.device, weights)
         limits = config.data.max_corrupt_images, config.max_skipped_steps
-        self.incidents = Incidents(folder, self.checkpoints, *limits, config.amp, config.recipe.clip_grad)
+        self.incidents = Incidents(self.folder, self.checkpoints, *limits, config.amp, config.recipe.clip_grad)
         self.step, self.run_id = 0, new_run_id()
-        if origin is not None:
-            content = origin.content
-            load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
-            self.trainer.load_state_dict(content)
-            self.incidents.load_state_dict(content["incidents"])
-            self.step, self.run_id = content["step"], content["run_id"] if origin.own else self.run_id
-
         self.steps_per_epoch = self.images.order.steps_per_epoch
         self.total_steps = config.recipe.epochs * self.steps_per_epoch
         self.when = setup.Schedule(config, self.steps_per_epoch)
+
+    def _go_on(self, origin: Origin) -> None:
+        """Where the checkpoint stands."""
+        content = origin.content
+        load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
+        self.trainer.load_state_dict(content)
+        self.incidents.load_state_dict(content["incidents"])
+        self.step, self.run_id = content["step"], content["run_id"] if origin.own else self.run_id
+
+    def _announce(self) -> None:
+        """Says and records what the run is about to do."""
         self.progress = Progress(self.total_steps, self.step)
         with self.peak.excluded():
-            self.facts = setup.describe(config, self.images, self.trainer)
-        setup.announce(config, self.facts)
+            self.facts = setup.describe(self.config, self.images, self.trainer)
+        setup.announce(self.config, self.facts)
         if distributed.is_main():
-            summary.record_facts(folder, self.facts)
+            summary.record_facts(self.folder, self.facts)
         self.status.update(step=self.step, total_steps=self.total_steps)
         self.tracker = Tracker(
-            folder,
-            config.logger,
-            asdict(config),
+            self.folder,
+            self.config.logger,
+            asdict(self.config),
             run_id=self.run_id,
             resumed_at=self.step,
             enabled=distributed.is_main(),
         )
-        self._figures: dict[str, float] = {}  # of the last report
 
     @property
     def epoch(self) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from sbp.training.study.verdicts import (
+from scripts.reproduction.verdicts import (
     NOT_RUN,
     NOT_SEPARATED,
     OPPOSITE,

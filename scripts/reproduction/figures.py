@@ -10,9 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from sbp.training.study.claims import ARMS, NULLS, STAGES, Claim, arms_of, gradients_of
-from sbp.training.study.evidence import Evidence, Finding, label, standard_error
-from sbp.training.study.verdicts import NOT_RUN
+from scripts.reproduction.claims import ARMS, NULLS, STAGES, Claim, arms_of, gradients_of
+from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
+from scripts.reproduction.verdicts import NOT_RUN
 
 MIB = 2**20
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
-from sbp.training.study import report, verdicts
-from sbp.training.study.claims import ANSWERED, ARMS, NULLS, PARTIAL
 from scripts import results
+from scripts.reproduction import report, verdicts
+from scripts.reproduction.claims import ANSWERED, ARMS, NULLS, PARTIAL
 from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"

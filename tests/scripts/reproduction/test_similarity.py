@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 import sbp
-from sbp.training.study.similarity import SHARES, similarities
+from scripts.reproduction.similarity import SHARES, similarities
 from tests.conftest import images, small_convnext, small_vit
 
 LABELS = torch.tensor([0, 1, 2, 0])

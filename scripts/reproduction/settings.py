@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sbp.training.study.claims import Setting
+from scripts.reproduction.claims import Setting
 
 
 @dataclass(frozen=True)

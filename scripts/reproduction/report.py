@@ -10,8 +10,8 @@ import yaml
 
 from sbp.training.record.status import read_json
 from sbp.training.record.table import markdown
-from sbp.training.study import verdicts
-from sbp.training.study.claims import (
+from scripts.reproduction import verdicts
+from scripts.reproduction.claims import (
     ANSWERED,
     ARMS,
     CLAIMS,
@@ -23,8 +23,8 @@ from sbp.training.study.claims import (
     arms_of,
     gradients_of,
 )
-from sbp.training.study.evidence import Evidence, Finding, label, standard_error
-from sbp.training.study.settings import SCALES
+from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
+from scripts.reproduction.settings import SCALES
 
 MIB = 2**20
 NO_CLAIM = "does not apply"
@@ -42,7 +42,7 @@ time of the other.
 
 ## The rule
 
-Fixed before the runs ([verdicts.py](sbp/training/study/verdicts.py))."""
+Fixed before the runs ([verdicts.py](scripts/reproduction/verdicts.py))."""
 
 TABLE_1 = {  # the talk's: MiB without and with SBP, top-1 in percent without and with SBP
     "vit_tiny": ("ViT-Tiny", 256, 8248, 5587, 73.68, 73.09),

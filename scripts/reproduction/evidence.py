@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sbp.training.record.status import read_json
-from sbp.training.study.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
-from sbp.training.study.verdicts import NOT_RUN, Cost, Difference, difference, needs_more, not_dominated, together
+from scripts.reproduction.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
+from scripts.reproduction.verdicts import NOT_RUN, Cost, Difference, difference, needs_more, not_dominated, together
 
 BySeed = Mapping[int, float]
 
