@@ -174,7 +174,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     dataset = shapes()
     alone = figures(dataset, disturbed(perfect(dataset.ground_truth())))
     assert len(dataset) == IMAGES and 5 < alone["mask_ap"] < 95
-    script = ROOT / "tests" / "training" / "detection" / "finding.py"
+    script = ROOT / "tests" / "training" / "tasks" / "detection" / "finding.py"
     result = run(*TORCHRUN, script, tmp_path, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert [load(tmp_path / f"{rank}.pt") for rank in range(2)] == [[alone, alone]] * 2
