@@ -25,7 +25,8 @@ from scripts.reproduction.costs import step_costs
 
 Task = Callable[[Jobs], str | None]
 
-_writing = Lock()
+_writing = Lock()  # a record
+_composing = Lock()  # of which Hydra does one at a time
 
 RUN_FIGURES = ("seed", "top1", "top5", "val_loss", "saved_bytes_per_image", "effective_keep_ratio")
 RUN_FACTS = ("device", "versions", "amp", "global_batch_size", "epochs", "steps_per_epoch", "train_images", "lr")
@@ -242,7 +243,8 @@ def measure_costs(here: Place, arms: list[str], rounds: int, jobs: Jobs) -> None
 
 def arm_config(here: Place, arm: str) -> Config:
     """Of one run, as train.py gets it."""
-    return composed([*here.common, *ARMS[arm].overrides(here.setting)])
+    with _composing:
+        return composed([*here.common, *ARMS[arm].overrides(here.setting)])
 
 
 def shell(command: str, arguments: list[str]) -> str:

@@ -1,11 +1,15 @@
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
+from sbp.training.benchmark.report import write_json
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
 from scripts.reproduction.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
 from scripts.reproduction.settings import SCALES
-from scripts.study_tasks import Place, arm_config
+from scripts.study_tasks import Place, arm_config, by_seed
 from tests.conftest import others_long
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
@@ -62,3 +66,22 @@ def test_gradients_are_made_by_arguments_of_apply():
     assert sbp_arguments("random", setting) == {"mask": "random"}
     assert sbp_arguments("falling", setting) == {"keep_ratio": [0.75, 0.583, 0.417, 0.25]}
     assert all(isinstance(sbp_arguments(arm, setting), dict) for arm in arms)
+
+
+def test_seed_by_seed_a_study_can_end_at_any_time(tmp_path):
+    """The arms of the first claim in their order, in all settings; a seed is whole before the next one begins."""
+    places = [replace(place(name, tmp_path), seeds=[1, 2]) for name in ("small-vit", "small-convnext")]
+    claims = [ANSWERED["choice"], ANSWERED["2"]]
+    names = list(by_seed(places, claims))
+    assert names[:4] == [f"{net}, {arm}, seed 1" for arm in ("plain", "sbp") for net in ("small-vit", "small-convnext")]
+    assert [name.partition(", ")[2] for name in names[-4:]] == [f"random, seed {seed}" for seed in (1, 1, 2, 2)]
+    of_choice = [name.rpartition(" ")[2] for name in names[:-4]]
+    assert of_choice == sorted(of_choice) and len(set(names)) == len(names)
+    order = [name.split(", ")[1] for name in names if name.startswith("small-vit") and name.endswith("seed 1")]
+    assert order == [*arms_of(claims[:1], places[0].setting)[: len(order) - 1], "random"]
+
+    with ThreadPoolExecutor(4) as pool:  # as the tasks ask for them
+        list(pool.map(lambda here: arm_config(here, "plain"), 4 * places))
+    record = {"runs": [{"seed": 1, "val_loss": 1.0}]}
+    write_json(record, places[0].file("training", "query"))
+    assert set(names) - set(by_seed(places, claims)) == {"small-vit, query, seed 1"}

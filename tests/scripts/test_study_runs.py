@@ -9,10 +9,10 @@ import torch
 from scripts import results, study_tasks
 from scripts.jobs import Jobs
 from scripts.reproduction import report
-from scripts.reproduction.claims import CLAIMS
+from scripts.reproduction.claims import ARMS, CLAIMS, Claim
 from scripts.reproduction.evidence import Evidence
 from scripts.reproduction.settings import DIGITS_VIT
-from scripts.study_tasks import Place, measure_costs, tasks
+from scripts.study_tasks import Place, by_seed, measure_costs, tasks
 
 pytestmark = [pytest.mark.survival, pytest.mark.multiprocess]
 
@@ -57,3 +57,13 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(study_tasks, "step_costs", None)
     measure_costs(place, ["fixed"], 1, jobs)
     assert list(tasks(replace(place, seeds=[1, 2, 3, 4]), CLAIM)["training"]) == ["plain", "sbp", "fixed"]
+
+    with Jobs(2) as jobs:  # a run by itself, and a second seed beside it
+        jobs.do("more", by_seed([replace(place, seeds=[4, 5])], [Claim("", "", against_plain=("fixed",))]))
+    assert not jobs.failed
+    record = Evidence(TINY, place.results).training["fixed"]
+    assert [run["seed"] for run in record["runs"]] == [1, 2, 3, 4, 5] and record["command"].endswith("seed=1,2,3,4,5")
+    again = ["train.py", *place.common, *ARMS["fixed"].overrides(TINY), "seed=4", f"run_dir={tmp_path / 'again'}"]
+    assert Jobs(1).run([*again, "checkpoint.keep=1"], tmp_path / "log.txt")
+    of_sweep = json.loads((place.runs / "fixed" / "seed-4" / "summary.json").read_text())
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["val_loss"] == of_sweep["val_loss"]
