@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from sbp.training.config.keys import key
 
-SCHEDULERS = ("cosine", "tanh", "poly", "multistep", "wsd", "rsqrt", "constant")  # that need only the step's number
+LATER_SCHEDULERS = ("wsd", "rsqrt", "constant")  # which the earliest timm that is supported has not
+SCHEDULERS = ("cosine", "tanh", "poly", "multistep", *LATER_SCHEDULERS)  # that need only the step's number
 
 
 @dataclass

@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
+import timm
+import timm.scheduler
 from timm.optim import get_optimizer_info
 
 from sbp import masks
 from sbp.training.config.keys import check_limits, quoted, select
-from sbp.training.config.recipe import RecipeConfig
+from sbp.training.config.recipe import LATER_SCHEDULERS, SCHEDULERS, RecipeConfig
 from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.config.run import OBJECTIVES, Config
 
@@ -34,6 +36,7 @@ def validate(config: Config) -> Config:
     _check_task(config)
     _check_warmup(config.recipe)
     _check_milestones(config.recipe)
+    _check_scheduler(config.recipe.scheduler)
     _check_exact_epochs(config)
     _check_rates(config)
     _check_optimizer(config.recipe.optimizer)
@@ -56,6 +59,14 @@ def _check_source(config: Config) -> None:
         raise ValueError(f"data.cache=true needs data.source=folder, got {data.source}")
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
+
+
+def _check_scheduler(name: str) -> None:
+    if name in LATER_SCHEDULERS and not hasattr(timm.scheduler, "WSDLRScheduler"):
+        others = ", ".join(one for one in SCHEDULERS if one not in LATER_SCHEDULERS)
+        raise ValueError(
+            f"recipe.scheduler={name} needs a later timm than {timm.__version__}, which has {others}; update timm"
+        )
 
 
 def _check_warmup(recipe: RecipeConfig) -> None:

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import sbp
-from sbp.training.config.recipe import SCHEDULERS, RecipeConfig
+from sbp.training.config.recipe import LATER_SCHEDULERS, SCHEDULERS, RecipeConfig
 from sbp.training.config.rules import validate
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import build_optimizer, build_scheduler
@@ -90,7 +90,18 @@ def test_milestones_are_epochs_of_the_run_whatever_the_warm_up(warmup, steps):
     assert found == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+AVAILABLE = [one for one in SCHEDULERS if one not in LATER_SCHEDULERS or hasattr(timm.scheduler, "WSDLRScheduler")]
+
+
+def test_a_schedule_that_this_timm_has_not_is_refused(monkeypatch):
+    monkeypatch.delattr(timm.scheduler, "WSDLRScheduler", raising=False)
+    with pytest.raises(
+        ValueError, match=r"recipe.scheduler=wsd needs a later timm than .*, which has cosine, "
+    ):
+        validate(small("recipe.scheduler=wsd"))
+
+
+@pytest.mark.parametrize("scheduler", AVAILABLE)
 @pytest.mark.parametrize("warmup", [{"warmup_epochs": 3}, {"warmup_steps": 30}])
 def test_each_schedule_reaches_its_peak_and_ends_with_the_run(scheduler, warmup):
     milestones = {"decay_milestones": [5, 7]} if scheduler == "multistep" else {}
