@@ -72,6 +72,7 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, memory_budget):
 
 
 @pytest.mark.parametrize("name", ["vit qkv", pytest.param("convnext", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_contexts_and_diagnostics_take_the_compiled_model(name):
     model = MODELS[name]()
     plain = sbp.remove(copy.deepcopy(model))

@@ -10,7 +10,6 @@ from sbp.training.runtime import seeding
 from scripts.reproduction.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
 from scripts.reproduction.settings import SCALES
 from scripts.study_tasks import Place, arm_config, by_seed
-from tests.conftest import others_long
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
 
@@ -24,7 +23,8 @@ def known(setting: Setting) -> list[str]:
     return arms_of(list(ANSWERED.values()), setting)
 
 
-@pytest.mark.parametrize("name", others_long(SETTINGS, "digits-vit"))
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.long
 def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     """Each differs from the others, and has as many SBP layers as the setting says."""
     here = place(name, tmp_path)

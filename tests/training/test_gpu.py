@@ -133,6 +133,7 @@ def from_here() -> dict[str, str]:
 # -- the machine that they run on
 
 
+@pytest.mark.long
 def test_they_are_found_with_torch_torchvision_timm_and_pytest_alone():
     """What needs more is skipped, with its reason. That no test marked gpu asks for more once it runs is what a fixture
     in `tests/conftest.py` sees to."""

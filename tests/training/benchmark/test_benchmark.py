@@ -20,7 +20,7 @@ from sbp.training.config.rules import validate_benchmark
 from sbp.training.runtime import environment
 from scripts import gpu_results
 from scripts.gpu_results import LIMITS, NETWORKS, SMALL, Slice, benchmark_config, judge
-from tests.conftest import cuda_only
+from tests.conftest import cuda_only, others_long
 from tests.training.again import Again
 
 EAGER = [name for name, arm in ARMS.items() if not (arm.compile or arm.graph or arm.release)]
@@ -35,7 +35,7 @@ def small(name: str = "vit_base", arms: list[str] | None = None, **changes) -> B
     return config
 
 
-@pytest.mark.parametrize("name", ["vit_base", "convnext_base"])
+@pytest.mark.parametrize("name", others_long(["vit_base", "convnext_base"], "vit_base"))
 def test_all_eager_arms_run_and_the_record_holds_what_is_promised(name, tmp_path):
     arms = [arm for arm in EAGER if name.startswith("vit") or not ARMS[arm].vit_only]
     report.write(benchmark(small(name, arms)), tmp_path, "net")

@@ -43,6 +43,7 @@ def test_it_saves_what_a_real_step_saves(backbone, override):
     assert forecast(config, 64).saved == pytest.approx(real, rel=0.005)
 
 
+@pytest.mark.long
 def test_the_step_is_that_of_the_training_size_and_of_the_exact_epochs():
     whole, smaller = small(), small("data.train_image_size=16", "+backbone.kwargs.dynamic_img_size=true")
     assert forecast(smaller, 64).saved == forecast(small("data.image_size=16"), 64).saved < forecast(whole, 64).saved

@@ -95,9 +95,7 @@ AVAILABLE = [one for one in SCHEDULERS if one not in LATER_SCHEDULERS or hasattr
 
 def test_a_schedule_that_this_timm_has_not_is_refused(monkeypatch):
     monkeypatch.delattr(timm.scheduler, "WSDLRScheduler", raising=False)
-    with pytest.raises(
-        ValueError, match=r"recipe.scheduler=wsd needs a later timm than .*, which has cosine, "
-    ):
+    with pytest.raises(ValueError, match=r"recipe.scheduler=wsd needs a later timm than .*, which has cosine, "):
         validate(small("recipe.scheduler=wsd"))
 
 

@@ -21,7 +21,6 @@ from sbp.training.models.optim import build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.tasks.choice import task_of
-from tests.conftest import others_long
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.tasks.detection.coco_files import coco_folder, one_class
@@ -70,7 +69,8 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
     assert plain.load_state_dict(body, strict=False).missing_keys == ["head.norm.weight", "head.norm.bias"]
 
 
-@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.long
 def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, name):
     """Crops and sizes, sampled regions, batch norms of the cascade, drop path, random masks, an accumulated step."""
     config = small_detector_run(
