@@ -8,7 +8,7 @@ from packaging.utils import canonicalize_name
 
 def modules_besides(*packages: str) -> list[str]:
     """The importable names that neither these packages nor their requirements, nor this repository, bring."""
-    needed = requirements(packages) | {"sbp"}
+    needed = requirements(packages) | {"stochastic-backprop"}
     return sorted(
         module
         for module, brought_by in packages_distributions().items()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+_CALLED = {"stochastic-backprop": "sbp"}  # where distribution and import differ
+
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers, and the commit of this code.
@@ -17,9 +19,9 @@ def versions() -> dict[str, str]:
     That of the git checkout; in a copy without one, what SBP_COMMIT says in the environment, if anything.
     """
     found = {"python": platform.python_version()}
-    for package in ("sbp", "torch", "torchvision", "timm", "numpy", "pillow"):
+    for package in ("stochastic-backprop", "torch", "torchvision", "timm", "numpy", "pillow"):
         try:
-            found[package] = version(package)
+            found[_CALLED.get(package, package)] = version(package)
         except PackageNotFoundError:
             continue  # sbp itself, when it runs from a checkout that is not installed
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
