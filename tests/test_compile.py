@@ -28,8 +28,8 @@ MODELS = {
     "vit, sample, block": lambda: sbp.apply(small_vit(), mask_per="sample", rescale=True, recompute="block"),
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
-DEFAULT = [("vit qkv", 1.0), ("convnext", 0.25), ("vit query, sample", 0.25)]
-LONG = [("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
+DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
+LONG = [("convnext", 0.25), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
 CASES = [
     pytest.param(
         name,

@@ -39,8 +39,7 @@ def recorder(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("micro_batch_size", [16, 4])
-@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+@pytest.mark.parametrize(("amp", "micro_batch_size"), [("off", 16), ("bfloat16", 4), ("float16", 4)])
 @pytest.mark.parametrize("backbone", runs.BACKBONES)
 def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, amp, micro_batch_size):
     config = runs.configured(
