@@ -20,7 +20,7 @@ def saved_bytes(compute_loss: Callable[[], Any]) -> int:
         if not isinstance(base, nn.Parameter):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage  # holding it keeps its address from being used again
-        return tensor
+        return tensor.detach()  # with its history, which leads here again, all of the graph would live on
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = compute_loss()

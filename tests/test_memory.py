@@ -30,6 +30,22 @@ def vit(**kwargs):
     return lambda: small_vit(embed_dim=64, num_heads=2, img_size=64, **kwargs).float()
 
 
+def test_nothing_that_was_counted_lives_on():
+    model = small_vit()
+    weight = model.blocks[0].attn.qkv.weight
+
+    def node():
+        return weight.expand_as(weight).grad_fn.next_functions[0][0]
+
+    def loss():
+        result = model(torch.ones(2, 3, 32, 32).double()).sum()
+        node().metadata["seen"] = True
+        return result
+
+    assert sbp.saved_bytes(loss) > 0
+    assert "seen" not in node().metadata
+
+
 @pytest.mark.parametrize(
     ("mhsa_drop", "keep_ratio", "units"),
     [("qkv", 0.5, lambda r: 36 * r), ("qkv", 0.25, lambda r: 36 * r), ("qkv_exact", 0.5, lambda r: 32 * r + 4)],

@@ -301,7 +301,8 @@ class Runner:
 
     def _forward_backward(self, batch: Batch) -> Any:
         """Leaves the gradients; returns the mark between the two passes."""
-        self.run.forward(*batch)
+        self.run.take(batch)
+        self.run.forward()
         between = self._mark()
         self.run.backward()
         return between
@@ -380,6 +381,8 @@ def _recorded(record: dict[str, Any], key: str = "error") -> Iterator[None]:
 
 def _free() -> None:
     gc.collect()
+    if torch.cuda.is_initialized():  # each arm's figures count its own workspaces, of 64 MiB, not only the first one's
+        torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # does nothing without CUDA
 
 
@@ -389,7 +392,7 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     CUDA: what stays between steps, and the peaks of a step. What is reserved includes what lies unused beside the other
     arms' tensors: the allocator gives it to this arm, too. A graph arm is captured in between: replays allocate
     nothing, they work in the memory of the capture, so that the capture's own peak is that of every replay. What the
-    graph holds on to, its copy of the batch and the gradients, is part of it. CPU: what autograd saves for the
+    graph holds on to, the batch and the gradients, is part of it. CPU: what autograd saves for the
     backward pass.
     """
     log.info("starting %s", arm.label)

@@ -103,9 +103,11 @@ class Trainer:
                     stack.callback(self.casts.remove)
                 inputs = self._prepared(images, targets)
                 run = self.eager if self.graphs is None else self.graphs.pass_for(inputs, adds=micro > 0)
+                run.take(inputs)
+                del inputs  # a captured pass has its own
                 if self.patched:
                     sbp.set_draw(self.model, self._draw(step, micro))
-                mean += run.forward(*inputs) / self.accumulation
+                mean += run.forward() / self.accumulation
                 if last:
                     figures = PendingFigures(mean, self.parts)
                 run.backward()
@@ -154,8 +156,13 @@ class Trainer:
 
     def _prepared(self, images: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         """What the model is given of a micro batch."""
-        images, targets = self.to_device(images, targets, erase=True)
-        return (images, targets) if self.mixup is None else self.mixup(images, targets)
+        inputs = self.to_device(images, targets, erase=True)
+        inputs = inputs if self.mixup is None else self.mixup(*inputs)
+        if self.graphs is None:
+            return inputs
+        given = [one.untyped_storage().data_ptr() for one in (images, targets) if isinstance(one, Tensor)]
+        images, targets = (one.clone() if one.untyped_storage().data_ptr() in given else one for one in inputs)
+        return images, targets  # a capture keeps them and writes to them, so they are nobody else's
 
     def _forward(self, images: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """The loss to back-propagate, scaled; and what to report of it: itself and its parts, (1 + P,)."""

@@ -7,6 +7,7 @@ generator, which torch gives to each replay. So a replay computes what the pass 
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -38,11 +39,29 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as the loader's that pins memory, may ask the device for what a capture must not.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = run()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device_index]
+        state = generator.get_state()
+        torch._C._cuda_clearCublasWorkspaces()  # the capture's stream gets its own, of 32 MiB and more
+        try:
+            # Other threads, such as the loader's that pins memory, may ask the device for what a capture must not.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = run()
+        except BaseException:
+            self._leave(stream, generator, state)
+            raise
+        torch._C._cuda_clearCublasWorkspaces()  # the next capture takes the same memory for them
         return result, graph.replay
+
+    def _leave(self, stream: torch.cuda.Stream, generator: torch.Generator, state: Tensor) -> None:
+        """Out of a capture that failed. torch stays in it: in its stream, its memory, and its random numbers, of which
+        each further one would raise."""
+        torch.cuda.set_stream(stream)
+        with suppress(RuntimeError):  # torch has left the memory already
+            torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+        fresh = torch.Generator(stream.device)
+        fresh.set_state(state)
+        generator.graphsafe_set_state(fresh)
 
 
 class Pass:
@@ -54,10 +73,16 @@ class Pass:
 
     def __init__(self, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[[Tensor], None]) -> None:
         self._forward, self._backward = forward, backward
+        self._inputs: tuple = ()
         self._loss: Tensor | None = None
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def take(self, inputs: tuple) -> None:
+        """What the next forward pass is given. It need not live on where it comes from."""
+        self._inputs = inputs
+
+    def forward(self) -> Tensor:
         """The figures."""
+        inputs, self._inputs = self._inputs, ()
         self._loss, figures = self._forward(*inputs)
         return figures
 
@@ -68,19 +93,26 @@ class Pass:
 
 
 class CapturedPass:
-    """The same, replayed. Gradients are where the capture left them: set anew, or added to, as it then was."""
+    """The same, replayed. Gradients are where the capture left them: set anew, or added to, as it then was.
+
+    inputs: of the capture, which later ones are copied into.
+    """
 
     def __init__(self, eager: Pass, recorder: Recorder, parameters: Sequence[nn.Parameter], inputs: tuple) -> None:
-        self._inputs = tuple(one.clone() for one in inputs)
+        self._inputs = inputs
         self._parameters = [p for p in parameters if p.requires_grad]
         before = [p.grad for p in self._parameters]
+
+        def forward() -> Tensor:
+            eager.take(inputs)
+            return eager.forward()
 
         def backward() -> list[Tensor | None]:
             eager.backward()
             return [p.grad for p in self._parameters]
 
         try:
-            self._figures, self._replay_forward = recorder.record(lambda: eager.forward(*self._inputs))
+            self._figures, self._replay_forward = recorder.record(forward)
             self._gradients, self._replay_backward = recorder.record(backward)
         finally:
             for p, grad in zip(self._parameters, before, strict=True):
@@ -90,10 +122,14 @@ class CapturedPass:
         """Whether these inputs have the shapes and types of those that it was captured with."""
         return [(one.shape, one.dtype) for one in inputs] == [(one.shape, one.dtype) for one in self._inputs]
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """The figures, until the next forward pass."""
+    def take(self, inputs: tuple) -> None:
+        """What the next forward pass is given. It need not live on where it comes from."""
         for own, one in zip(self._inputs, inputs, strict=True):
-            own.copy_(one)
+            if own is not one:
+                own.copy_(one)
+
+    def forward(self) -> Tensor:
+        """The figures, until the next forward pass."""
         self._replay_forward()
         return self._figures
 
@@ -138,7 +174,8 @@ class Graphs:
     def pass_for(self, inputs: tuple, adds: bool) -> Pass | CapturedPass:
         """How to run a micro batch with these inputs.
 
-        adds: it adds to the gradients that there are; else there must be none.
+        inputs: a capture keeps them, and copies later ones into them. adds: it adds to the gradients that there are;
+        else there must be none.
         """
         if not self.works or self._warm_steps <= WARM_UP:
             return self.eager
@@ -156,11 +193,15 @@ class Graphs:
         except Exception as error:  # whatever CUDA, the compiler or a user's layer raises there
             self.works = False
             self.release()
-            reason = (str(error).splitlines() or [""])[0]
-            culprit = ", ".join(obstacles(lambda: self.eager.forward(*inputs))) or _innermost(error)
+            cause: BaseException = error
+            while cause.__context__ is not None:  # what made the capture invalid comes before what noticed it
+                cause = cause.__context__
+            reason = (str(cause).splitlines() or [""])[0]
+            self.eager.take(inputs)
+            culprit = ", ".join(obstacles(self.eager.forward)) or _innermost(cause)
             log.warning(
                 "cuda_graph    could not be captured (%s: %s); at %s. The run goes on without",
-                *(type(error).__name__, reason, culprit),
+                *(type(cause).__name__, reason, culprit),
             )
 
 
