@@ -17,7 +17,7 @@ from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, 
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
-from sbp import recompute
+from sbp import input_gradient, recompute
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
@@ -52,6 +52,8 @@ def find(model: nn.Module) -> Backbone | None:
     def state(names: list[str], *args: Any, **kwargs: Any) -> ConvNeXtState:
         for name in names:
             _check(name, layers[name])
+            if args[1].dropped == "input":
+                _check_input_gradient(name, layers[name])
         return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
 
     first_stage = next(iter(stages.values()))
@@ -66,6 +68,17 @@ def _check(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
     if type(norm) not in _NORMS:
         raise ValueError(f"{name} has {type(norm).__name__}; SBP knows {SUPPORTED}")
+
+
+def _check_input_gradient(name: str, layer: Any) -> None:
+    if isinstance(layer, nn.Sequential):
+        obstacle = input_gradient.obstacle(layer[0])
+    else:
+        mlp = layer.mlp
+        parts = (mlp.grn,) if hasattr(mlp, "grn") else (mlp.drop1, mlp.norm, mlp.drop2)
+        obstacle = input_gradient.obstacle(layer.norm, mlp.act, *parts)
+    if obstacle is not None:
+        raise ValueError(f"dropped='input' does not know {obstacle}, which {name} has")
 
 
 def _is_patchwise(conv: Any) -> bool:
@@ -127,7 +140,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         compiled = self.training and "run" in vars(self)
         if where is None and self.sbp_state.recomputes(self) == "none" and not compiled:
             return super().forward(x)
-        out = self.run(x, where, self.sbp_state.gradient_scale(self, self.sbp_index))
+        out = self.run(x, where, self.sbp_state.pointwise_scale(self, self.sbp_index))
         self.sbp_state.watch(out)
         return out
 
@@ -135,21 +148,28 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         """forward, with these positions or all. scale: of the gradient that enters the branch at kept positions."""
         shortcut = self.shortcut(x)
         if self.sbp_state.recomputes(self) == "block":
-            pointwise = partial(self._pointwise, where)
+            pointwise = partial(self._pointwise, where, scale)
             streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
-            streams = self._pointwise(where, x)
+            streams = self._pointwise(where, scale, x)
         y = _joined(streams, where, scale)  # (B, N, C)
         return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def _pointwise(self, where: Positions | None, x: Tensor, again: bool = False) -> Streams:
+    def _pointwise(self, where: Positions | None, scale: float, x: Tensor, again: bool = False) -> Streams:
         """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
         y = self.conv_dw(x).flatten(2).transpose(1, 2)
         streams = Streams(y, None) if where is None else split(y, *where)
         mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
+        if where is not None and self.sbp_state.passes_input:
+            assert streams.dropped is not None
+            first, second = recompute.weights(mlp.fc1), recompute.weights(mlp.fc2, self.gamma)
+            kept = rescale_gradient(streams.kept, 1 / scale)  # what is rescaled is for the weights
+            kept = linear(first, partial(_normed, self.norm), reads=[*self.norm.parameters()])(kept)
+            kept = linear(second, mlp.act)(kept)
+            return Streams(kept, input_gradient.branch(streams.dropped, self.norm, first, mlp.act, second))
         up = linear(mlp.fc1, partial(_normed, self.norm), reads=[*self.norm.parameters()])
         down = partial(linear, mlp.fc2, scale=self.gamma)
         if hasattr(mlp, "grn"):
@@ -197,16 +217,22 @@ class SBPDownsample(nn.Sequential):
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
             streams = split(x, patch_pixels(where.keep, width, size), patch_pixels(where.drop, width, size))
+        weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
-            conv,
+            weights,
             partial(_normed, norm),  # (B, n * s * s, C)
             lambda pixels: pixels.reshape(len(x), -1, size * size * pixels.shape[-1]),
-            weight=conv.weight.permute(0, 2, 3, 1).flatten(1),  # (C', s * s * C)
             reads=[*norm.parameters()],
             cheap=again != "none",
         )
-        streams = kept_gradient(to_output, streams)
-        y = _joined(streams, where, self.sbp_state.gradient_scale(self, self.sbp_index))
+        scale = self.sbp_state.pointwise_scale(self, self.sbp_index)
+        if where is not None and self.sbp_state.passes_input:
+            kept, dropped = rescale_gradient(streams.kept, 1 / scale), streams.dropped
+            assert dropped is not None
+            streams = Streams(to_output(kept), input_gradient.branch(dropped, norm, weights))
+        else:
+            streams = kept_gradient(to_output, streams)
+        y = _joined(streams, where, scale)
         out = y.transpose(1, 2).unflatten(2, (height, width))
         self.sbp_state.watch(out)
         return out

@@ -10,7 +10,7 @@ Gradients stay the same: exact methods all of them, which go with SBP or without
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,31 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 Function = Callable[[Tensor], Tensor]
+
+
+class Weights(NamedTuple):
+    """Of a linear layer: weight (C', C) and bias in the dtype of matrix products, and what scales its output (C',),
+    where that is not in them."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+
+
+def weights(layer: Any, scale: Tensor | None = None, weight: Tensor | None = None) -> Weights:
+    """Those of an nn.Linear or of a convolution that is one, with gradient, for all calls that share them.
+
+    scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight: (C', C) in place
+    of the layer's own.
+    """
+    folds = _folds(scale)
+    # What is folded is in full precision, whatever copy the layer itself may read.
+    own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
+    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"]
+    if folds and scale is not None:
+        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
+        scale = None
+    return Weights(lowered(weight), None if bias is None else lowered(bias), scale)
 
 
 def linear(
@@ -31,32 +56,25 @@ def linear(
 ) -> Function:
     """The function x -> layer(before(x)) * scale on positions (B, n, C).
 
-    layer: an nn.Linear, or a convolution that is one on positions (1 x 1). weight: (C', C) in place of its own.
+    layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or their `weights`, with weight and scale.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
-    theirs. scale: (C',); it goes into the weight, so that it costs no pass over the positions and saves nothing.
+    theirs. weight, scale: as `weights` takes them; a scale costs no pass over the positions and saves nothing.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
     to compute again, so there, and for layers of other types, this makes no difference.
     """
-    if type(layer) not in (nn.Linear, nn.Conv2d):
+    if type(layer) not in (nn.Linear, nn.Conv2d, Weights):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
-    called = weight is None and type(layer) is nn.Linear  # rather than read
-    folds = scale is not None and lowered(scale).dtype != torch.float16  # which has no room for 1e-6 of a weight
-    # What is folded is in full precision, whatever copy the layer itself may read.
-    own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
-    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"]
-    if folds and scale is not None:
-        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-        scale, called = None, False
     cheap = cheap and not torch.compiler.is_compiling()
-    if called and not cheap:
+    if type(layer) is nn.Linear and weight is None and not cheap and not _folds(scale):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
-    weight, bias = lowered(weight), None if bias is None else lowered(bias)  # once for all calls, with gradient
+    ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight)
     if not cheap:
-        return lambda x: _scaled(F.linear(_chain(before, x), weight, bias), scale)
+        return lambda x: _scaled(F.linear(_chain(before, x), ready.weight, ready.bias), ready.scale)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(one.training for one in modules) and has_dropout(*modules)
-    return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
+    first = partial(_chain, before), random
+    return lambda x: _scaled(_Linear.apply(*first, x, ready.weight, ready.bias, *reads), ready.scale)
 
 
 def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:
@@ -94,6 +112,10 @@ def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast gives to matrix products, if it is on: what a layer behind would save of it."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def _folds(scale: Tensor | None) -> bool:
+    return scale is not None and lowered(scale).dtype != torch.float16
 
 
 def _chain(steps: Sequence[Function], x: Tensor) -> Tensor:

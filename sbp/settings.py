@@ -7,6 +7,7 @@ MHSA_DROPS = ("qkv", "query", "head", "qkv_exact")
 EVALUATIONS = ("exact", "published")
 RECOMPUTE = ("none", "cheap", "block")
 MASK_PER = ("batch", "half", "sample")
+DROPPED = ("none", "input")
 
 _CHOICES = {
     "mask": MASKS,
@@ -14,6 +15,7 @@ _CHOICES = {
     "evaluation": EVALUATIONS,
     "recompute": RECOMPUTE,
     "mask_per": MASK_PER,
+    "dropped": DROPPED,
 }
 
 
@@ -27,6 +29,7 @@ class Settings:
     recompute: str = "none"
     mask_per: str = "batch"
     rescale: bool = False
+    dropped: str = "none"
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -142,6 +142,17 @@ class State:
             return 1.0
         return 1 / self.keep_ratio(index)
 
+    @property
+    def passes_input(self) -> bool:
+        """Whether dropped positions pass on the gradient of a pointwise branch's input."""
+        return self.settings.dropped == "input"
+
+    def pointwise_scale(self, module: nn.Module, index: int | None) -> float:
+        """The same of a branch that dropped positions pass on, too; the gradient that leaves it is divided again."""
+        if not self.passes_input or index is None or self.positions(module, index) is None:
+            return self.gradient_scale(module, index)
+        return 1 / self.keep_ratio(index)
+
     def describe(self, index: int | None) -> str:
         """The settings of SBP layer `index` (None: of a layer that only recomputes), as its `repr` shows them."""
         settings: list[str] = []
@@ -150,6 +161,7 @@ class State:
             settings += [f"keep_ratio={self.keep_ratios[index]:g}", f"mask={own.mask}"]
             settings += [f"mask_per={own.mask_per}"] if own.mask_per != "batch" else []
             settings += ["rescale=True"] if own.rescale else []
+            settings += [f"dropped={own.dropped}"] if own.dropped != "none" else []
         return ", ".join(settings + ([f"recompute={own.recompute}"] if own.recompute != "none" else []))
 
     # -- one forward pass

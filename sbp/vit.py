@@ -20,7 +20,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from sbp import masks, recompute
+from sbp import input_gradient, masks, recompute
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, rescale_gradient, split
 from sbp.masks import Positions
@@ -30,6 +30,7 @@ from sbp.state import Grid, LayerMap, Shape, State
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 QKV = tuple[Tensor, Tensor, Tensor]
+Scales = tuple[float, float]  # of the attention's branch and of the MLP's
 Branch = tuple[Tensor, Callable[[], Tensor]]  # of the kept tokens; and of the dropped ones, computed when called
 
 
@@ -54,18 +55,36 @@ def find(model: nn.Module) -> Backbone | None:
         published=list(layers)[len(layers) - round(len(layers) * 2 / 3) :],
         containers=[vit.blocks],
         hooks=[(vit, "enter_model"), (vit.patch_embed, "enter_patch_embed")],
-        state=partial(_state, layers, prefix=vit.num_prefix_tokens),
+        state=partial(_state, vit, layers, prefix=vit.num_prefix_tokens),
     )
 
 
 def _state(
-    blocks: dict[str, nn.Module], names: list[str], keep_ratios: list[float], settings: Settings, **kwargs: Any
+    vit: Any,
+    blocks: dict[str, nn.Module],
+    names: list[str],
+    keep_ratios: list[float],
+    settings: Settings,
+    **kwargs: Any,
 ) -> "ViTState":
+    if settings.dropped == "input":
+        _check_input_gradient(vit, {name: blocks[name] for name in names}, settings)
     for name in names if settings.mhsa_drop == "head" else []:
         attn = blocks[name].attn
         if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
             raise ValueError(f"mhsa_drop='head' needs heads that do not mix before the projection; see {name}.attn")
     return ViTState(names, keep_ratios, settings, **kwargs)
+
+
+def _check_input_gradient(vit: Any, blocks: dict[str, Any], settings: Settings) -> None:
+    if settings.mhsa_drop == "qkv" and _reads_prefix_only(vit):
+        raise ValueError("dropped='input' changes nothing here: with qkv a class token never reads dropped tokens")
+    for name, block in blocks.items():
+        mlp = block.mlp
+        parts = (mlp.drop1, mlp.norm, mlp.drop2) if type(mlp) is Mlp else (mlp,)
+        obstacle = input_gradient.obstacle(block.norm2, getattr(mlp, "act", None), *parts)
+        if obstacle is not None:
+            raise ValueError(f"dropped='input' does not know {obstacle}, which {name} has")
 
 
 class ViTState(State):
@@ -148,11 +167,12 @@ class SBPBlock(Block):
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def sbp_scale(self) -> float:
-        return self.sbp_state.gradient_scale(self, self.sbp_index)
+    def sbp_scale(self) -> Scales:
+        state, index = self.sbp_state, self.sbp_index
+        return state.gradient_scale(self, index), state.pointwise_scale(self, index)
 
-    def run(self, x: Streams, prefix_only: bool = False, scale: float = 1.0) -> Streams:
-        """forward, of streams. scale: of the gradient that enters the branches at kept tokens."""
+    def run(self, x: Streams, prefix_only: bool = False, scale: Scales = (1.0, 1.0)) -> Streams:
+        """forward, of streams. scale: of the gradient that enters the two branches at kept tokens."""
         state = self.sbp_state
         branches = partial(  # all of the pass is read here: when a block runs again it may not be the last one any more
             self._branches,
@@ -174,49 +194,60 @@ class SBPBlock(Block):
         dropped: Tensor | None,
         read: int | None,
         key: Tensor | None,
-        scale: float,
+        scale: Scales,
         scales: tuple[Tensor | None, Tensor | None] | None = None,
         again: bool = False,
     ) -> Streams:
         """read: how many of the kept tokens are wanted, None for all. again: the values of dropped ones are not.
 
-        key: the random number that some heads are drawn by; None where all run. scale: of the gradient that enters at
-        kept tokens but prefix tokens. scales: the drop paths' decisions; None where they are still to be made.
+        key: the random number that some heads are drawn by; None where all run. scale: of the gradient that enters
+        the branches at kept tokens but prefix tokens. scales: the drop paths' decisions; None where they are still to
+        be made.
 
         The kept stream runs to its end first: what draws random numbers for it, such as dropout, then draws the
         same ones whether or not the dropped stream follows.
         """
+        again = again and not self.sbp_state.passes_input
         if self.sbp_state.settings.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
         if key is None:
             branch, dropped_branch = _attend(self, Streams(kept, dropped), read)
-            branch = rescale_gradient(branch, scale, self.sbp_state.prefix)
+            branch = rescale_gradient(branch, scale[0], self.sbp_state.prefix)
         else:
             branch, dropped_branch = _attend_with_some_heads(self, Streams(kept, dropped), read, key)
         scale1 = _drop_path_scale(self.drop_path1, kept) if scales is None else scales[0]
         kept = _add(kept[:, :read], branch, scale1)
-        mlp = self.sbp_mlp()
-        branch = rescale_gradient(mlp(kept), scale, self.sbp_state.prefix)
+        passes_input = dropped is not None and self.sbp_state.passes_input
+        mlp, dropped_mlp = self.sbp_mlp(passes_input)
+        # What is rescaled is for the weights.
+        within = rescale_gradient(kept, 1 / scale[1], self.sbp_state.prefix) if passes_input else kept
+        branch = rescale_gradient(mlp(within), scale[1], self.sbp_state.prefix)
         scale2 = _drop_path_scale(self.drop_path2, kept) if scales is None else scales[1]
         kept = _add(kept, branch, scale2)
         if dropped is None or read is not None or (again and key is None):
             return Streams(kept, None)
         dropped = _add(dropped, dropped_branch(), scale1)
-        with torch.no_grad():
-            branch = mlp(dropped)
-        return Streams(kept, _add(dropped, branch, scale2))
+        return Streams(kept, _add(dropped, dropped_mlp(dropped), scale2))
 
     def sbp_linear(self, layer: nn.Module, *before: nn.Module, scale: Tensor | None = None) -> Function:
         return recompute.linear(layer, *before, cheap=self.sbp_state.recomputes(self) == "cheap", scale=scale)
 
-    def sbp_mlp(self) -> Function:
-        """Norm, MLP and layer scale."""
+    def sbp_mlp(self, passes_input: bool) -> tuple[Function, Function]:
+        """Norm, MLP and layer scale: of kept tokens; of dropped ones, without gradient or with that of the input."""
         mlp = self.mlp
+        gamma = getattr(self.ls2, "gamma", None)
         if type(mlp) is not Mlp:
-            return lambda tokens: self.ls2(mlp(self.norm2(tokens)))
-        up = self.sbp_linear(mlp.fc1, self.norm2)
-        down = self.sbp_linear(mlp.fc2, mlp.act, mlp.drop1, mlp.norm, scale=getattr(self.ls2, "gamma", None))
-        return lambda tokens: mlp.drop2(down(up(tokens)))
+            return _without_gradient(lambda tokens: self.ls2(mlp(self.norm2(tokens))))
+        into: Any = mlp.fc1
+        out_of: Any = mlp.fc2
+        if passes_input:
+            into, out_of, gamma = recompute.weights(into), recompute.weights(out_of, gamma), None
+        up = self.sbp_linear(into, self.norm2)
+        down = self.sbp_linear(out_of, mlp.act, mlp.drop1, mlp.norm, scale=gamma)
+        run = _without_gradient(lambda tokens: mlp.drop2(down(up(tokens))))
+        if not passes_input:
+            return run
+        return run[0], lambda tokens: input_gradient.branch(tokens, self.norm2, into, mlp.act, out_of)
 
 
 class SBPBlocks(nn.Sequential):
@@ -354,6 +385,11 @@ def _projection(block: SBPBlock) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 # -- small parts
+
+
+def _without_gradient(run: Function) -> tuple[Function, Function]:
+    """A function, and the same without gradient."""
+    return run, torch.no_grad()(run)
 
 
 def _drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:

@@ -20,6 +20,8 @@ MODELS = {
     "vit qkv_exact, cheap": lambda: sbp.apply(small_vit(init_values=0.5), mhsa_drop="qkv_exact", recompute="cheap"),
     "vit query, block": lambda: sbp.apply(small_vit(), mhsa_drop="query", recompute="block"),
     "convnext, block": lambda: sbp.apply(small_convnext(), recompute="block"),
+    "vit query, input": lambda: sbp.apply(small_vit(), mhsa_drop="query", dropped="input"),
+    "convnext, input": lambda: sbp.apply(small_convnext(), dropped="input"),
     "vit query, sample": lambda: sbp.apply(small_vit(), mhsa_drop="query", mask_per="sample", rescale=True),
     "vit head, half, rescaled": lambda: sbp.apply(
         small_vit(global_pool="avg"), mhsa_drop="head", mask="random", mask_per="half", rescale=True
@@ -29,7 +31,7 @@ MODELS = {
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
-LONG = [("convnext", 0.25), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
+LONG = [("convnext", 0.25), ("convnext, input", 1.0), ("vit query, input", 1.0), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
 CASES = [
     pytest.param(
         name,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sbp.settings import EVALUATIONS, MASK_PER, MASKS, MHSA_DROPS, RECOMPUTE
+from sbp.settings import DROPPED, EVALUATIONS, MASK_PER, MASKS, MHSA_DROPS, RECOMPUTE
 from sbp.training.config.keys import key
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
@@ -81,3 +81,9 @@ class SbpConfig:
         one_of=MASK_PER,
     )
     rescale: bool = key(False, "multiply the gradient that enters a branch at kept positions by N / K")
+    dropped: str = key(
+        "none",
+        "`input`: pointwise branches pass the gradient of their input on at dropped positions, too, for 3 bytes a "
+        "channel; see docs/method.md",
+        one_of=DROPPED,
+    )

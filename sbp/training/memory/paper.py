@@ -78,7 +78,8 @@ PAPER = PaperRules()
 def _kept_share(config: Config) -> float:
     """The share that the authors' masks keep. Their grid has whole diagonals only: 0.4, 0.5 and 0.6 all give 0.5."""
     settings = config.sbp
-    fixed = {"mhsa_drop": "qkv", "layers": None, "recompute": "none", "mask_per": "batch", "rescale": False}
+    fixed: dict[str, Any] = {"mhsa_drop": "qkv", "layers": None, "recompute": "none", "mask_per": "batch"}
+    fixed |= {"rescale": False, "dropped": "none"}
     for key, value in fixed.items():
         if getattr(settings, key) != value:
             raise ValueError(f"rules=paper knows sbp.{key}={value} only, got {getattr(settings, key)}")

@@ -52,6 +52,7 @@ def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
             recompute=settings.recompute,
             mask_per=settings.mask_per,
             rescale=settings.rescale,
+            dropped=settings.dropped,
         )
 
 

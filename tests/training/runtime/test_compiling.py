@@ -21,6 +21,7 @@ MODELS = {
     "plain convnext": lambda: small_convnext(**RATE),
     "convnext": lambda: sbp.apply(small_convnext(**RATE)),
     "convnext rescaled": lambda: sbp.apply(small_convnext(), rescale=True),
+    "convnext, input": lambda: sbp.apply(small_convnext(**RATE), dropped="input"),
     "convnext, block": lambda: sbp.apply(small_convnext(**RATE), recompute="block"),
 }
 

@@ -212,10 +212,12 @@ SETTINGS = {
     "vit block": lambda: sbp.apply(small_vit(drop_path_rate=0.2), recompute="block"),
     "vit sample": lambda: sbp.apply(small_vit(), mask_per="sample", keep_ratio=0.3),
     "vit half, ratios": lambda: sbp.apply(small_vit(), mask_per="half", keep_ratio=[0.75, 0.5, 0.5, 0.3]),
+    "vit query, input": lambda: sbp.apply(small_vit(), mhsa_drop="query", dropped="input"),
     "vit rescaled": lambda: sbp.apply(small_vit(), rescale=True),
     "convnext": lambda: sbp.apply(small_convnext(drop_path_rate=0.2)),
     "convnext random cheap": lambda: sbp.apply(small_convnext(), mask="random", recompute="cheap"),
     "convnext block": lambda: sbp.apply(small_convnext(drop_path_rate=0.2), recompute="block"),
+    "convnext, input": lambda: sbp.apply(small_convnext(), dropped="input", recompute="cheap"),
     "convnext v2": lambda: sbp.apply(small_convnext(use_grn=True)),
 }
 
