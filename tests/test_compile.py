@@ -31,7 +31,14 @@ MODELS = {
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
-LONG = [("convnext", 0.25), ("convnext, input", 1.0), ("vit query, input", 1.0), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
+LONG = [
+    ("convnext", 0.25),
+    ("convnext, input", 1.0),
+    ("vit query, input", 1.0),
+    ("vit qkv", 0.25),
+    ("vit head", 1.0),
+    ("convnext, block", 1.0),
+]
 CASES = [
     pytest.param(
         name,

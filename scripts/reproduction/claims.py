@@ -54,8 +54,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """overrides: of train.py, in a setting. vit_only: needs attention, or tokens to leave out. many_epochs: needs more
-    than one.
+    """overrides: of train.py, in a setting. vit_only: needs attention, or tokens to leave out; convnext_only: the
+    opposite. many_epochs: needs more than one.
 
     same_as: the arm with the very same gradients, whose accuracy is taken: only what a step costs is measured.
     parts: of an arm with several kinds of steps, those of which arms they are, and their share.
@@ -64,6 +64,7 @@ class Arm:
     label: str
     overrides: Callable[[Setting], list[str]]
     vit_only: bool = False
+    convnext_only: bool = False
     many_epochs: bool = False
     same_as: str | None = None
     parts: Mapping[str, float] | None = None
@@ -153,6 +154,10 @@ def query(keep_ratio: float) -> Callable[[Setting], list[str]]:
     return fixed("sbp.mhsa_drop=query", f"sbp.keep_ratio={keep_ratio}")
 
 
+def input_gradients(keep_ratio: float, *more: str) -> Callable[[Setting], list[str]]:
+    return fixed("sbp.dropped=input", f"sbp.keep_ratio={keep_ratio}", *more)
+
+
 ARMS = {
     "plain": Arm("no SBP", fixed(NONE)),
     "sbp": Arm("published SBP", fixed()),
@@ -172,6 +177,18 @@ ARMS = {
     "layers_other": Arm("SBP in as many layers at the other end", other_layers),
     # ours
     "qkv_exact": Arm("qkv_exact", fixed("sbp.mhsa_drop=qkv_exact"), vit_only=True),
+    "input": Arm("input gradients at dropped positions", input_gradients(0.5), convnext_only=True),
+    "input_0.25": Arm(
+        "input gradients at dropped positions, keep-ratio 0.25", input_gradients(0.25), convnext_only=True
+    ),
+    "input_0.125": Arm(
+        "input gradients at dropped positions, keep-ratio 0.125", input_gradients(0.125), convnext_only=True
+    ),
+    "query_input_0.25": Arm(
+        "drop on queries, input gradients at dropped tokens, keep-ratio 0.25",
+        input_gradients(0.25, "sbp.mhsa_drop=query"),
+        vit_only=True,
+    ),
     "per_sample": Arm("a mask for each image", fixed("sbp.mask_per=sample")),
     "per_half": Arm("complementary masks for two halves", fixed("sbp.mask_per=half")),
     "fixed": Arm("one mask for the whole run", fixed("sbp.fixed_mask=true")),
@@ -291,6 +308,16 @@ QUESTIONS = {  # ours, answered in the same way
             *("patch_dropout", "query_0.125", "query_0.0625", "low_resolution"),
         ),
     ),
+    "input_gradients": Claim(
+        "Does it help to pass on the gradient of a branch's input at dropped positions?",
+        "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
+        (
+            *(Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("input_0.25", "ratio_0.25")),
+            *(Comparison("input_0.125", "sbp"), Comparison("query_input_0.25", "query_0.25")),
+        ),
+        against_plain=("sbp", "input", "input_0.25", "ratio_0.25", "input_0.125", "query_0.25", "query_input_0.25"),
+        shows="choice",
+    ),
     "learning_rate": Claim(
         "Does SBP want another learning rate than exact training?",
         "Not in the talk, which trains both at the same.",
@@ -302,13 +329,14 @@ QUESTIONS = {  # ours, answered in the same way
 }
 
 ANSWERED = CLAIMS | QUESTIONS
-_OF_APPLY = ("keep_ratio", "mask", "mhsa_drop", "layers", "mask_per", "rescale")
+_OF_APPLY = ("keep_ratio", "mask", "mhsa_drop", "layers", "mask_per", "rescale", "dropped")
 
 
 def exists(arm: str, setting: Setting) -> bool:
     """Whether it is an arm that the setting can have; gradients of parts of the batch are none."""
     one = ARMS.get(arm)
-    return one is not None and (setting.is_vit or not one.vit_only) and (setting.epochs > 1 or not one.many_epochs)
+    fits = one is not None and not (one.convnext_only if setting.is_vit else one.vit_only)
+    return fits and one is not None and (setting.epochs > 1 or not one.many_epochs)
 
 
 def arms_of(claims: list[Claim], setting: Setting) -> list[str]:

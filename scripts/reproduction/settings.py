@@ -92,6 +92,14 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     epochs=5,
     is_vit=False,
 )
+# One pass over the photographs, for two cores and two hours.
+CONVNEXT_ONCE = replace(
+    SMALL_CONVNEXT_ON_PHOTOGRAPHS,
+    name="convnext-once",
+    label="a small ConvNeXt (1, 1, 3, 1 blocks of 16 to 128 channels, a mask of 8 x 8), one pass over CIFAR-10",
+    overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, "recipe.warmup_steps=100"),
+    epochs=1,
+)
 CIFAR_VIT = Setting(
     name="cifar10-vit_tiny-32",
     label="ViT-Tiny with patches of 4 px on CIFAR-10 at 32 px",
@@ -163,6 +171,7 @@ SCALES = {
         on_one_gpu=6,
         by_seed=True,
     ),
+    "once": Scale((CONVNEXT_ONCE,), claims=("input_gradients",), rounds=12, device="auto", on_one_gpu=6, by_seed=True),
     "gpu": Scale(
         (CIFAR_VIT, CIFAR_VIT_224, CIFAR_CONVNEXT_224, PHOTOGRAPHS_VIT, PHOTOGRAPHS_CONVNEXT),
         claims=("1", "2", "3", "4", "5", "exact_attention"),
