@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sbp.training.benchmark.benchmark import ARMS, benchmark
+from sbp.training.benchmark.arms import ARMS
+from sbp.training.benchmark.benchmark import benchmark
 from sbp.training.record.files import read_json, write_text
 from sbp.training.record.table import markdown
 from sbp.training.runtime import environment

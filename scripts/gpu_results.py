@@ -27,7 +27,8 @@ from time import perf_counter
 from typing import Any
 
 from sbp.training.benchmark import report as benchmark_report
-from sbp.training.benchmark.benchmark import ARMS, benchmark
+from sbp.training.benchmark.arms import ARMS
+from sbp.training.benchmark.benchmark import benchmark
 from sbp.training.benchmark.benchmark import memory as benchmark_memory
 from sbp.training.benchmark.report import write_json
 from sbp.training.config.images import DataConfig

@@ -12,8 +12,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from sbp.training.benchmark.benchmark import ARMS, Runner, _batch
+from sbp.training.benchmark.arms import ARMS
 from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.runner import Runner, make_batch
 from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.runtime import distributed, environment
 from scripts.gpu_results import benchmark_config
@@ -23,7 +24,7 @@ TIMED = ("plain", "sbp", "sbp_cheap", "sbp_query")
 
 def operators(config: BenchmarkConfig, arm: str, device: torch.device) -> list[dict[str, Any]]:
     """Of one warmed-up step: name, shapes of the inputs, calls, and microseconds of the kernels that it launched."""
-    runner, batch = Runner(config, ARMS[arm], device), _batch(config, config.batch_size, device)
+    runner, batch = Runner(config, ARMS[arm], device), make_batch(config, config.batch_size, device)
     runner.turn(batch, 3)
     kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=kinds, record_shapes=True) as profiler:

@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sbp
-from sbp.training.memory.forecast import CudaCasts
+from sbp.training.memory.allocations import CudaCasts
 from sbp.training.record.table import markdown
 
 NETWORKS = ("vit_tiny_patch16_224", "vit_base_patch16_224", "convnext_tiny", "convnext_base")

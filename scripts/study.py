@@ -5,7 +5,7 @@
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
-    python scripts/study.py scale=once data_root=/path/to/cifar10     input gradients at dropped positions: 2 hours
+    python scripts/study.py scale=convnext                  input gradients at dropped positions: an hour of one core
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 
 Trains every arm that the claims need by a sweep of train.py over the seeds (run_dir/SCALE/SETTING/ARM), measures
@@ -40,7 +40,7 @@ from scripts.study_tasks import Place, arm_config, by_seed, measure_costs, tasks
 
 @dataclass
 class StudyConfig:
-    """scale: "laptop", "once", "cifar10", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and
+    """scale: "laptop", "convnext", "cifar10", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and
         QUESTIONS in scripts/reproduction/claims.py, "all", or null for what the scale answers by default.
     setting: what is trained, by its name in scripts/reproduction/settings.py; null for all that `data_root` allows.
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.

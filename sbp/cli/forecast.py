@@ -16,7 +16,8 @@ from sbp.training.config.batches import plan_batches
 from sbp.training.config.keys import check_limits, key
 from sbp.training.config.run import Config
 from sbp.training.memory import forecast as forecasts
-from sbp.training.memory.forecast import PARTS, TODAY, Forecast
+from sbp.training.memory.allocations import PARTS
+from sbp.training.memory.forecast import TODAY, Forecast
 from sbp.training.memory.paper import PAPER
 from sbp.training.record.files import write_json
 from sbp.training.record.table import markdown

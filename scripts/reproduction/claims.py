@@ -306,16 +306,14 @@ QUESTIONS = {  # ours, answered in the same way
         against_plain=(
             *("sbp", "query", "query_0.25", "ratio_0.25", "ratio_0.75", "shorter", "longer", "qkv_exact"),
             *("patch_dropout", "query_0.125", "query_0.0625", "low_resolution"),
+            *("input", "input_0.25", "input_0.125", "query_input_0.25"),
         ),
     ),
     "input_gradients": Claim(
         "Does it help to pass on the gradient of a branch's input at dropped positions?",
         "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
-        (
-            *(Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("input_0.25", "ratio_0.25")),
-            *(Comparison("input_0.125", "sbp"), Comparison("query_input_0.25", "query_0.25")),
-        ),
-        against_plain=("sbp", "input", "input_0.25", "ratio_0.25", "input_0.125", "query_0.25", "query_input_0.25"),
+        (Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("query_input_0.25", "query_0.25")),
+        against_plain=("sbp", "input", "input_0.25", "query_0.25", "query_input_0.25"),
         shows="choice",
     ),
     "learning_rate": Claim(

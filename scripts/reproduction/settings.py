@@ -76,14 +76,15 @@ SMALL_VIT_ON_PHOTOGRAPHS = Setting(
     needs_root=True,
 )
 # A stem of stride 1, for the mask's grid to be 8 x 8; a third of ConvNeXt-Tiny's blocks, and as many of them SBP.
+SMALL_CONVNEXT = (
+    *("backbone=convnext_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=1"),
+    *("backbone.kwargs.dims=[16,32,64,128]", "+backbone.kwargs.ls_init_value=0.1"),
+)
 SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     SMALL_VIT_ON_PHOTOGRAPHS,
     name="small-convnext",
     label="a small ConvNeXt (1, 1, 3, 1 blocks of 16 to 128 channels, maps of 32 to 4 px, a mask of 8 x 8) on CIFAR-10",
-    overrides=(
-        *("backbone=convnext_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=1"),
-        *("backbone.kwargs.dims=[16,32,64,128]", "+backbone.kwargs.ls_init_value=0.1", *SMALL_ON_PHOTOGRAPHS),
-    ),
+    overrides=(*SMALL_CONVNEXT, *SMALL_ON_PHOTOGRAPHS),
     sbp_layers=6,
     other_layers=(
         *("stages.2.downsample", "stages.2.blocks.0", "stages.2.blocks.1", "stages.2.blocks.2"),
@@ -92,7 +93,24 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     epochs=5,
     is_vit=False,
 )
-# One pass over the photographs, for two cores and two hours.
+# The same network on the digits, and in one pass over the photographs: for two cores and an hour.
+DIGITS_CONVNEXT = replace(
+    DIGITS_VIT,
+    name="digits-convnext",
+    label="a small ConvNeXt (1, 1, 3, 1 blocks of 16 to 128 channels, a mask of 8 x 8) on generated cluttered digits",
+    overrides=(
+        *SMALL_CONVNEXT,
+        "data=cluttered_digits",
+        "data.train_images=3072",
+        *PLAIN_RECIPE,
+        "recipe.warmup_epochs=1",
+    ),
+    sbp_layers=6,
+    other_layers=SMALL_CONVNEXT_ON_PHOTOGRAPHS.other_layers,
+    lr=2e-3,
+    seeds=3,
+    is_vit=False,
+)
 CONVNEXT_ONCE = replace(
     SMALL_CONVNEXT_ON_PHOTOGRAPHS,
     name="convnext-once",
@@ -171,7 +189,14 @@ SCALES = {
         on_one_gpu=6,
         by_seed=True,
     ),
-    "once": Scale((CONVNEXT_ONCE,), claims=("input_gradients",), rounds=12, device="auto", on_one_gpu=6, by_seed=True),
+    "convnext": Scale(
+        (DIGITS_CONVNEXT, CONVNEXT_ONCE),
+        claims=("input_gradients",),
+        rounds=12,
+        device="auto",
+        on_one_gpu=6,
+        by_seed=True,
+    ),
     "gpu": Scale(
         (CIFAR_VIT, CIFAR_VIT_224, CIFAR_CONVNEXT_224, PHOTOGRAPHS_VIT, PHOTOGRAPHS_CONVNEXT),
         claims=("1", "2", "3", "4", "5", "exact_attention"),

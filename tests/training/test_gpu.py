@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import sbp
-from sbp.training.benchmark.benchmark import ARMS, Runner
+from sbp.training.benchmark.arms import ARMS
+from sbp.training.benchmark.runner import Runner
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.engine import setup
 from sbp.training.record.checkpoint import Checkpoints, find

@@ -8,107 +8,22 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
 import torch
 from timm.models import VisionTransformer
-from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
-from torch.utils._pytree import tree_leaves
 
 import sbp
-from sbp.training.benchmark import launches
-from sbp.training.benchmark.authors_release import release_model
-from sbp.training.config.model import SbpConfig
-from sbp.training.config.recipe import RecipeConfig
+from sbp.training.benchmark.arms import ARMS, Arm
+from sbp.training.benchmark.runner import PARTS, Batch, Runner, build_on, bytes_of, make_batch
 from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.config.rules import validate_benchmark
-from sbp.training.models.build import build_model
-from sbp.training.models.optim import build_criterion
-from sbp.training.runtime import distributed, environment, wrapping
-from sbp.training.runtime.compiling import compile_model
-from sbp.training.runtime.graphs import CapturedPass, CudaRecorder, Pass, Recorder
-from sbp.training.runtime.precision import Casts, autocast
-from sbp.training.tasks.detection import synthetic
-from sbp.training.tasks.detection.detector import Detector, build_detector
-from sbp.training.tasks.task import sum_of
+from sbp.training.runtime import distributed, environment
+from sbp.training.tasks.detection.detector import Detector
 
 log = logging.getLogger(__name__)
-
-EXACT, DROPPING, SBP, RELEASE = "exact gradient", "token dropping", "SBP", "SBP, authors' release"
-KINDS = (EXACT, DROPPING, SBP, RELEASE)
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # of autocast
-PARTS = ("forward", "backward", "optimizer")  # of a step, in this order
-
-Batch = tuple[Tensor, Any]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train the network.
-
-    kind: one of KINDS. sbp: arguments of `sbp.apply` besides those in the config; None for timm's model as it is.
-    compile: what torch.compile is given, the "model" or its "blocks"; None for eager mode. budget: its
-    activation_memory_budget, the share of the activations that it would save by itself.
-    graph: forward and backward pass are captured as a CUDA graph, and replayed. cast_together: the weights are cast to
-    autocast's precision in one call a step.
-    """
-
-    label: str
-    kind: str = EXACT
-    sbp: dict[str, Any] | None = None
-    compile: str | None = None
-    budget: float = 1.0
-    graph: bool = False
-    cast_together: bool = False
-    checkpointing: bool = False
-    patch_drop: float = 0.0
-    vit_only: bool = False
-    release: bool = False
-
-
-CHEAP, QUERY, QUARTER = {"recompute": "cheap"}, {"mhsa_drop": "query"}, {"keep_ratio": 0.25}
-
-ARMS = {  # "plain" is timm's model as anybody trains it; compiled code casts weights as it sees fit
-    "plain": Arm("plain"),
-    "casts": Arm("casts together", cast_together=True),
-    "graph": Arm("graph", graph=True, cast_together=True),
-    "checkpoint": Arm("checkpointing", checkpointing=True),
-    "cheap": Arm("cheap recompute", sbp={"keep_ratio": 1.0} | CHEAP),
-    "cheap_graph": Arm("cheap recompute + graph", sbp={"keep_ratio": 1.0} | CHEAP, graph=True, cast_together=True),
-    "compile": Arm("compile", compile="model"),
-    "compile_0.9": Arm("compile, budget 0.9", compile="model", budget=0.9),
-    "compile_0.5": Arm("compile, budget 0.5", compile="model", budget=0.5),
-    "compile_0.25": Arm("compile, budget 0.25", compile="model", budget=0.25),
-    "compile_graph": Arm("compile + graph", compile="model", graph=True),
-    "blocks": Arm("compiled blocks", compile="blocks"),
-    "blocks_graph": Arm("compiled blocks + graph", compile="blocks", graph=True),
-    "patch_dropout": Arm("PatchDropout 0.5", DROPPING, patch_drop=0.5, vit_only=True),
-    "sbp": Arm("SBP", SBP, sbp={}),
-    "sbp_casts": Arm("SBP, casts together", SBP, sbp={}, cast_together=True),
-    "sbp_graph": Arm("SBP + graph", SBP, sbp={}, graph=True, cast_together=True),
-    "sbp_cheap": Arm("SBP, cheap recompute", SBP, sbp=CHEAP),
-    "sbp_cheap_graph": Arm("SBP, cheap recompute + graph", SBP, sbp=CHEAP, graph=True, cast_together=True),
-    "sbp_25_cheap": Arm("SBP 0.25, cheap recompute", SBP, sbp=QUARTER | CHEAP),
-    "sbp_block": Arm("SBP, block recompute", SBP, sbp={"recompute": "block"}),
-    "sbp_query": Arm("SBP, query", SBP, sbp=QUERY, vit_only=True),
-    "sbp_query_graph": Arm("SBP, query + graph", SBP, sbp=QUERY, vit_only=True, graph=True, cast_together=True),
-    "query_cheap": Arm("SBP, query, cheap recompute", SBP, sbp=QUERY | CHEAP, vit_only=True),
-    "query_25": Arm("SBP 0.25, query", SBP, sbp=QUERY | QUARTER, vit_only=True),
-    "query_25_cheap": Arm("SBP 0.25, query, cheap recompute", SBP, sbp=QUERY | QUARTER | CHEAP, vit_only=True),
-    "sbp_head": Arm("SBP, head", SBP, sbp={"mhsa_drop": "head"}, vit_only=True),
-    "sbp_qkv_exact": Arm("SBP, qkv_exact", SBP, sbp={"mhsa_drop": "qkv_exact"}, vit_only=True),
-    "sbp_compile": Arm("SBP + compile", SBP, sbp={}, compile="model"),
-    "sbp_compile_0.5": Arm("SBP + compile, budget 0.5", SBP, sbp={}, compile="model", budget=0.5),
-    "sbp_compile_graph": Arm("SBP + compile + graph", SBP, sbp={}, compile="model", graph=True),
-    "sbp_blocks": Arm("SBP + compiled blocks", SBP, sbp={}, compile="blocks"),
-    "sbp_blocks_graph": Arm("SBP + compiled blocks + graph", SBP, sbp={}, compile="blocks", graph=True),
-    "release": Arm("authors' release", RELEASE, sbp={}, release=True),
-}
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
@@ -125,7 +40,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     names = _choose_arms(config, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    batch = _batch(config, config.batch_size, device)
+    batch = make_batch(config, config.batch_size, device)
     records: dict[str, dict[str, Any]] = {
         name: {"label": ARMS[name].label, "kind": ARMS[name].kind, "error": None} for name in names
     }
@@ -154,7 +69,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         for name, record in records.items():
             if record["error"] is None and not time_is_up():
                 with _recorded(record, "largest_batch_error"):
-                    record["largest_batch"] = _largest_batch(config, ARMS[name], device, record)
+                    record["largest_batch"] = _largestmake_batch(config, ARMS[name], device, record)
                     record["largest_batch_estimated"] = _is_extrapolated(ARMS[name])
 
     running = [record for record in records.values() if record["error"] is None]
@@ -205,165 +120,6 @@ def _choose_arms(config: BenchmarkConfig, device: torch.device) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def build_on(device: torch.device, config: BenchmarkConfig, arm: Arm) -> nn.Module:
-    """The arm's model in training mode, before torch.compile and DDP."""
-    backbone, settings = config.backbone, SbpConfig(enabled=False)
-    if arm.patch_drop:
-        backbone = replace(backbone, kwargs=backbone.kwargs | {"patch_drop_rate": arm.patch_drop})
-    if arm.sbp is not None:
-        settings = SbpConfig(**asdict(config.sbp) | arm.sbp)
-    with device:  # weights of a large model take seconds to draw on a CPU
-        if config.task == "detection":
-            detector = build_detector(backbone, settings, config.detector, config.data.num_classes)
-            synthetic.propose_objects(detector)
-            model: nn.Module = detector
-        else:
-            model = build_model(backbone, settings, config.data.num_classes, config.data.image_size)
-        if arm.release:
-            model = release_model(Path(config.release or ""), model, backbone.drop_path)
-    if arm.checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
-    return model.train()
-
-
-class Runner:
-    """An arm with its model and optimizer."""
-
-    def __init__(self, config: BenchmarkConfig, arm: Arm, device: torch.device) -> None:
-        self.amp, self.device, self.compiled = config.amp, device, arm.compile is not None
-        torch.manual_seed(config.seed)
-        model = wrapping.synchronise_batch_norm(build_on(device, config, arm), device)
-        if config.channels_last:
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if arm.compile is not None:
-            fixed = {"dynamic": False} if arm.compile == "model" else {}  # blocks are always compiled so
-            compile_model(model, arm.compile, backend=_backend(config.compile_backend, arm.budget), **fixed)
-        together = arm.cast_together and config.amp in _DTYPES
-        self.casts = Casts(model, _DTYPES[config.amp]) if together else None
-        cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=cuda)
-        self.criterion = None if isinstance(model, Detector) else build_criterion(RecipeConfig())
-        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
-        self.model = wrapping.wrap(model)
-        self.run: Pass | CapturedPass = Pass(self._forward, self._backward)
-
-    def capture(self, batch: Batch, recorder: Recorder | None = None) -> None:
-        """Captures the pass of a graph arm, which has to be warmed up; from then on steps replay it.
-
-        recorder: None for CUDA graphs. Raises ValueError where there is no CUDA for them.
-        """
-        if recorder is None:
-            if self.device.type != "cuda":
-                raise ValueError(f"graph arms need CUDA; device is {self.device.type}")
-            recorder = CudaRecorder()
-        assert isinstance(self.run, Pass)
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            self.run = CapturedPass(self.run, recorder, list(self.model.parameters()), batch)
-
-    def _forward(self, *batch: Any) -> tuple[Tensor, Tensor]:
-        if self.casts is not None:
-            self.casts.put()
-        loss = self.loss((batch[0], batch[1]))
-        return loss, loss.detach()
-
-    def _backward(self, loss: Tensor) -> None:
-        self.scaler.scale(loss).backward()
-        if self.casts is not None:
-            self.casts.remove()
-
-    def loss(self, batch: Batch) -> Tensor:
-        with autocast(self.amp, self.device):
-            if self.criterion is None:
-                return sum_of(self.model(*batch))
-            return self.criterion(self.model(batch[0]), batch[1])
-
-    def turn(self, batch: Batch, steps: int) -> list[dict[str, float]]:
-        """Runs steps in a row; for each the milliseconds of its PARTS and of the whole "step".
-
-        The device is waited for at the end only, so that the CPU may run ahead as it does in training.
-        """
-        marks = [self._step(batch) for _ in range(steps)]
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return [
-            {part: _milliseconds(*pair) for part, pair in zip(PARTS, pairwise(one), strict=True)}
-            | {"step": _milliseconds(one[0], one[-1])}
-            for one in marks
-        ]
-
-    def _step(self, batch: Batch) -> list[Any]:
-        marks = [self._mark(), self._forward_backward(batch), self._mark()]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        marks.append(self._mark())
-        return marks
-
-    def _forward_backward(self, batch: Batch) -> Any:
-        """Leaves the gradients; returns the mark between the two passes."""
-        self.run.take(batch)
-        self.run.forward()
-        between = self._mark()
-        self.run.backward()
-        return between
-
-    def launches(self, batch: Batch) -> dict[str, float]:
-        """The kernels of a warmed-up step, see `launches.count`; none for compiled code on a CPU, which no dispatch
-        mode sees. A CPU's optimizer is not the fused one, whose few kernels are left out there."""
-        if self.device.type == "cuda":
-            return launches.count(lambda: self._step(batch), self.device)
-        if self.compiled:
-            return {}
-        try:
-            return launches.count(lambda: self._forward_backward(batch), self.device)
-        finally:
-            self.optimizer.zero_grad(set_to_none=True)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _milliseconds(start: Any, end: Any) -> float:
-    return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
-
-
-def _backend(name: str, budget: float) -> Callable[..., Any]:
-    """A torch.compile backend with an activation_memory_budget.
-
-    A new function for each arm: under one and the same backend an arm would take over the code that was compiled for
-    another one, as both run the same Python code.
-    """
-    compile_graph = lookup_backend(name)
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return compile_graph(graph, inputs)
-
-    return backend
-
-
-def _batch(config: BenchmarkConfig, size: int, device: torch.device) -> Batch:
-    data = config.data
-    targets: Any
-    with device:
-        if config.task == "detection":
-            torch.manual_seed(config.seed)  # how many regions there are depends on the boxes
-            images, targets = synthetic.random(data.image_size, data.max_size, size, data.num_classes)
-        else:
-            images, targets = torch.randn(size, 3, *[data.image_size] * 2), torch.randint(data.num_classes, (size,))
-    if config.channels_last:
-        images = images.to(memory_format=torch.channels_last)
-    return images, targets
-
-
-def _bytes(batch: Batch) -> int:
-    return sum(one.nbytes for one in tree_leaves(batch) if isinstance(one, Tensor))
-
-
 # -- one arm
 
 
@@ -403,7 +159,7 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
         record["saved_bytes"] = sbp.saved_bytes(lambda: runner._forward(*batch)[0])
         record |= runner.launches(batch)
         return runner
-    allocated = torch.cuda.memory_allocated(device) - _bytes(batch)
+    allocated = torch.cuda.memory_allocated(device) - bytes_of(batch)
     runner = Runner(config, arm, device)
     runner.turn(batch, config.warmup)
     torch.cuda.empty_cache()
@@ -456,7 +212,7 @@ def memory(record: dict[str, Any]) -> int:
 # -- the largest batch
 
 
-def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
+def _largestmake_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
     """How many images fit into the config's memory: by trial in eager mode; for a compiled or captured arm,
     which would be compiled or captured anew for each size, by extrapolation from its peak.
 
@@ -475,16 +231,16 @@ def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, reco
     runner = Runner(config, arm, device)
 
     def peak(size: int) -> int:
-        runner.turn(_batch(config, size, device), 1)
+        runner.turn(make_batch(config, size, device), 1)
         torch.cuda.reset_peak_memory_stats(device)
-        runner.turn(_batch(config, size, device), 1)
+        runner.turn(make_batch(config, size, device), 1)
         return torch.cuda.max_memory_allocated(device)
 
     def fits(size: int) -> bool:
         runner.optimizer.zero_grad(set_to_none=True)
         _free()
         try:
-            runner.turn(_batch(config, size, device), 2)
+            runner.turn(make_batch(config, size, device), 2)
         except torch.OutOfMemoryError:
             return False
         return True

@@ -7,7 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sbp.training.benchmark.benchmark import ARMS, DROPPING, EXACT, PARTS, RELEASE, SBP
+from sbp.training.benchmark.arms import ARMS, DROPPING, EXACT, RELEASE, SBP
+from sbp.training.benchmark.runner import PARTS
 from sbp.training.record.files import write_text
 from sbp.training.record.table import markdown
 

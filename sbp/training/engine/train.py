@@ -6,7 +6,7 @@ from typing import Any
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.engine.run import Run
-from sbp.training.memory.forecast import advised
+from sbp.training.memory.advice import advised
 from sbp.training.record.status import RunStatus, recorded
 
 

@@ -1,53 +1,37 @@
 """The peak CUDA memory of one training step, forecast on a machine without a GPU.
 
-One optimizer step runs on fake tensors: they have shapes and dtypes, but no memory. Every storage that the step
-allocates and frees is written down, and the largest sum is the peak. The fake tensors are the CPU's, as autograd runs
-a backward pass on CUDA tensors only where there is a CUDA device; where CUDA casts or allocates otherwise, this module
-says so (`CudaCasts`, `_workspace`).
+One optimizer step runs on fake tensors (allocations.py), and the largest sum of what it holds at a time is the peak.
 
 Not in a forecast: the CUDA context, workspaces of cuBLAS and cuDNN, fragmentation, and what torch.compile saves. It is
 to be compared with `torch.cuda.max_memory_allocated`.
 """
 
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from sbp.settings import RECOMPUTE
-from sbp.training.config.batches import plan_batches, scaled_lr
+from sbp.training.config.batches import scaled_lr
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.memory import detection
+from sbp.training.memory.allocations import HOST, PARTS, Allocations, CudaCasts, fake_cuda
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer
-from sbp.training.runtime import distributed
 from sbp.training.runtime.precision import autocast
 from sbp.training.tasks.choice import task_of
 from sbp.training.tasks.detection.detector import Detector
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-PARTS = ("weights", "gradients", "optimizer", "activations", "temporaries")
 KEEP_RATIOS = (1.0, 0.5, 0.25)
 
 _CPU = torch.device("cpu")
-_HOST = "host"  # what lies in the CPU's memory during a step on CUDA
-_ROUNDING = 512  # bytes: CUDA's caching allocator rounds every allocation up to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -74,134 +58,8 @@ class Forecast:
         return sum(getattr(self, part) for part in PARTS)
 
 
-class CudaCasts(TorchFunctionMode):
-    """Within autocast, what CUDA computes in float32 and the CPU would not; and answers that no fake tensor has."""
-
-    # These see their inputs as float32, so that autograd may save a copy ...
-    float32_inputs: frozenset[Callable] = frozenset({
-        *(F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.cross_entropy, F.nll_loss, F.kl_div),
-        *(F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.interpolate),
-        *(torch.layer_norm, torch.group_norm, torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp),
-        *(torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal),
-    })  # fmt: skip
-    # ... and these read what they get and return float32.
-    float32_result: frozenset[Callable] = frozenset({
-        *(torch.sum, Tensor.sum, torch.norm, Tensor.norm, torch.linalg.vector_norm, torch.prod, Tensor.prod),
-        *(torch.cumsum, Tensor.cumsum, F.log_softmax, torch.log_softmax, Tensor.log_softmax),
-    })  # fmt: skip
-    softmax: frozenset[Callable] = frozenset({F.softmax, torch.softmax, Tensor.softmax})
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.item:  # of the optimizer's step counter: any number will do
-            return 1.0
-        if func is F.scaled_dot_product_attention:  # CUDA's fused kernels save no mask, the CPU's takes no dropout
-            kwargs = kwargs | {"dropout_p": 0.0}
-        if torch.is_autocast_enabled("cpu"):
-            if func in self.float32_inputs:
-                args, kwargs = tree_map(_as_float32, (args, kwargs))
-                with torch.autocast("cpu", enabled=False):
-                    return func(*args, **kwargs)
-            if func in self.float32_result:
-                kwargs = {"dtype": torch.float32} | kwargs
-            if func in self.softmax:
-                return _softmax(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _as_float32(x: Any) -> Any:
-    return x.float() if isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _softmax(x: Tensor, dim: int, *args: Any, **kwargs: Any) -> Tensor:
-    """In float32; CUDA's kernel reads float16 itself and turns other dtypes into a copy."""
-    return torch._softmax(x, dim, x.dtype == torch.float16) if x.dtype == torch.float16 else x.float().softmax(dim)
-
-
-def _workspace(func: Any, args: tuple) -> int:
-    """Bytes that CUDA's kernel for `func` allocates for itself, beside its results."""
-    operator = func.overloadpacket
-    if operator in (torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward):
-        tensors = (arg for arg in args[:2] if isinstance(arg, Tensor))  # it works on contiguous copies
-        return sum(x.numel() * x.itemsize for x in tensors if not x.is_contiguous())
-    if operator is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        batch, heads, tokens, channels = args[1].shape
-        if args[1].dtype != torch.float32:  # flash attention sums the queries' gradient in float32
-            return 4 * batch * heads * _round_up(tokens, 128) * _round_up(channels, 32)
-    return 0
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-class Allocations(TorchDispatchMode):
-    """Writes down every storage that is allocated and freed inside, and what each one is for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kinds: list[str] = []  # of each storage
-        self.events: list[tuple[int, int]] = []  # number of a storage; its bytes, negative when it is freed
-        self._alive: dict[int, tuple[int, int, weakref.ref]] = {}  # by address
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.note(out)
-        workspace = _workspace(func, args)
-        if workspace:
-            self._add(workspace)
-            self._remove(len(self.kinds) - 1, workspace)
-        return out
-
-    def note(self, tensors: Any, kind: str | None = None) -> None:
-        """Takes the storages of these tensors, in any container, as allocated; `kind` says what they are for."""
-        for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            address = storage._cdata
-            if address not in self._alive:
-                number, size = self._add(storage.nbytes())
-                freed = weakref.ref(storage, partial(self._freed, address))
-                self._alive[address] = number, size, freed
-            if kind is not None:
-                self.kinds[self._alive[address][0]] = kind
-
-    def rename_temporaries(self, kind: str) -> int:
-        """What is alive and of no kind yet gets this one; returns its bytes."""
-        found = [(number, size) for number, size, _ in self._alive.values() if self.kinds[number] == "temporaries"]
-        for number, _ in found:
-            self.kinds[number] = kind
-        return sum(size for _, size in found)
-
-    def peak(self) -> dict[str, int]:
-        """Bytes of each part when their sum was largest."""
-        parts = dict.fromkeys((*PARTS, _HOST), 0)
-        largest, total, at_peak = 0, 0, dict(parts)
-        for number, size in self.events:
-            kind = self.kinds[number]
-            parts[kind] += size
-            total += size if kind != _HOST else 0
-            if total > largest:
-                largest, at_peak = total, dict(parts)
-        return {part: at_peak[part] for part in PARTS}
-
-    def _freed(self, address: int, _: weakref.ref) -> None:
-        number, size, _ = self._alive.pop(address)
-        self._remove(number, size)
-
-    def _add(self, size: int) -> tuple[int, int]:
-        number, size = len(self.kinds), _round_up(size, _ROUNDING)
-        self.kinds.append("temporaries")
-        self.events.append((number, size))
-        return number, size
-
-    def _remove(self, number: int, size: int) -> None:
-        self.events.append((number, -_round_up(size, _ROUNDING)))
-
-
 class Rules:
-    """How a step is run: today's way. `forecast_paper.PaperRules` has the way of the paper's authors."""
+    """How a step is run: today's way. `paper.PaperRules` has the way of the paper's authors."""
 
     casts: type[CudaCasts] = CudaCasts
     foreach = True  # optimizers that are not fused update all parameters at once on CUDA, with copies of their state
@@ -237,7 +95,7 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         model = rules.build(config)
 
     conditions = detection.Conditions() if config.task == "detection" else nullcontext()
-    with _fake_cuda(rules.casts()) as allocations, conditions:
+    with fake_cuda(rules.casts()) as allocations, conditions:
         _materialise(model, memory_format)
         if isinstance(model, Detector):
             detection.choose_as_many_as_there_may_be(model, config)
@@ -287,7 +145,7 @@ def largest_micro_batch(config: Config, gib: float, *, world_size: int = 1, rule
     if not gib > 0:
         raise ValueError(f"memory_gib must be above 0, got {gib}")
     budget = gib * 2**30
-    unit = 2 if _mixes(config) else 1  # images in pairs
+    unit = 2 if mixes(config) else 1  # images in pairs
     fits, too_many, n = 0, None, 8
     at_fits: float = 0
     while too_many is None or too_many - fits > 1:
@@ -322,61 +180,6 @@ def keep_ratio_table(
     }
 
 
-def advice(config: Config, micro_batch_size: int, available: int, *, world_size: int = 1) -> str:
-    """Lines that name the settings with which a step fits into `available` bytes, by forecast."""
-
-    def needed(config: Config, micro_batch_size: int = micro_batch_size) -> int:
-        return forecast(config, micro_batch_size, world_size=world_size).peak
-
-    lines = [f"forecast: {needed(config) / 2**20:.1f} MiB at the peak; available: {available / 2**20:.1f} MiB"]
-    options: list[tuple[str, int]] = []
-    enable, sbp = "" if config.sbp.enabled else "sbp.enabled=true ", config.sbp
-    exact = {} if sbp.enabled else {"keep_ratio": 1.0}
-    for mode in RECOMPUTE[RECOMPUTE.index(sbp.recompute) + 1 :]:
-        keys = "".join(f"sbp.{key}={value} " for key, value in exact.items())
-        changed = with_sbp(config, enabled=True, recompute=mode, **exact)
-        options.append((f"{enable}{keys}sbp.recompute={mode}", needed(changed)))
-    largest = max(sbp.keep_ratio) if isinstance(sbp.keep_ratio, list) else sbp.keep_ratio
-    for ratio in KEEP_RATIOS[1:]:
-        if not sbp.enabled or ratio < largest:
-            changed = with_sbp(config, enabled=True, keep_ratio=ratio)
-            options.append((f"{enable}sbp.keep_ratio={ratio}", needed(changed)))
-    share = config.global_batch_size // world_size
-    unit = 2 if _mixes(config) else 1
-    for smaller in sorted((n for n in range(unit, micro_batch_size, unit) if share % n == 0), reverse=True):
-        options.append((f"micro_batch_size={smaller} (same global_batch_size)", needed(config, smaller)))
-        if options[-1][1] <= available:
-            break
-    fitting = [f"  {keys:<50} {size / 2**20:.1f} MiB" for keys, size in options if size <= available]
-    return "\n".join(
-        [*lines, "these would have fitted:" if fitting else "no single change would have fitted", *fitting]
-    )
-
-
-def advised(run: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Config, P], T]:
-    """A training run that ends with advice, as a ValueError, where it would end with an out-of-memory error of CUDA."""
-
-    @wraps(run)
-    def advising(config: Config, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return run(config, *args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            world_size = distributed.world_size()
-            plan = plan_batches(config.global_batch_size, config.micro_batch_size, world_size)
-            try:
-                lines = advice(config, plan.micro_batch_size, available_memory(), world_size=world_size)
-            except ValueError as reason:
-                lines = f"no forecast of what would have fitted: {reason}"
-            raise ValueError(f"out of memory with micro_batch_size={plan.micro_batch_size}\n{lines}") from error
-
-    return advising
-
-
-def available_memory() -> int:
-    """Bytes of CUDA memory that this process has or could have now."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-
-
 def with_sbp(config: Config, **changes: Any) -> Config:
     """The config with these keys of its group `sbp`."""
     return replace(config, sbp=replace(config.sbp, **changes))
@@ -393,7 +196,7 @@ def _batch(config: Config, size: int) -> tuple[Tensor, Any]:
     data, side = config.data, config.data.size_in_training
     if config.task == "detection":
         return detection.batch(config, size)
-    labels = torch.empty(size, data.num_classes) if _mixes(config) else torch.empty(size).long()
+    labels = torch.empty(size, data.num_classes) if mixes(config) else torch.empty(size).long()
     return torch.empty(size, 3, side, side), labels
 
 
@@ -405,7 +208,8 @@ def _criterion(config: Config) -> Callable[[Any, Tensor, Any], Tensor]:
     return lambda model, images, labels: criterion(model(images), labels)
 
 
-def _mixes(config: Config) -> bool:
+def mixes(config: Config) -> bool:
+    """Whether images are mixed in pairs."""
     return bool(config.recipe.mixup or config.recipe.cutmix)
 
 
@@ -425,26 +229,4 @@ def _materialise(model: nn.Module, memory_format: torch.memory_format) -> None:
 def _note_state(allocations: Allocations, optimizer: Optimizer) -> None:
     for tensor in tree_leaves(list(optimizer.state.values())):
         if isinstance(tensor, Tensor):
-            allocations.note(tensor, "optimizer" if tensor.ndim else _HOST)  # step counters stay in CPU memory
-
-
-@contextmanager
-def _fake_cuda(casts: CudaCasts) -> Iterator[Allocations]:
-    """What is made inside is fake and written down."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # deepcopy, for the EMA
-        with _FakeMode(), casts, Allocations() as allocations:
-            try:
-                yield allocations
-            except DataDependentOutputException as error:
-                raise ValueError(
-                    "no forecast for this size of training images: it cuts mask blocks at the border, and how many "
-                    "pixels are kept then differs from step to step; take a multiple of 32"
-                ) from error
-
-
-class _FakeMode(FakeTensorMode):
-    """A deep copy of a fake tensor, such as the moving average's, belongs to the same mode."""
-
-    def __deepcopy__(self, memo: dict) -> "_FakeMode":
-        return self
+            allocations.note(tensor, "optimizer" if tensor.ndim else HOST)  # step counters stay in CPU memory

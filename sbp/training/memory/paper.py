@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from sbp import convnext, masks, vit
 from sbp.training.config.run import Config
-from sbp.training.memory.forecast import CudaCasts, Rules
+from sbp.training.memory.allocations import CudaCasts
+from sbp.training.memory.forecast import Rules
 from sbp.training.models.build import build_model
 
 

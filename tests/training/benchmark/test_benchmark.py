@@ -12,9 +12,11 @@ from timm.layers import PatchDropout
 
 import sbp
 from sbp.training.benchmark import report
+from sbp.training.benchmark.arms import ARMS, KINDS, Arm
 from sbp.training.benchmark.authors_release import release_model
-from sbp.training.benchmark.benchmark import ARMS, KINDS, PARTS, Arm, Runner, _choose_arms, benchmark, search_largest
+from sbp.training.benchmark.benchmark import _choose_arms, benchmark, search_largest
 from sbp.training.benchmark.report import merged, pareto, table
+from sbp.training.benchmark.runner import PARTS, Runner
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.config.rules import validate_benchmark
 from sbp.training.runtime import environment

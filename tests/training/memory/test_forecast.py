@@ -14,9 +14,11 @@ from sbp.training.config.model import DETECTORS
 from sbp.training.config.run import Config
 from sbp.training.engine.train import train
 from sbp.training.engine.trainer import Trainer
-from sbp.training.memory import detection
-from sbp.training.memory import forecast as forecasts
-from sbp.training.memory.forecast import PARTS, RECOMPUTE, CudaCasts, advice, forecast, largest_micro_batch, with_sbp
+from sbp.training.memory import advice as advice_module
+from sbp.training.memory import allocations, detection
+from sbp.training.memory.advice import advice
+from sbp.training.memory.allocations import PARTS, CudaCasts
+from sbp.training.memory.forecast import RECOMPUTE, forecast, largest_micro_batch, with_sbp
 from sbp.training.memory.paper import PAPER
 from sbp.training.models.build import build_model
 from sbp.training.tasks.detection import synthetic
@@ -102,7 +104,7 @@ USED = {  # of images or maps (2, 8, 8, 8), what networks and losses do with the
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casts_are_those_of_cudas_own_autocast(used, dtype):
     """Which needs no GPU to say on fake CUDA tensors what it casts."""
-    with forecasts._fake_cuda(CudaCasts()), torch.autocast("cpu", dtype):
+    with allocations.fake_cuda(CudaCasts()), torch.autocast("cpu", dtype):
         ours = USED[used](torch.empty(2, 8, 8, 8, dtype=dtype))
     before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)  # `torch.autocast` would leave it off where there is no GPU
@@ -227,7 +229,7 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Trainer, "backward", backward)
-    monkeypatch.setattr(forecasts, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(advice_module, "available_memory", lambda: needed - 1)
     with pytest.raises(ValueError, match=r"out of memory with micro_batch_size=16(.|\n)*sbp.recompute=cheap ") as error:
         train(config, tmp_path)
     assert "micro_batch_size=8" in str(error.value) and "sbp.keep_ratio=0.25" in str(error.value)
