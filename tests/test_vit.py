@@ -8,7 +8,8 @@ from timm.models import checkpoint_seq
 from torch.utils.checkpoint import checkpoint
 
 import sbp
-from sbp.vit import SBPBlock, kept_heads
+from sbp.attention import kept_heads
+from sbp.vit import SBPBlock
 from tests import oracles
 from tests.conftest import (
     assert_same_gradients,
@@ -157,7 +158,7 @@ def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it(mask_per):
 @pytest.mark.parametrize("keep_ratio", [[0.75, 0.5, 0.5, 0.25], [0.25, 0.5, 1.0, 0.5]])
 def test_ratios_that_differ_between_layers(mhsa_drop, keep_ratio, monkeypatch):
     keep_heads_0_and_2(monkeypatch)
-    monkeypatch.setattr("sbp.vit.kept_heads", lambda heads, ratio: 2)
+    monkeypatch.setattr("sbp.attention.kept_heads", lambda heads, ratio: 2)
     for kwargs in ({}, {"global_pool": "avg"}):
         model = small_vit(**kwargs)
         expected_model = copy.deepcopy(model)
