@@ -6,7 +6,7 @@ maps each timm class to the subclass that takes its place; and `SUPPORTED`, a ph
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -44,3 +44,17 @@ def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
             "call sbp.apply on each of them"
         )
     return found[0] if found else None
+
+
+def require(name: str, module: Any, *kinds: type[nn.Module]) -> None:
+    """Raises ValueError where a module is none of these timm classes, or a subclass, of which SBP knows no forward."""
+    if type(module) in kinds:
+        return
+    known = " or ".join(kind.__name__ for kind in kinds)
+    parent = next((kind for kind in kinds if isinstance(module, kind)), None)
+    if parent is not None:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, a subclass of timm's {parent.__name__} whose own forward SBP would "
+            f"not run; it knows {known} alone"
+        )
+    raise ValueError(f"{name} is a {type(module).__name__}, for which there is no SBP; it knows timm's {known} here")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from sbp import convnext, masks, vit
 from sbp.backbone import Backbone
+from sbp.refusals import why_not
 from sbp.settings import Settings
 from sbp.state import State, states
 
@@ -97,6 +99,32 @@ def apply(
     for module, hook in backbone.hooks:
         module.register_forward_pre_hook(getattr(state, hook))
     return model
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether `apply` takes a model. True as a bool where it does.
+
+    layers: the names of all layers that can be SBP, in the order of the network; published: those of the default.
+    reason: why there are none, and what would work instead; empty where there are.
+    """
+
+    layers: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def supports(model: nn.Module) -> Support:
+    """Whether `apply` takes this model, and if not, why not and what would work instead. Changes nothing."""
+    try:
+        _refuse_wrapped(model)
+        backbone, _ = _find(model)
+    except ValueError as error:
+        return Support(reason=str(error))
+    return Support(tuple(backbone.layers), tuple(backbone.published))
 
 
 def remove(model: Model) -> Model:
@@ -186,8 +214,7 @@ def _find(model: nn.Module) -> tuple[Backbone, dict[type, type]]:
         backbone = family.find(model)
         if backbone is not None:
             return backbone, family.SBP_CLASSES
-    supported = " and ".join(family.SUPPORTED for family in FAMILIES)
-    raise ValueError(f"found no blocks to train with SBP in {type(model).__name__}; supported are {supported}")
+    raise ValueError(why_not(model, " and ".join(family.SUPPORTED for family in FAMILIES)))
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from sbp import recompute
@@ -16,6 +17,8 @@ from sbp.functional import Streams, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
 from sbp.state import State
+
+MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)  # position-wise
 
 
 class TokenBlock(nn.Module):

@@ -11,17 +11,17 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from sbp.backbone import Backbone, only
+from sbp.backbone import Backbone, only, require
 from sbp.functional import Streams, join
 from sbp.masks import Positions
 from sbp.settings import Settings
 from sbp.state import Grid, LayerMap, Shape, State
-from sbp.tokens import TokenBlock, split_tokens
+from sbp.tokens import MLPS, TokenBlock, split_tokens
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 
@@ -35,11 +35,9 @@ def find(model: nn.Module) -> Backbone | None:
     name = f"{name}." if name else ""
     layers = {f"{name}blocks.{i}": block for i, block in enumerate(vit.blocks)}
     for layer, block in layers.items():
-        if type(block) is not Block or type(block.attn) is not Attention:
-            kind = type(getattr(block, "attn", block))
-            raise ValueError(f"{layer} has {kind.__name__}; SBP knows {SUPPORTED}")
-        if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
-            raise ValueError(f"{layer} has {type(block.mlp).__name__}, which is not known to be position-wise")
+        require(layer, block, Block)
+        require(f"{layer}.attn", block.attn, Attention)
+        require(f"{layer}.mlp", block.mlp, *MLPS)
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ValueError("patch_drop_rate must be 0: SBP masks a whole grid of tokens")
     return Backbone(
