@@ -27,11 +27,13 @@ def linear(
     cheap: bool,
     scale: Tensor | None = None,
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     reads: Sequence[Tensor] = (),
 ) -> Function:
     """The function x -> layer(before(x)) * scale on positions (B, n, C).
 
-    layer: an nn.Linear, or a convolution that is one on positions (1 x 1). weight: (C', C) in place of its own.
+    layer: an nn.Linear, or a convolution that is one on positions (1 x 1). weight (C', C), bias (C',): in place of its
+    own.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
     theirs. scale: (C',); it goes into the weight, so that it costs no pass over the positions and saves nothing.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
@@ -39,11 +41,11 @@ def linear(
     """
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
-    called = weight is None and type(layer) is nn.Linear  # rather than read
+    called = weight is None and bias is None and type(layer) is nn.Linear  # rather than read
     folds = scale is not None and lowered(scale).dtype != torch.float16  # which has no room for 1e-6 of a weight
     # What is folded is in full precision, whatever copy the layer itself may read.
     own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
-    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"]
+    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"] if bias is None else bias
     if folds and scale is not None:
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
         scale, called = None, False
@@ -57,6 +59,15 @@ def linear(
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(one.training for one in modules) and has_dropout(*modules)
     return lambda x: _scaled(_Linear.apply(partial(_chain, before), random, x, weight, bias, *reads), scale)
+
+
+def stacked(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linear layers that read the same, one above the other."""
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
 
 
 def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:

@@ -3,8 +3,10 @@
 Shapes: B images, N tokens (P prefix tokens, then the H x W grid), K kept and D dropped ones, C channels.
 """
 
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath, GluMlp, Mlp, SwiGLU
@@ -12,11 +14,12 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from sbp import recompute
-from sbp.attention import attend, attend_with_some_heads
+from sbp.attention import NOWHERE, Places, attend, attend_with_some_heads, heads_are_separate
 from sbp.functional import Streams, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
-from sbp.state import State
+from sbp.settings import Settings
+from sbp.state import Grid, LayerMap, Shape, State
 
 MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)  # position-wise
 
@@ -32,11 +35,9 @@ class TokenBlock(nn.Module):
     sbp_index: int | None
     norm1: Any  # timm's own, of whichever family
     attn: Any
-    ls1: Any
     drop_path1: Any
     norm2: Any
     mlp: Any
-    ls2: Any
     drop_path2: Any
 
     def sbp_positions(self) -> Positions | None:
@@ -48,7 +49,17 @@ class TokenBlock(nn.Module):
     def sbp_scale(self) -> float:
         return self.sbp_state.gradient_scale(self, self.sbp_index)
 
-    def run(self, x: Streams, prefix_only: bool = False, scale: float = 1.0) -> Streams:
+    def sbp_bias(self, shared: Tensor | None) -> Tensor | None:
+        """What is added to the attention of any two tokens, (1, h, N, N). shared: what the network gives all blocks."""
+        return shared
+
+    def sbp_layer_scale(self, branch: int) -> Tensor | None:
+        """(C,), of branch 1 (attention) or 2 (MLP), or None."""
+        if hasattr(self, f"gamma_{branch}"):
+            return getattr(self, f"gamma_{branch}")
+        return getattr(getattr(self, f"ls{branch}"), "gamma", None)
+
+    def run(self, x: Streams, prefix_only: bool = False, scale: float = 1.0, places: Places = NOWHERE) -> Streams:
         """forward, of streams. scale: of the gradient that enters the branches at kept tokens."""
         state = self.sbp_state
         branches = partial(  # all of the pass is read here: when a block runs again it may not be the last one any more
@@ -56,6 +67,7 @@ class TokenBlock(nn.Module):
             read=state.prefix if prefix_only else None,
             key=state.running.key if state.settings.mhsa_drop == "head" and x.dropped is not None else None,
             scale=scale,
+            places=places,
         )
         if state.recomputes(self) != "block":
             return branches(*x)
@@ -72,6 +84,7 @@ class TokenBlock(nn.Module):
         read: int | None,
         key: Tensor | None,
         scale: float,
+        places: Places,
         scales: tuple[Tensor | None, Tensor | None] | None = None,
         again: bool = False,
     ) -> Streams:
@@ -86,10 +99,10 @@ class TokenBlock(nn.Module):
         if self.sbp_state.settings.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
         if key is None:
-            branch, dropped_branch = attend(self, Streams(kept, dropped), read)
+            branch, dropped_branch = attend(self, Streams(kept, dropped), read, places)
             branch = rescale_gradient(branch, scale, self.sbp_state.prefix)
         else:
-            branch, dropped_branch = attend_with_some_heads(self, Streams(kept, dropped), read, key)
+            branch, dropped_branch = attend_with_some_heads(self, Streams(kept, dropped), read, key, places)
         scale1 = drop_path_scale(self.drop_path1, kept) if scales is None else scales[0]
         kept = _add(kept[:, :read], branch, scale1)
         mlp = self.sbp_mlp()
@@ -103,17 +116,96 @@ class TokenBlock(nn.Module):
             branch = mlp(dropped)
         return Streams(kept, _add(dropped, branch, scale2))
 
-    def sbp_linear(self, layer: nn.Module, *before: nn.Module, scale: Tensor | None = None) -> Function:
-        return recompute.linear(layer, *before, cheap=self.sbp_state.recomputes(self) == "cheap", scale=scale)
+    def sbp_reads(self, *layers: nn.Module) -> bool:
+        """Whether the weights of these layers are read, rather than the layers called."""
+        return self.sbp_state.recomputes(self) == "cheap" and all(type(layer) is nn.Linear for layer in layers)
+
+    def sbp_linear(self, layer: nn.Module, *before: Function, **options: Any) -> Function:
+        """options: of `recompute.linear`."""
+        return recompute.linear(layer, *before, cheap=self.sbp_state.recomputes(self) == "cheap", **options)
 
     def sbp_mlp(self) -> Function:
         """Norm, MLP and layer scale."""
-        mlp = self.mlp
-        if type(mlp) is not Mlp:
-            return lambda tokens: self.ls2(mlp(self.norm2(tokens)))
-        up = self.sbp_linear(mlp.fc1, self.norm2)
-        down = self.sbp_linear(mlp.fc2, mlp.act, mlp.drop1, mlp.norm, scale=getattr(self.ls2, "gamma", None))
+        mlp, scale = self.mlp, self.sbp_layer_scale(2)
+        if type(mlp) is Mlp:
+            up = self.sbp_linear(mlp.fc1, self.norm2)
+            down = self.sbp_linear(mlp.fc2, mlp.act, mlp.drop1, mlp.norm, scale=scale)
+            return lambda tokens: mlp.drop2(down(up(tokens)))
+        gated = Gated.of(mlp)
+        if not self.sbp_reads(*gated.layers):
+            return lambda tokens: scaled(mlp(self.norm2(tokens)), scale)
+        *into, out = gated.layers
+        weight, bias = recompute.stacked(*into)
+        up = self.sbp_linear(into[0], self.norm2, *gated.before, weight=weight, bias=bias)
+        down = self.sbp_linear(out, gated.gate, *gated.after, scale=scale)
         return lambda tokens: mlp.drop2(down(up(tokens)))
+
+
+class Gated(NamedTuple):
+    """An MLP whose hidden channels are a product of two halves.
+
+    layers: those into the hidden channels (one for both halves, or two) and the one out of them. gate: from both
+    halves, side by side, to their product. before, after: modules in front of the first layers, and of the last.
+    """
+
+    layers: tuple[Any, ...]
+    gate: Function
+    before: tuple[nn.Module, ...] = ()
+    after: tuple[nn.Module, ...] = ()
+
+    @classmethod
+    def of(cls, mlp: Any) -> "Gated":
+        def gate(x: Tensor) -> Tensor:
+            first, second = x.chunk(2, -1)
+            return first * mlp.act(second) if getattr(mlp, "gate_last", False) else mlp.act(first) * second
+
+        if type(mlp) is GluMlp:
+            return cls((mlp.fc1, mlp.fc2), gate, after=(mlp.drop1, mlp.norm))
+        if type(mlp) is SwiGLU:
+            return cls((mlp.fc1_g, mlp.fc1_x, mlp.fc2), gate, after=(mlp.drop1, mlp.norm))
+        return cls((mlp.w0, mlp.w1, mlp.w2), gate, before=(mlp.norm,), after=(mlp.drop1,))
+
+
+class TokenState(State):
+    """Draws when the patch embedding receives images, and knows which token the loss will read."""
+
+    prefix_only = False
+    skips_dropped = False
+    hands_on = False
+
+    def never_regrows(self, blocks: Iterable[nn.Module]) -> bool:
+        """Whether no block sees a token again that one before it dropped."""
+        indices = [getattr(block, "sbp_index", None) for block in blocks]
+        ratios = [1.0 if i is None else self.keep_ratios[i] if self.fixed is None else 0.5 for i in indices]
+        return all(after <= before for before, after in pairwise(ratios))
+
+    def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
+        """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
+        (images,) = args
+        reading = self.prefix_only, self.skips_dropped, self.hands_on
+        self.prefix_only = self.skips_dropped = self.hands_on = False  # the next pass may come from elsewhere
+        height, width = patch_embed.dynamic_feat_size(images.shape[-2:])
+        patch_height, patch_width = _patch_size(patch_embed)
+        whole = (height * patch_height, width * patch_width) == tuple(images.shape[-2:])
+        if not (height and width) or not (whole or getattr(patch_embed, "dynamic_img_pad", False)):
+            raise ValueError(
+                f"images of {images.shape[-2]} x {images.shape[-1]} pixels leave no whole grid of "
+                f"{patch_height} x {patch_width} patches"
+            )
+        maps = (LayerMap(height, width),) * len(self.layers)
+        self.begin(Shape((height, width), maps, len(images), *reading), images.device)
+
+
+def published(layers: Sequence[str]) -> list[str]:
+    """The last two thirds of a transformer's blocks."""
+    return list(layers)[len(layers) - round(len(layers) * 2 / 3) :]
+
+
+def check_heads(blocks: dict[str, Any], names: list[str], settings: Settings) -> None:
+    """Raises ValueError where mhsa_drop="head" is asked of attention that it cannot split."""
+    for name in names if settings.mhsa_drop == "head" else []:
+        if not heads_are_separate(blocks[name].attn):
+            raise ValueError(f"mhsa_drop='head' needs heads that do not mix before the projection; see {name}.attn")
 
 
 def split_tokens(x: Tensor, where: Positions) -> Streams:
@@ -140,3 +232,12 @@ def drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + (branch if scale is None else branch * scale)
+
+
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
+def _patch_size(patch_embed: Any) -> Grid:
+    ratio = patch_embed.feat_ratio(as_scalar=False)
+    return ratio if isinstance(ratio, tuple) else (ratio, ratio)

@@ -8,7 +8,6 @@ on both, and they are joined once after the last SBP block. No block gathers or 
 """
 
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from timm.layers import Attention
@@ -20,8 +19,7 @@ from sbp.backbone import Backbone, only, require
 from sbp.functional import Streams, join
 from sbp.masks import Positions
 from sbp.settings import Settings
-from sbp.state import Grid, LayerMap, Shape, State
-from sbp.tokens import MLPS, TokenBlock, split_tokens
+from sbp.tokens import MLPS, TokenBlock, TokenState, check_heads, published, split_tokens
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 
@@ -42,7 +40,7 @@ def find(model: nn.Module) -> Backbone | None:
         raise ValueError("patch_drop_rate must be 0: SBP masks a whole grid of tokens")
     return Backbone(
         layers=layers,
-        published=list(layers)[len(layers) - round(len(layers) * 2 / 3) :],
+        published=published([*layers]),
         containers=[vit.blocks],
         hooks=[(vit, "enter_model"), (vit.patch_embed, "enter_patch_embed")],
         state=partial(_state, layers, prefix=vit.num_prefix_tokens),
@@ -52,45 +50,17 @@ def find(model: nn.Module) -> Backbone | None:
 def _state(
     blocks: dict[str, nn.Module], names: list[str], keep_ratios: list[float], settings: Settings, **kwargs: Any
 ) -> "ViTState":
-    for name in names if settings.mhsa_drop == "head" else []:
-        attn = blocks[name].attn
-        if not isinstance(attn.norm, nn.Identity) or getattr(attn, "gate", None) is not None:
-            raise ValueError(f"mhsa_drop='head' needs heads that do not mix before the projection; see {name}.attn")
+    check_heads(blocks, names, settings)
     return ViTState(names, keep_ratios, settings, **kwargs)
 
 
-class ViTState(State):
-    """Draws when the patch embedding receives images, and knows which token the loss will read."""
-
-    prefix_only = False
-    skips_dropped = False
+class ViTState(TokenState):
+    """Knows which token the loss will read."""
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the transformer: unlike forward_features, forward reads pooled tokens only."""
         self.prefix_only = _reads_prefix_only(model)
         self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
-
-    def never_regrows(self, blocks: nn.Sequential) -> bool:
-        """Whether no block sees a token again that one before it dropped."""
-        indices = [getattr(block, "sbp_index", None) for block in blocks]
-        ratios = [1.0 if i is None else self.keep_ratios[i] if self.fixed is None else 0.5 for i in indices]
-        return all(after <= before for before, after in pairwise(ratios))
-
-    def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
-        """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
-        (images,) = args
-        reading = self.prefix_only, self.skips_dropped
-        self.prefix_only = self.skips_dropped = False  # the next pass may come from elsewhere
-        height, width = patch_embed.dynamic_feat_size(images.shape[-2:])
-        patch_height, patch_width = _patch_size(patch_embed)
-        whole = (height * patch_height, width * patch_width) == tuple(images.shape[-2:])
-        if not (height and width) or not (whole or getattr(patch_embed, "dynamic_img_pad", False)):
-            raise ValueError(
-                f"images of {images.shape[-2]} x {images.shape[-1]} pixels leave no whole grid of "
-                f"{patch_height} x {patch_width} patches"
-            )
-        maps = (LayerMap(height, width),) * len(self.layers)
-        self.begin(Shape((height, width), maps, len(images), *reading), images.device)
 
 
 class SBPBlock(TokenBlock, Block):
@@ -171,11 +141,6 @@ def _reads_prefix_only(model: Any) -> bool:
         and model.global_pool == "token"
         and model.num_prefix_tokens > 0
     )
-
-
-def _patch_size(patch_embed: Any) -> Grid:
-    ratio = patch_embed.feat_ratio(as_scalar=False)
-    return ratio if isinstance(ratio, tuple) else (ratio, ratio)
 
 
 SBP_CLASSES = {Block: SBPBlock, nn.Sequential: SBPBlocks}

@@ -108,6 +108,24 @@ def small_vit(**kwargs) -> nn.Module:
     return randomise(model)
 
 
+EVA = {  # timm architecture -> what makes it small
+    "eva_giant_patch14_224": {},
+    "eva02_tiny_patch14_224": {"mlp_ratio": 2},
+    "eva02_base_patch16_clip_224": {"mlp_ratio": 2},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_pe_core_tiny_patch16_384": {},
+    "vit_base_patch16_rope_reg1_gap_256": {},
+}
+
+
+def small_eva(name: str = "eva02_tiny_patch14_224", **kwargs) -> nn.Module:
+    """Six blocks of 24 channels on a 4 x 4 grid of tokens."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
+    return randomise(timm.create_model(name, **EVA[name], **kwargs).double().train())
+
+
 def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:
     """Depths 2, 1, 3, 1 with 8 to 32 channels."""
     torch.manual_seed(0)

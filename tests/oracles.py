@@ -13,8 +13,13 @@ from torch import Tensor, nn
 def install(model: nn.Module, layers: list[str], forward, *args) -> nn.Module:
     for name in layers:
         layer = model.get_submodule(name)
-        layer.forward = MethodType(lambda self, x: forward(self, x, *args), layer)
+        layer.forward = MethodType(lambda self, x, **given: forward(self, x, *args, **_told(given)), layer)
     return model
+
+
+def _told(given: dict) -> dict:
+    """What timm's loops tell a block, but the masks of attention, which SBP does not take."""
+    return {name: value for name, value in given.items() if name not in ("attn_mask", "is_causal")}
 
 
 def only_kept(x: Tensor, kept: Tensor, scale: Tensor | float = 1.0) -> Tensor:
@@ -26,35 +31,88 @@ def vit_block(
     block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None, rescale=False
 ) -> Tensor:
     """One timm `Block` on tokens (B, N, C). heads: bool (h,), the kept ones, for mhsa_drop="head"."""
+    attn = block.attn
+    q, k, v = _heads(attn, attn.qkv(block.norm1(x)))
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, block.ls1, block.ls2, attn.proj)
+
+
+def eva_block(
+    block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None, rescale=False, rope=None
+) -> Tensor:
+    """One timm `EvaBlock` on tokens (B, N, C). rope: (H * W, 2 d) or (h, H * W, 2 d)."""
+    attn, y = block.attn, block.norm1(x)
+    if attn.qkv is not None:
+        qkv = (
+            attn.qkv(y)
+            if getattr(attn, "q_bias", None) is None
+            else attn.qkv(y) + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        )
+        q, k, v = _heads(attn, qkv)
+    else:
+        q, k, v = (
+            one(y).unflatten(2, (-1, attn.head_dim)).transpose(1, 2) for one in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope is not None:
+        q, k = (torch.cat([one[:, :, :prefix], _turned(one[:, :, prefix:], rope, attn)], 2) for one in (q, k))
+    groups = q.shape[1] // k.shape[1]
+    k, v = (torch.stack([one[:, head // groups] for head in range(q.shape[1])], 1) for one in (k, v))
+    gate = 1.0 if getattr(attn, "gate", None) is None else torch.sigmoid(attn.gate(y))
+
+    def project(out: Tensor) -> Tensor:
+        return attn.proj(attn.norm(out) * gate)
+
+    scales = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
+    ls1, ls2 = (lambda y, scale=scale: scale * y for scale in scales)
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, project)
+
+
+def _turned(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
+    """Pairs of numbers as complex ones, multiplied by those of unit length that the rope holds."""
+    sin, cos = rope.chunk(2, -1)
+    if attn.rotate_half:
+        real, imaginary = x.chunk(2, -1)
+        turn = torch.complex(*(one[..., : one.shape[-1] // 2].contiguous() for one in (cos, sin)))
+        out = torch.complex(real.contiguous(), imaginary.contiguous()) * turn
+        return torch.cat([out.real, out.imag], -1)
+    turn = torch.complex(cos[..., ::2].contiguous(), sin[..., ::2].contiguous())
+    return torch.view_as_real(torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+
+def _heads(attn: nn.Module, qkv: Tensor) -> Tensor:
+    """(B, N, 3 h d) to (3, B, h, N, d)."""
+    return qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _block(
+    block, x, qkv, grid_mask, prefix, mhsa_drop, heads, rescale, layer_scale1, layer_scale2, project, bias=0.0
+) -> Tensor:
+    """The two branches of any pre-norm block, from its queries, keys and values. bias: on attention, (h, N, N)."""
     kept = torch.cat([torch.ones(prefix, dtype=torch.bool), grid_mask.flatten()])  # (N,)
     scale = torch.ones(len(kept), 1).to(x)
     if rescale:
         scale[prefix:] = grid_mask.numel() / int(grid_mask.sum())
-    x = x + block.drop_path1(_attention(block, x, kept, mhsa_drop, heads, scale))
-    return x + block.drop_path2(only_kept(block.ls2(block.mlp(block.norm2(x))), kept[:, None], scale))
+    x = x + block.drop_path1(_mhsa(block.attn, qkv, kept, mhsa_drop, heads, scale, layer_scale1, project, bias))
+    return x + block.drop_path2(only_kept(layer_scale2(block.mlp(block.norm2(x))), kept[:, None], scale))
 
 
-def _attention(
-    block: nn.Module, x: Tensor, kept: Tensor, mhsa_drop: str, heads: Tensor | None, scale: Tensor
-) -> Tensor:
-    attn = block.attn
-    images, tokens, _ = x.shape
-    qkv = attn.qkv(block.norm1(x)).reshape(images, tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = attn.q_norm(qkv[0]), attn.k_norm(qkv[1]), qkv[2]
+def _mhsa(attn, qkv, kept, mhsa_drop, heads, scale, layer_scale, project, bias) -> Tensor:
+    q, k, v = qkv
     if mhsa_drop == "head":
-        out = _softmax_attention(attn, q, k, v)
+        out = _softmax_attention(attn, q, k, v, bias)
         weight = attn.proj.weight.unflatten(1, (attn.num_heads, -1))
         per_head = torch.einsum("bhnd,chd->bhnc", out, weight)
         head_scale = len(heads) / int(heads.sum()) if (scale != 1).any() else 1.0
-        return block.ls1(only_kept(per_head, heads[:, None, None], head_scale).sum(1) + attn.proj.bias)
+        return layer_scale(only_kept(per_head, heads[:, None, None], head_scale).sum(1) + attn.proj.bias)
     if mhsa_drop == "qkv":
         only_kept_keys = torch.where(kept[:, None] & ~kept, -torch.inf, 0.0)  # a kept query sees kept keys
-        out = _softmax_attention(attn, q, k, v, only_kept_keys.to(q))
+        out = _softmax_attention(attn, q, k, v, only_kept_keys.to(q) + bias)
     if mhsa_drop == "query":
-        out = _softmax_attention(attn, q, k, v)
+        out = _softmax_attention(attn, q, k, v, bias)
     if mhsa_drop == "qkv_exact":
-        out = _softmax_attention(attn, q, only_kept(k, kept[:, None]), only_kept(v, kept[:, None]))
-    out = block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
+        out = _softmax_attention(attn, q, only_kept(k, kept[:, None]), only_kept(v, kept[:, None]), bias)
+    out = layer_scale(project(out.transpose(1, 2).flatten(2)))
     return only_kept(out, kept[:, None], scale)
 
 

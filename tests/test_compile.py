@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbp
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_eva, small_vit
 
 MODELS = {
     "vit qkv": lambda: sbp.apply(small_vit()),
@@ -26,10 +26,24 @@ MODELS = {
     ),
     "vit, half, ratios": lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3], mask_per="half"),
     "vit, sample, block": lambda: sbp.apply(small_vit(), mask_per="sample", rescale=True, recompute="block"),
+    "dinov3": lambda: sbp.apply(small_eva("vit_small_patch16_dinov3")),
+    "eva, class token, cheap": lambda: sbp.apply(small_eva(global_pool="token", use_fc_norm=False), recompute="cheap"),
+    "eva, mixed rope, sample": lambda: sbp.apply(
+        small_eva("vit_small_patch16_rope_mixed_224"), mhsa_drop="qkv_exact", mask_per="sample", recompute="block"
+    ),
+    "eva, head": lambda: sbp.apply(small_eva(), mhsa_drop="head"),
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
-LONG = [("convnext", 0.25), ("vit qkv", 0.25), ("vit head", 1.0), ("convnext, block", 1.0)]
+LONG = [
+    ("dinov3", 1.0),
+    ("eva, class token, cheap", 0.25),
+    ("eva, mixed rope, sample", 1.0),
+    ("convnext", 0.25),
+    ("vit qkv", 0.25),
+    ("vit head", 1.0),
+    ("convnext, block", 1.0),
+]
 CASES = [
     pytest.param(
         name,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +21,10 @@ BITWISE = {  # nothing but norms, activations or whole blocks runs again: the ve
     "vit, registers and qk norm": lambda: small_vit(reg_tokens=2, qk_norm=True),
     "vit, norms within attention and mlp": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit, gated mlp": lambda: small_vit(mlp_layer=GluMlp),
-    "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),
 }
 TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convolution of patches is a linear layer
+    "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),  # two layers are one
+    "vitamin's mlp": lambda: small_vit(mlp_layer=GeGluMlp, proj_drop_rate=0.1),
     "convnext without layer scale": lambda: small_convnext(drop_path_rate=0.3, ls_init_value=None),
     "vit with layer scale": lambda: small_vit(init_values=0.5, drop_path_rate=0.3, proj_drop_rate=0.1),
     "convnext": lambda: small_convnext(drop_path_rate=0.3),
