@@ -16,9 +16,9 @@ _REASONS = {
         res2net resnest resnet resnetv2 rexnet selecsls senet sknet starnet tresnet vgg vovnet xception
         xception_aligned""",
     "SBP does not know its attention": """
-        beit cait coat convit davit deepseek_vit gcvit gemma4_vit hiera hieradet_sam2 lowformer maxxvit
+        cait coat convit davit deepseek_vit gcvit gemma4_vit hiera hieradet_sam2 lowformer maxxvit
         mvitv2 nest pvt_v2 qwen3_vit shvit swin_transformer swin_transformer_v2 swin_transformer_v2_cr tnt twins
-        vision_transformer_relpos vision_transformer_sam volo xcit""",
+        vision_transformer_sam volo xcit""",
     "convolutions and batch norm stand among its attention blocks": """
         byoanet efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra iformer levit metaformer
         nextvit swiftformer tiny_vit visformer""",

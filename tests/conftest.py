@@ -126,6 +126,13 @@ def small_eva(name: str = "eva02_tiny_patch14_224", **kwargs) -> nn.Module:
     return randomise(timm.create_model(name, **EVA[name], **kwargs).double().train())
 
 
+def small_beit(name: str = "beit_base_patch16_224", **kwargs) -> nn.Module:
+    """Six blocks of 24 channels on a 4 x 4 grid of tokens; of timm's BEiT or relpos ViTs."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
+    return randomise(timm.create_model(name, **kwargs).double().train())
+
+
 def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:
     """Depths 2, 1, 3, 1 with 8 to 32 channels."""
     torch.manual_seed(0)

@@ -68,6 +68,28 @@ def eva_block(
     return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, project)
 
 
+def beit_block(
+    block, x, grid_mask, prefix, mhsa_drop, heads=None, rescale=False, shared_rel_pos_bias=None, shared_rel_pos=None
+) -> Tensor:
+    """One of timm's BEiT or relpos blocks on tokens (B, N, C), with the bias of its own or that of all blocks."""
+    attn = block.attn
+    bias = sum(one for one in (shared_rel_pos_bias, shared_rel_pos) if one is not None)
+    if hasattr(attn, "relative_position_bias_table"):
+        added = 0.0 if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        q, k, v = _heads(attn, attn.qkv(block.norm1(x)) + added)
+        if attn.relative_position_bias_table is not None:
+            bias = bias + attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)
+    else:
+        q, k, v = _heads(attn, attn.qkv(block.norm1(x)))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        bias = bias if attn.rel_pos is None else attn.rel_pos.get_bias()
+    scales = [getattr(block, f"gamma_{i}", None) for i in (1, 2)]
+    if hasattr(block, "ls1"):
+        scales = [getattr(one, "gamma", None) for one in (block.ls1, block.ls2)]
+    ls1, ls2 = (lambda y, scale=1.0 if scale is None else scale: scale * y for scale in scales)
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, attn.proj, bias)
+
+
 def _turned(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
     """Pairs of numbers as complex ones, multiplied by those of unit length that the rope holds."""
     sin, cos = rope.chunk(2, -1)
