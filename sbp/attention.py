@@ -8,6 +8,7 @@ heads than query heads, norms, a gate, rotary embeddings (each token by its own 
 two tokens.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -80,7 +81,9 @@ def attend_with_some_heads(block: Any, x: Streams, read: int | None, key: Tensor
     assert index is not None and x.dropped is not None  # only "qkv" skips it
     count = kept_heads(attn.num_heads, state.keep_ratios[index])
     order = torch.argsort(masks.hashed_scores(key, attn.num_heads, stream=1 + index))
-    tokens = block.norm1(torch.cat([x.kept, x.dropped], 1))  # (B, P + K + D, C)
+    tokens = torch.cat([x.kept, x.dropped], 1)  # (B, P + K + D, C)
+    for norm in block.sbp_before(1):
+        tokens = norm(tokens)
     weight, bias = _packed(attn)
     weight = weight.unflatten(0, (3, attn.num_heads, -1))  # (3, h, d, C)
     bias = None if bias is None else bias.unflatten(0, (3, attn.num_heads, -1))
@@ -110,7 +113,7 @@ def attend_with_some_heads(block: Any, x: Streams, read: int | None, key: Tensor
         out = out + attn.proj.bias.to(out.dtype)
     out = attn.proj_drop(out)
     scale = block.sbp_layer_scale(1)
-    out = out if scale is None else out * scale
+    out = block.sbp_after(1, out if scale is None else out * scale)
     kept = x.kept.shape[1]
     return out[:, :kept], lambda: out[:, kept:]
 
@@ -135,7 +138,7 @@ def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
     attn = block.attn
     if attn.qkv is not None:
         bias = None if getattr(attn, "q_bias", None) is None else _packed(attn)[1]
-        to_qkv = block.sbp_linear(attn.qkv, block.norm1, bias=bias)
+        to_qkv = block.sbp_linear(attn.qkv, *block.sbp_before(1), bias=bias)
         sizes = [attn.num_heads] * 3
     else:
         to_qkv = _three_layers(block)
@@ -154,12 +157,18 @@ def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
 
 def _three_layers(block: Any) -> recompute.Function:
     """The function from tokens to q, k and v of layers of their own, side by side: (B, n, all heads * d)."""
-    attn, norm = block.attn, block.norm1
+    attn, norms = block.attn, block.sbp_before(1)
     layers = attn.q_proj, attn.k_proj, attn.v_proj
-    if not block.sbp_reads(*layers):
-        return lambda tokens: torch.cat([layer(y) for y in [norm(tokens)] for layer in layers], -1)
-    weight, bias = _packed(attn)
-    return block.sbp_linear(attn.q_proj, norm, weight=weight, bias=bias)
+    if block.sbp_reads(*layers):
+        weight, bias = _packed(attn)
+        return block.sbp_linear(attn.q_proj, *norms, weight=weight, bias=bias)
+
+    def to_qkv(tokens: Tensor) -> Tensor:
+        for norm in norms:
+            tokens = norm(tokens)
+        return torch.cat([layer(tokens) for layer in layers], -1)
+
+    return to_qkv
 
 
 def _packed(attn: Any) -> tuple[Tensor, Tensor | None]:
@@ -172,7 +181,10 @@ def _packed(attn: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _normed(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> QKV:
-    """After the norms of queries and keys, where the family has them."""
+    """After the norms of queries and keys, where the family has them; in cosine attention after its scale, too."""
+    if hasattr(attn, "logit_scale"):  # a factor d^1/2 more, which attention divides by
+        scale = torch.clamp(attn.logit_scale, max=math.log(100)).exp() * q.shape[-1] ** 0.5
+        return F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v
     q_norm, k_norm = getattr(attn, "q_norm", None), getattr(attn, "k_norm", None)
     return q if q_norm is None else q_norm(q), k if k_norm is None else k_norm(k), v
 
@@ -194,7 +206,10 @@ def _rotated(attn: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) ->
 
 
 def _attention(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """bias: one for all, or one for each window of an image (W, h, n, n'), where these are the batch (B * W)."""
     dropout = attn.attn_drop.p if attn.training else 0.0
+    if bias is not None and 1 < len(bias) < len(q):
+        bias = bias.repeat(len(q) // len(bias), 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
@@ -225,11 +240,12 @@ def _projection(block: Any) -> Callable[[Tensor, Tensor], Tensor]:
     norm = [] if getattr(attn, "norm", None) is None else [attn.norm]
     if getattr(attn, "gate", None) is None:
         project = block.sbp_linear(attn.proj, *norm, scale=scale)
-        return lambda out, tokens: attn.proj_drop(project(out.transpose(1, 2).flatten(2)))
-    gate = block.sbp_linear(attn.gate, block.norm1)
+        return lambda out, tokens: block.sbp_after(1, attn.proj_drop(project(out.transpose(1, 2).flatten(2))))
+    gate = block.sbp_linear(attn.gate, *block.sbp_before(1))
     gated = block.sbp_linear(attn.proj, scale=scale)
 
     def project_gated(out: Tensor, tokens: Tensor) -> Tensor:
-        return attn.proj_drop(gated(attn.norm(out.transpose(1, 2).flatten(2)) * gate(tokens).sigmoid()))
+        out = attn.norm(out.transpose(1, 2).flatten(2)) * gate(tokens).sigmoid()
+        return block.sbp_after(1, attn.proj_drop(gated(out)))
 
     return project_gated

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from sbp.settings import MHSA_DROPS
 from sbp.state import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -26,6 +27,7 @@ class Backbone:
     hooks: (module, name of the state's method) of the forward pre-hooks that draw the masks.
     state: makes the family's `State` from layer names and settings.
     containers: further modules whose class is swapped, whichever layers are chosen.
+    mhsa_drops: the choices of `mhsa_drop` that there are; none where there is no attention.
     """
 
     layers: dict[str, nn.Module]
@@ -33,6 +35,7 @@ class Backbone:
     hooks: list[tuple[nn.Module, str]]
     state: Callable[..., State]
     containers: list[nn.Module] = field(default_factory=list)
+    mhsa_drops: tuple[str, ...] = MHSA_DROPS
 
 
 def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:

@@ -55,7 +55,7 @@ def find(model: nn.Module) -> Backbone | None:
         return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
 
     first_stage = next(iter(stages.values()))
-    return Backbone(layers, published, hooks=[(first_stage, "enter_first_stage")], state=state)
+    return Backbone(layers, published, [(first_stage, "enter_first_stage")], state, mhsa_drops=())
 
 
 def _check(name: str, layer: nn.Module) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from sbp import beit, convnext, eva, masks, vit
+from sbp import beit, convnext, eva, masks, swin, vit
 from sbp.backbone import Backbone
 from sbp.refusals import why_not
 from sbp.settings import Settings
 from sbp.state import State, states
 
-FAMILIES = (vit, eva, beit, convnext)
+FAMILIES = (vit, eva, beit, swin, convnext)
 _PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
 _WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -84,6 +84,8 @@ def apply(
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
+    if backbone.mhsa_drops and mhsa_drop not in backbone.mhsa_drops:
+        raise ValueError(f"mhsa_drop must be one of {', '.join(backbone.mhsa_drops)} for this model, got {mhsa_drop!r}")
     names = _choose_layers(backbone, layers)
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -17,7 +17,7 @@ _REASONS = {
         xception_aligned""",
     "SBP does not know its attention": """
         cait coat convit davit deepseek_vit gcvit gemma4_vit hiera hieradet_sam2 lowformer maxxvit
-        mvitv2 nest pvt_v2 qwen3_vit shvit swin_transformer swin_transformer_v2 swin_transformer_v2_cr tnt twins
+        mvitv2 nest pvt_v2 qwen3_vit shvit swin_transformer_v2_cr tnt twins
         vision_transformer_sam volo xcit""",
     "convolutions and batch norm stand among its attention blocks": """
         byoanet efficientformer efficientformer_v2 efficientvit_mit efficientvit_msra iformer levit metaformer

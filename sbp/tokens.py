@@ -14,7 +14,7 @@ from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from sbp import recompute
-from sbp.attention import NOWHERE, Places, attend, attend_with_some_heads, heads_are_separate
+from sbp.attention import NOWHERE, Branch, Places, attend, attend_with_some_heads, heads_are_separate
 from sbp.functional import Streams, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.recompute import Function
@@ -31,6 +31,7 @@ class TokenBlock(nn.Module):
     """
 
     sbp_compiled_method = "run"
+    sbp_post_norm = False  # whether the norms stand behind attention and MLP, rather than in front
     sbp_state: State
     sbp_index: int | None
     norm1: Any  # timm's own, of whichever family
@@ -53,11 +54,22 @@ class TokenBlock(nn.Module):
         """What is added to the attention of any two tokens, (1, h, N, N). shared: what the network gives all blocks."""
         return shared
 
+    def sbp_before(self, branch: int) -> tuple[nn.Module, ...]:
+        """The norm in front of branch 1 (attention) or 2 (MLP)."""
+        return () if self.sbp_post_norm else (getattr(self, f"norm{branch}"),)
+
+    def sbp_after(self, branch: int, x: Tensor) -> Tensor:
+        """x, after the norm behind branch 1 or 2."""
+        return getattr(self, f"norm{branch}")(x) if self.sbp_post_norm else x
+
+    def sbp_attend(self, x: Streams, read: int | None, places: Places) -> Branch:
+        return attend(self, x, read, places)
+
     def sbp_layer_scale(self, branch: int) -> Tensor | None:
         """(C,), of branch 1 (attention) or 2 (MLP), or None."""
         if hasattr(self, f"gamma_{branch}"):
             return getattr(self, f"gamma_{branch}")
-        return getattr(getattr(self, f"ls{branch}"), "gamma", None)
+        return getattr(getattr(self, f"ls{branch}", None), "gamma", None)
 
     def run(self, x: Streams, prefix_only: bool = False, scale: float = 1.0, places: Places = NOWHERE) -> Streams:
         """forward, of streams. scale: of the gradient that enters the branches at kept tokens."""
@@ -99,7 +111,7 @@ class TokenBlock(nn.Module):
         if self.sbp_state.settings.mhsa_drop == "qkv" and (again or read is not None):
             dropped = None
         if key is None:
-            branch, dropped_branch = attend(self, Streams(kept, dropped), read, places)
+            branch, dropped_branch = self.sbp_attend(Streams(kept, dropped), read, places)
             branch = rescale_gradient(branch, scale, self.sbp_state.prefix)
         else:
             branch, dropped_branch = attend_with_some_heads(self, Streams(kept, dropped), read, key, places)
@@ -126,19 +138,20 @@ class TokenBlock(nn.Module):
 
     def sbp_mlp(self) -> Function:
         """Norm, MLP and layer scale."""
-        mlp, scale = self.mlp, self.sbp_layer_scale(2)
+        mlp, scale, before = self.mlp, self.sbp_layer_scale(2), self.sbp_before(2)
         if type(mlp) is Mlp:
-            up = self.sbp_linear(mlp.fc1, self.norm2)
+            up = self.sbp_linear(mlp.fc1, *before)
             down = self.sbp_linear(mlp.fc2, mlp.act, mlp.drop1, mlp.norm, scale=scale)
-            return lambda tokens: mlp.drop2(down(up(tokens)))
+            return lambda tokens: self.sbp_after(2, mlp.drop2(down(up(tokens))))
         gated = Gated.of(mlp)
         if not self.sbp_reads(*gated.layers):
-            return lambda tokens: scaled(mlp(self.norm2(tokens)), scale)
+            norm = before[0] if before else nn.Identity()
+            return lambda tokens: self.sbp_after(2, scaled(mlp(norm(tokens)), scale))
         *into, out = gated.layers
         weight, bias = recompute.stacked(*into)
-        up = self.sbp_linear(into[0], self.norm2, *gated.before, weight=weight, bias=bias)
+        up = self.sbp_linear(into[0], *before, *gated.before, weight=weight, bias=bias)
         down = self.sbp_linear(out, gated.gate, *gated.after, scale=scale)
-        return lambda tokens: mlp.drop2(down(up(tokens)))
+        return lambda tokens: self.sbp_after(2, mlp.drop2(down(up(tokens))))
 
 
 class Gated(NamedTuple):

@@ -123,7 +123,10 @@ def small_eva(name: str = "eva02_tiny_patch14_224", **kwargs) -> nn.Module:
     """Six blocks of 24 channels on a 4 x 4 grid of tokens."""
     torch.manual_seed(0)
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
-    return randomise(timm.create_model(name, **EVA[name], **kwargs).double().train())
+    model = timm.create_model(name, **EVA[name], **kwargs).double().train()
+    if getattr(model.rope, "t_x", None) is not None:  # timm turns its frequencies, but not these, into float32
+        model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()
+    return randomise(model)
 
 
 def small_beit(name: str = "beit_base_patch16_224", **kwargs) -> nn.Module:
@@ -131,6 +134,14 @@ def small_beit(name: str = "beit_base_patch16_224", **kwargs) -> nn.Module:
     torch.manual_seed(0)
     kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
     return randomise(timm.create_model(name, **kwargs).double().train())
+
+
+def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs) -> nn.Module:
+    """Depths 2, 1, 3, 1 with 8 to 64 channels; maps of 16 x 16 to 2 x 2 for images of 64 px, in windows of 4 x 4."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": (2, 1, 3, 1)} | kwargs
+    model = timm.create_model(name, num_heads=(1, 2, 2, 4), num_classes=5, **kwargs).double().train()
+    return randomise(model)
 
 
 def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:

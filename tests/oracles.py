@@ -90,6 +90,65 @@ def beit_block(
     return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, attn.proj, bias)
 
 
+def swin_block(block: nn.Module, x: Tensor, tile: Tensor, mhsa_drop: str, rescale: bool = False) -> Tensor:
+    """One of timm's Swin blocks of either version on a map (B, H, W, C), window by window. tile: bool (w, w)."""
+    attn, (height, width), (w_h, w_w), (s_h, s_w) = block.attn, x.shape[1:3], block.window_size, block.shift_size
+    mask = torch.tensor([[tile[i % tile.shape[0], j % tile.shape[1]] for j in range(width)] for i in range(height)])
+    post_norm = hasattr(attn, "logit_scale")
+    y = x if post_norm else block.norm1(x)
+    if post_norm:
+        y = attn.qkv(y) + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
+        bias = 16 * torch.sigmoid(table[attn.relative_position_index].permute(2, 0, 1))
+    else:
+        y = attn.qkv(y)
+        bias = attn.relative_position_bias_table[attn.relative_position_index.view(-1)].view(w_h * w_w, w_h * w_w, -1)
+        bias = bias.permute(2, 0, 1)
+    q, k, v = y.unflatten(3, (3, attn.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)  # (B, h, H, W, d)
+    if post_norm:
+        q, k = (one / one.norm(dim=-1, keepdim=True) for one in (q, k))
+        q = q * attn.logit_scale.clamp(max=torch.tensor(100.0).log()).exp()[:, None]
+    else:
+        q = q * attn.scale
+    out = torch.zeros_like(q)
+    shifted = block.get_attn_mask(x) if block.dynamic_mask else block.attn_mask
+    window = 0
+    for i in range(0, height, w_h):
+        for j in range(0, width, w_w):
+            at = [((i + a + s_h) % height, (j + b + s_w) % width) for a in range(w_h) for b in range(w_w)]
+            rows, columns = (torch.tensor(one) for one in zip(*at, strict=True))
+            qw, kw, vw, kept = (
+                q[:, :, rows, columns],
+                k[:, :, rows, columns],
+                v[:, :, rows, columns],
+                mask[rows, columns],
+            )
+            if mhsa_drop == "qkv_exact":
+                kw, vw = only_kept(kw, kept[:, None]), only_kept(vw, kept[:, None])
+            scores = qw @ kw.transpose(-2, -1) + bias
+            if mhsa_drop == "qkv":
+                scores = scores + torch.where(kept[:, None] & ~kept, -torch.inf, 0.0).to(x)
+            if shifted is not None:
+                scores = scores + shifted[window]
+            each = torch.arange(len(x))[:, None, None], torch.arange(q.shape[1])[:, None], rows, columns
+            out = out.index_put(each, scores.softmax(-1) @ vw)
+            window += 1
+    out = attn.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
+    scale = mask.numel() / int(mask.sum()) if rescale else 1.0
+    norm1, norm2 = (block.norm1, block.norm2) if post_norm else (lambda y: y, lambda y: y)
+    x = x + block.drop_path1(only_kept(norm1(out), mask[..., None], scale))
+    y = block.mlp(x if post_norm else block.norm2(x))
+    return x + block.drop_path2(only_kept(norm2(y), mask[..., None], scale))
+
+
+def swin_merging(merging: nn.Module, x: Tensor, tile: Tensor, rescale: bool = False) -> Tensor:
+    """timm's patch merging, of which the output positions of the tiled mask keep their gradient."""
+    y = type(merging).forward(merging, x)
+    height, width = y.shape[1:3]
+    mask = torch.tensor([[tile[i % tile.shape[0], j % tile.shape[1]] for j in range(width)] for i in range(height)])
+    return only_kept(y, mask[..., None], mask.numel() / int(mask.sum()) if rescale else 1.0)
+
+
 def _turned(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
     """Pairs of numbers as complex ones, multiplied by those of unit length that the rope holds."""
     sin, cos = rope.chunk(2, -1)

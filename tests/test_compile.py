@@ -7,7 +7,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbp
-from tests.conftest import assert_same_gradients, gradients, images, small_beit, small_convnext, small_eva, small_vit
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    images,
+    small_beit,
+    small_convnext,
+    small_eva,
+    small_swin,
+    small_vit,
+)
 
 MODELS = {
     "vit qkv": lambda: sbp.apply(small_vit()),
@@ -31,16 +40,18 @@ MODELS = {
     "eva, mixed rope, sample": lambda: sbp.apply(
         small_eva("vit_small_patch16_rope_mixed_224"), mhsa_drop="qkv_exact", mask_per="sample", recompute="block"
     ),
-    "eva, head": lambda: sbp.apply(small_eva(), mhsa_drop="head"),
     "beit": lambda: sbp.apply(small_beit()),
     "relpos, class token, query, cheap": lambda: sbp.apply(
-        small_beit("vit_relpos_base_patch16_cls_224"), mhsa_drop="query", recompute="cheap"
+        small_beit("vit_relpos_base_patch16_cls_224", rel_pos_type="bias"), mhsa_drop="query", recompute="cheap"
     ),
+    "swin, query": lambda: sbp.apply(small_swin(), mhsa_drop="query"),
+    "swin v2, cheap": lambda: sbp.apply(small_swin("swinv2_tiny_window8_256"), recompute="cheap"),
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
 LONG = [
     ("beit", 1.0),
+    ("swin, query", 1.0),
     ("dinov3", 1.0),
     ("eva, class token, cheap", 0.25),
     ("eva, mixed rope, sample", 1.0),
