@@ -31,7 +31,7 @@ def find(model: nn.Module) -> Backbone | None:
     is_beit = isinstance(transformer, beit.Beit)
     shared = transformer.rel_pos_bias if is_beit else transformer.shared_rel_pos
     for layer, block in layers.items():
-        require(layer, block, beit.Block if is_beit else relpos.RelPosBlock)
+        require(layer, block, *((beit.Block,) if is_beit else (relpos.RelPosBlock, relpos.ResPostRelPosBlock)))
         require(f"{layer}.attn", block.attn, beit.Attention if is_beit else relpos.RelPosAttention)
         require(f"{layer}.mlp", block.mlp, *MLPS)
     biased = shared is not None or any(_table(block.attn) is not None for block in layers.values())
@@ -83,8 +83,8 @@ class SBPBeitBlock(LoopBlock, beit.Block):
         return own if shared is None else own + shared
 
 
-class SBPRelPosBlock(LoopBlock, relpos.RelPosBlock):
-    """timm's `RelPosBlock`, which in training back-propagates its two branches through kept tokens only."""
+class RelPosBlock(LoopBlock):
+    """What SBP blocks share, with the norms in front of the branches or behind them."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor | Streams, shared_rel_pos: Tensor | None = None
@@ -97,4 +97,18 @@ class SBPRelPosBlock(LoopBlock, relpos.RelPosBlock):
         return shared if self.attn.rel_pos is None else self.attn.rel_pos.get_bias()
 
 
-SBP_CLASSES = {beit.Block: SBPBeitBlock, relpos.RelPosBlock: SBPRelPosBlock}
+class SBPRelPosBlock(RelPosBlock, relpos.RelPosBlock):
+    """timm's `RelPosBlock`, which in training back-propagates its two branches through kept tokens only."""
+
+
+class SBPResPostRelPosBlock(RelPosBlock, relpos.ResPostRelPosBlock):
+    """timm's `ResPostRelPosBlock`, likewise."""
+
+    sbp_post_norm = True
+
+
+SBP_CLASSES = {
+    beit.Block: SBPBeitBlock,
+    relpos.RelPosBlock: SBPRelPosBlock,
+    relpos.ResPostRelPosBlock: SBPResPostRelPosBlock,
+}

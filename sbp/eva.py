@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from timm.layers import AttentionRope
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from sbp.backbone import Backbone, only, require
@@ -29,7 +29,7 @@ def find(model: nn.Module) -> Backbone | None:
     name = f"{name}." if name else ""
     layers = {f"{name}blocks.{i}": block for i, block in enumerate(eva.blocks)}
     for layer, block in layers.items():
-        require(layer, block, EvaBlock)
+        require(layer, block, EvaBlock, EvaBlockPostNorm)
         require(f"{layer}.attn", block.attn, EvaAttention, AttentionRope)
         require(f"{layer}.mlp", block.mlp, *MLPS)
     if eva.patch_drop is not None:
@@ -49,8 +49,8 @@ def _state(
     return LoopState(names, keep_ratios, settings, blocks=[*blocks], kind=Eva, **kwargs)
 
 
-class SBPEvaBlock(LoopBlock, EvaBlock):
-    """timm's `EvaBlock`, which in training back-propagates its two branches through kept tokens only."""
+class RopeBlock(LoopBlock):
+    """What SBP blocks share, with the norms in front of the branches or behind them."""
 
     def forward(  # type: ignore[override]
         self,
@@ -60,8 +60,18 @@ class SBPEvaBlock(LoopBlock, EvaBlock):
         is_causal: bool = False,
     ) -> Tensor | Streams:
         """x: tokens (B, N, C) or the streams of them. rope: (H * W, 2 d) or, for each head, (h, H * W, 2 d)."""
-        plain = partial(super().forward, x, rope, attn_mask, is_causal)  # type: ignore[arg-type]
+        plain = partial(super().forward, x, rope, attn_mask, is_causal)
         return self.sbp_forward(x, plain, attn_mask is not None or is_causal, rope=rope)
 
 
-SBP_CLASSES = {EvaBlock: SBPEvaBlock}
+class SBPEvaBlock(RopeBlock, EvaBlock):  # type: ignore[misc]
+    """timm's `EvaBlock`, which in training back-propagates its two branches through kept tokens only."""
+
+
+class SBPEvaBlockPostNorm(RopeBlock, EvaBlockPostNorm):  # type: ignore[misc]
+    """timm's `EvaBlockPostNorm`, likewise."""
+
+    sbp_post_norm = True
+
+
+SBP_CLASSES = {EvaBlock: SBPEvaBlock, EvaBlockPostNorm: SBPEvaBlockPostNorm}

@@ -34,14 +34,18 @@ class LoopState(TokenState):
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the network. Its own forward looks at nothing between the blocks."""
-        kind: Any = self.kind
-        own = type(model).forward is kind.forward and type(model).forward_features is kind.forward_features
-        if not own or "forward" in vars(model) or "forward_features" in vars(model):
+        if not self.is_own(model):
             return
         self.hands_on = not model.grad_checkpointing
         pools = getattr(model, "attn_pool", None) is not None
         self.prefix_only = model.global_pool == "token" and model.num_prefix_tokens > 0 and not pools
         self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
+
+    def is_own(self, model: Any) -> bool:
+        """Whether forward and forward_features of the network are timm's own."""
+        kind: Any = self.kind
+        own = type(model).forward is kind.forward and type(model).forward_features is kind.forward_features
+        return own and "forward" not in vars(model) and "forward_features" not in vars(model)
 
     def next_positions(self, index: int) -> Positions | None:
         """The positions of the block behind SBP layer `index`; None where it drops nothing, or gets whole tokens."""
@@ -79,7 +83,7 @@ class LoopBlock(TokenBlock):
             self.sbp_scale(),
             state.running.shape,
         )
-        streams = x if isinstance(x, Streams) else split_tokens(x, where)
+        streams = x if isinstance(x, Streams) else self.sbp_split(x, where)
         passed = streams.dropped
         if shape.skips_dropped:  # nothing reads dropped tokens
             streams = Streams(streams.kept, None)
@@ -92,9 +96,15 @@ class LoopBlock(TokenBlock):
             streams = Streams(streams.kept, passed)
         if state.next_positions(index) is where:
             return streams
-        out = join(streams, *where)
+        out = self.sbp_join(streams, where)
         state.watch(out)
         return out
+
+    def sbp_split(self, x: Tensor, where: Positions) -> Streams:
+        return split_tokens(x, where)
+
+    def sbp_join(self, streams: Streams, where: Positions) -> Tensor:
+        return join(streams, *where)
 
 
 def rope_rows(rope: Tensor | None, where: Positions, prefix: int) -> Streams | None:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from sbp import beit, convnext, eva, masks, swin, vit
+from sbp import beit, convnext, eva, hiera, masks, swin, vit
 from sbp.backbone import Backbone
 from sbp.refusals import why_not
 from sbp.settings import Settings
 from sbp.state import State, states
 
-FAMILIES = (vit, eva, beit, swin, convnext)
+FAMILIES = (vit, eva, beit, swin, hiera, convnext)
 _PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
 _WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 

@@ -16,7 +16,7 @@ _REASONS = {
         res2net resnest resnet resnetv2 rexnet selecsls senet sknet starnet tresnet vgg vovnet xception
         xception_aligned""",
     "SBP does not know its attention": """
-        cait coat convit davit deepseek_vit gcvit gemma4_vit hiera hieradet_sam2 lowformer maxxvit
+        cait coat convit davit deepseek_vit gcvit gemma4_vit hieradet_sam2 lowformer maxxvit
         mvitv2 nest pvt_v2 qwen3_vit shvit swin_transformer_v2_cr tnt twins
         vision_transformer_sam volo xcit""",
     "convolutions and batch norm stand among its attention blocks": """

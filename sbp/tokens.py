@@ -116,17 +116,17 @@ class TokenBlock(nn.Module):
         else:
             branch, dropped_branch = attend_with_some_heads(self, Streams(kept, dropped), read, key, places)
         scale1 = drop_path_scale(self.drop_path1, kept) if scales is None else scales[0]
-        kept = _add(kept[:, :read], branch, scale1)
+        kept = add(kept[:, :read], branch, scale1)
         mlp = self.sbp_mlp()
         branch = rescale_gradient(mlp(kept), scale, self.sbp_state.prefix)
         scale2 = drop_path_scale(self.drop_path2, kept) if scales is None else scales[1]
-        kept = _add(kept, branch, scale2)
+        kept = add(kept, branch, scale2)
         if dropped is None or read is not None or (again and key is None):
             return Streams(kept, None)
-        dropped = _add(dropped, dropped_branch(), scale1)
+        dropped = add(dropped, dropped_branch(), scale1)
         with torch.no_grad():
             branch = mlp(dropped)
-        return Streams(kept, _add(dropped, branch, scale2))
+        return Streams(kept, add(dropped, branch, scale2))
 
     def sbp_reads(self, *layers: nn.Module) -> bool:
         """Whether the weights of these layers are read, rather than the layers called."""
@@ -243,7 +243,7 @@ def drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
     return scale.div_(keep) if keep > 0 and drop_path.scale_by_keep else scale
 
 
-def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + (branch if scale is None else branch * scale)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from timm.layers import Attention
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from sbp.backbone import Backbone, only, require
@@ -33,7 +33,7 @@ def find(model: nn.Module) -> Backbone | None:
     name = f"{name}." if name else ""
     layers = {f"{name}blocks.{i}": block for i, block in enumerate(vit.blocks)}
     for layer, block in layers.items():
-        require(layer, block, Block)
+        require(layer, block, Block, ResPostBlock)
         require(f"{layer}.attn", block.attn, Attention)
         require(f"{layer}.mlp", block.mlp, *MLPS)
     if not isinstance(vit.patch_drop, nn.Identity):
@@ -63,8 +63,8 @@ class ViTState(TokenState):
         self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
 
 
-class SBPBlock(TokenBlock, Block):
-    """timm's `Block`, which in training back-propagates its two branches through kept tokens only."""
+class ViTBlock(TokenBlock):
+    """What SBP blocks share, with the norms in front of the branches or behind them."""
 
     sbp_state: ViTState
 
@@ -97,6 +97,16 @@ class SBPBlock(TokenBlock, Block):
         return out
 
 
+class SBPBlock(ViTBlock, Block):  # type: ignore[misc]
+    """timm's `Block`, which in training back-propagates its two branches through kept tokens only."""
+
+
+class SBPResPostBlock(ViTBlock, ResPostBlock):  # type: ignore[misc]
+    """timm's `ResPostBlock`, likewise."""
+
+    sbp_post_norm = True
+
+
 class SBPBlocks(nn.Sequential):
     """The container of a transformer's blocks: splits before the first SBP block, joins after the last.
 
@@ -108,8 +118,8 @@ class SBPBlocks(nn.Sequential):
 
         Returns (B, N, C); of a model whose loss reads prefix tokens only the kept ones, or those alone.
         """
-        where = [block.sbp_positions() if isinstance(block, SBPBlock) else None for block in self]
-        state = next((block.sbp_state for block in self if isinstance(block, SBPBlock)), None)
+        where = [block.sbp_positions() if isinstance(block, ViTBlock) else None for block in self]
+        state = next((block.sbp_state for block in self if isinstance(block, ViTBlock)), None)
         if state is None or not any(where):
             return super().forward(x)
         shape = state.running.shape
@@ -143,4 +153,4 @@ def _reads_prefix_only(model: Any) -> bool:
     )
 
 
-SBP_CLASSES = {Block: SBPBlock, nn.Sequential: SBPBlocks}
+SBP_CLASSES = {Block: SBPBlock, ResPostBlock: SBPResPostBlock, nn.Sequential: SBPBlocks}

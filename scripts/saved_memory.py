@@ -1,6 +1,7 @@
 """What autograd saves for the backward pass of the published networks: python -m scripts.saved_memory [NAME ...]
 
-Bytes per image of the network's own size (224 pixels for those), as the slope between two batch sizes, under bfloat16 autocast on a CPU with fake tensors
+Bytes per image of the network's own size (224 pixels for those), as the slope between two batch sizes, under bfloat16
+autocast on a CPU with fake tensors
 (nothing is computed, a network takes seconds); published SBP layers, grid mask, mhsa_drop qkv. --cuda: with layer norm
 in float32, as CUDA's autocast has it.
 """

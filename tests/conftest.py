@@ -144,6 +144,13 @@ def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs) -> nn.Modul
     return randomise(model)
 
 
+def small_hiera(**kwargs) -> nn.Module:
+    """Stages of 1, 2, 3 and 1 blocks with 8 to 64 channels; 3 x 3 mask units of 8 x 8 tokens for images of 96 px."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 96, "embed_dim": 8, "num_heads": 1, "stages": (1, 2, 3, 1), "num_classes": 5} | kwargs
+    return randomise(timm.create_model("hiera_tiny_224", **kwargs).double().train())
+
+
 def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:
     """Depths 2, 1, 3, 1 with 8 to 32 channels."""
     torch.manual_seed(0)

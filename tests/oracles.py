@@ -7,6 +7,7 @@ gives the chosen layers of a plain timm model these forward passes.
 from types import MethodType
 
 import torch
+from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 from torch import Tensor, nn
 
 
@@ -30,18 +31,20 @@ def only_kept(x: Tensor, kept: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 def vit_block(
     block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None, rescale=False
 ) -> Tensor:
-    """One timm `Block` on tokens (B, N, C). heads: bool (h,), the kept ones, for mhsa_drop="head"."""
-    attn = block.attn
-    q, k, v = _heads(attn, attn.qkv(block.norm1(x)))
+    """One timm `Block` or `ResPostBlock` on tokens (B, N, C). heads: bool (h,), those kept by mhsa_drop="head"."""
+    attn, post_norm = block.attn, not hasattr(block, "ls1")
+    q, k, v = _heads(attn, attn.qkv(x if post_norm else block.norm1(x)))
     q, k = attn.q_norm(q), attn.k_norm(k)
-    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, block.ls1, block.ls2, attn.proj)
+    after = (block.norm1, block.norm2) if post_norm else (block.ls1, block.ls2)
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, *after, attn.proj)
 
 
 def eva_block(
     block: nn.Module, x: Tensor, grid_mask: Tensor, prefix: int, mhsa_drop: str, heads=None, rescale=False, rope=None
 ) -> Tensor:
     """One timm `EvaBlock` on tokens (B, N, C). rope: (H * W, 2 d) or (h, H * W, 2 d)."""
-    attn, y = block.attn, block.norm1(x)
+    attn, post_norm = block.attn, not hasattr(block, "gamma_1")
+    y = x if post_norm else block.norm1(x)
     if attn.qkv is not None:
         qkv = (
             attn.qkv(y)
@@ -63,9 +66,11 @@ def eva_block(
     def project(out: Tensor) -> Tensor:
         return attn.proj(attn.norm(out) * gate)
 
-    scales = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
-    ls1, ls2 = (lambda y, scale=scale: scale * y for scale in scales)
-    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, project)
+    after = block.norm1, block.norm2
+    if not post_norm:
+        scales = [1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2)]
+        after = (lambda y, scale=scale: scale * y for scale in scales)
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, *after, project)
 
 
 def beit_block(
@@ -80,14 +85,16 @@ def beit_block(
         if attn.relative_position_bias_table is not None:
             bias = bias + attn.relative_position_bias_table[attn.relative_position_index].permute(2, 0, 1)
     else:
-        q, k, v = _heads(attn, attn.qkv(block.norm1(x)))
+        q, k, v = _heads(attn, attn.qkv(block.norm1(x) if hasattr(block, "ls1") else x))
         q, k = attn.q_norm(q), attn.k_norm(k)
         bias = bias if attn.rel_pos is None else attn.rel_pos.get_bias()
     scales = [getattr(block, f"gamma_{i}", None) for i in (1, 2)]
     if hasattr(block, "ls1"):
         scales = [getattr(one, "gamma", None) for one in (block.ls1, block.ls2)]
-    ls1, ls2 = (lambda y, scale=1.0 if scale is None else scale: scale * y for scale in scales)
-    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, ls1, ls2, attn.proj, bias)
+    after = [lambda y, scale=1.0 if scale is None else scale: scale * y for scale in scales]
+    if isinstance(block, ResPostRelPosBlock):
+        after = block.norm1, block.norm2
+    return _block(block, x, (q, k, v), grid_mask, prefix, mhsa_drop, heads, rescale, *after, attn.proj, bias)
 
 
 def swin_block(block: nn.Module, x: Tensor, tile: Tensor, mhsa_drop: str, rescale: bool = False) -> Tensor:
@@ -149,6 +156,32 @@ def swin_merging(merging: nn.Module, x: Tensor, tile: Tensor, rescale: bool = Fa
     return only_kept(y, mask[..., None], mask.numel() / int(mask.sum()) if rescale else 1.0)
 
 
+def hiera_block(block: nn.Module, x: Tensor, units: Tensor, mhsa_drop: str, rescale: bool = False) -> Tensor:
+    """One timm `HieraBlock` on tokens (B, T * U, C), unit by unit or with global attention. units: bool (H, W)."""
+    attn, count = block.attn, units.numel()
+    kept = units.flatten().repeat(x.shape[1] // count)  # (T * U,)
+    out_kept = units.flatten().repeat(x.shape[1] // count // attn.q_stride)[:, None]
+    scale = count / int(units.sum()) if rescale else 1.0
+    y = block.norm1(x)
+    shortcut = x
+    if block.do_expand:
+        apart = (block.proj(y) if block.proj is not None else x).unflatten(1, (attn.q_stride, -1))
+        pooled = apart.amax(1) if block.proj is not None else torch.cat([apart.amax(1), apart.mean(1)], -1)
+        shortcut = only_kept(pooled, out_kept, scale)
+    q, k, v = attn.qkv(y).unflatten(2, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
+    q = q.unflatten(2, (attn.q_stride, -1)).amax(2)
+    unit = torch.arange(x.shape[1]) % count  # of each token
+    apart = unit[: q.shape[2], None] != unit if attn.use_mask_unit_attn else torch.zeros(q.shape[2], x.shape[1]) > 0
+    if mhsa_drop == "qkv":
+        apart = apart | (out_kept & ~kept)
+    if mhsa_drop == "qkv_exact":
+        k, v = only_kept(k, kept[:, None]), only_kept(v, kept[:, None])
+    out = _softmax_attention(attn, q, k, v, torch.where(apart, -torch.inf, 0.0).to(x))
+    out = block.ls1(attn.proj(out.transpose(1, 2).flatten(2)))
+    x = shortcut + block.drop_path1(only_kept(out, out_kept, scale))
+    return x + block.drop_path2(only_kept(block.ls2(block.mlp(block.norm2(x))), out_kept, scale))
+
+
 def _turned(x: Tensor, rope: Tensor, attn: nn.Module) -> Tensor:
     """Pairs of numbers as complex ones, multiplied by those of unit length that the rope holds."""
     sin, cos = rope.chunk(2, -1)
@@ -175,7 +208,8 @@ def _block(
     if rescale:
         scale[prefix:] = grid_mask.numel() / int(grid_mask.sum())
     x = x + block.drop_path1(_mhsa(block.attn, qkv, kept, mhsa_drop, heads, scale, layer_scale1, project, bias))
-    return x + block.drop_path2(only_kept(layer_scale2(block.mlp(block.norm2(x))), kept[:, None], scale))
+    y = block.mlp(x if layer_scale2 is block.norm2 else block.norm2(x))
+    return x + block.drop_path2(only_kept(layer_scale2(y), kept[:, None], scale))
 
 
 def _mhsa(attn, qkv, kept, mhsa_drop, heads, scale, layer_scale, project, bias) -> Tensor:

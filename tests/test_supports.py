@@ -35,10 +35,6 @@ def test_yes_with_the_layers():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        (
-            "vit_base_patch16_rpn_224",
-            "blocks.0 is a ResPostBlock, for which there is no SBP; it knows timm's Block here",
-        ),
         ("vit_small_patch16_18x2_224", "blocks.0 is a ParallelThingsBlock"),
         ("vit_dwee_patch16_reg1_gap_256", "blocks.0.attn is a DiffAttention"),
         ("naflexvit_base_patch16_gap", r"without use_naflex=True a ViT is timm's VisionTransformer"),

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from timm.models import checkpoint_seq
+from timm.models.vision_transformer import ResPostBlock
 from timm.models.vitamin import GeGluMlp
 from torch.utils.checkpoint import checkpoint
 
@@ -51,6 +52,7 @@ def keep_heads_0_and_2(monkeypatch):
         {"global_pool": "map", "qkv_bias": False},
         {"global_pool": ""},
         {"mlp_layer": GeGluMlp, "global_pool": "avg", "class_token": False},
+        {"block_fn": ResPostBlock, "drop_path_rate": 0.3},
         {"name": "deit_tiny_distilled_patch16_224"},
     ],
     ids=str,
