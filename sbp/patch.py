@@ -39,16 +39,18 @@ def apply(
     mask_per: str = "batch",
     rescale: bool = False,
 ) -> Model:
-    """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
+    """Makes a timm backbone back-propagate through a kept subset of positions; returns the same model.
+
+    ViT, DeiT, EVA, EVA-02, DINOv3, BEiT, Swin, Hiera and ConvNeXt: see `supports` and docs/supported.md.
 
     Call it before DDP or FSDP, torch.compile, the optimizer and EMA. Names, identity and values of the
     parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit. Forward
-    hooks on a ViT's SBP blocks see pairs of kept and dropped tokens in training.
+    hooks on a transformer's SBP blocks see pairs of kept and dropped tokens in training.
 
     keep_ratio: share of positions with gradient, in (0, 1]; one number, or one for each SBP layer in the
         order of the network (their kept sets are then nested).
     mask: "grid" (regular diagonals; the paper's best) or "random".
-    mhsa_drop: what attention drops (ViT only), as in section "Drop Method on MHSA" of the talk:
+    mhsa_drop: what attention drops ("head" in no Swin nor Hiera), as in section "Drop Method on MHSA" of the talk:
         "qkv": kept queries see kept keys and values only. With class-token pooling this equals dropping the
         tokens at the first SBP block, and their computation is skipped.
         "query": kept queries see all keys and values, with gradient.
@@ -56,7 +58,8 @@ def apply(
         "qkv_exact": as "qkv", but all keys and values are seen, without gradient at dropped positions; the
         forward pass equals the plain model's (not in the paper).
     layers: None for the published choice (the last two thirds of a ViT's blocks; of a ConvNeXt stages 1 and 2
-        with the first two thirds of stage 3 and the downsampling between), "all", or qualified names.
+        with the first two thirds of stage 3 and the downsampling between; likewise of networks that are like these,
+        Swin and Hiera being like a ConvNeXt), "all", or qualified names.
     seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
         torch.distributed, so that each process draws its own masks.
     evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
@@ -71,7 +74,8 @@ def apply(
         "half": the second half of the images keeps what the first half drops, at a ratio of 0.5 exactly so; at lower
         ones they share nothing, at higher ones as little as possible.
         "sample": each image, a pure function of (seed, rank, number of the draw, place in the batch).
-        The heads of mhsa_drop="head" stay those of the batch. Maps of a ConvNeXt have to be multiples of the mask grid.
+        The heads of mhsa_drop="head" stay those of the batch. BEiT, relpos ViTs and Swin take "batch" alone, as their
+        bias on attention would be another one for each image. Maps of a ConvNeXt have to be multiples of the mask grid.
     rescale: in the backward pass, multiply the gradient that enters a branch at a kept position by N / K (N positions
         of the grid, K of them kept; for the heads of "head" by all heads / kept ones), so that of each branch alone the
         weight gradient is an unbiased estimate of the exact one. That of prefix tokens, always kept, stays. What passes
@@ -108,11 +112,13 @@ class Support:
     """Whether `apply` takes a model. True as a bool where it does.
 
     layers: the names of all layers that can be SBP, in the order of the network; published: those of the default.
+    mhsa_drops: the choices of `mhsa_drop`; none where there is no attention.
     reason: why there are none, and what would work instead; empty where there are.
     """
 
     layers: tuple[str, ...] = ()
     published: tuple[str, ...] = ()
+    mhsa_drops: tuple[str, ...] = ()
     reason: str = ""
 
     def __bool__(self) -> bool:
@@ -126,7 +132,7 @@ def supports(model: nn.Module) -> Support:
         backbone, _ = _find(model)
     except ValueError as error:
         return Support(reason=str(error))
-    return Support(tuple(backbone.layers), tuple(backbone.published))
+    return Support(tuple(backbone.layers), tuple(backbone.published), backbone.mhsa_drops)
 
 
 def remove(model: Model) -> Model:
@@ -157,7 +163,8 @@ def fixed_mask(model: nn.Module, keep: Tensor) -> Iterator[None]:
     Takes the model wrapped or not.
 
     keep: bool (H, W), True where the gradient is kept, on the model's mask grid: the tokens of a ViT; the
-    map of the last SBP stage of a ConvNeXt. Raises ValueError for another dtype or number of dimensions, or a
+    map of the last SBP stage of a ConvNeXt; the smallest window of a Swin, which it tiles; the mask units of a Hiera.
+    Raises ValueError for another dtype or number of dimensions, or a
     mask that keeps nothing; the forward pass raises it for another shape.
     """
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 2:

@@ -35,12 +35,20 @@ TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convoluti
 }
 MODELS = BITWISE | TO_ROUNDING
 VIT = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.69, "SBP, block": 0.12}
+EVA = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.75, "SBP, block": 0.12}
+WINDOWS = {"SBP": 0.66, "SBP, cheap": 0.5, "keep_ratio 1, cheap": 0.9, "SBP, block": 0.12}
 CONVNEXT = {"SBP": 0.64, "SBP, cheap": 0.35, "keep_ratio 1, cheap": 0.52, "SBP, block": 0.19}
 LIMITS = {  # shares of what the plain model saves
     "vit_tiny_patch16_224": VIT,
     "vit_base_patch16_224": VIT,
     "convnext_tiny": CONVNEXT,
     "convnext_base": CONVNEXT,
+    "vit_small_patch16_dinov3": EVA,
+    "eva02_base_patch14_224": EVA,
+    "beit_base_patch16_224": EVA,
+    "swin_tiny_patch4_window7_224": WINDOWS,
+    "swinv2_tiny_window8_256": WINDOWS,
+    "hiera_tiny_224": WINDOWS,
 }
 
 
