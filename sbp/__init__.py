@@ -10,6 +10,7 @@ from sbp.flops import Flops, count_flops
 from sbp.functional import keep_gradient
 from sbp.memory import saved_bytes
 from sbp.patch import (
+    Support,
     apply,
     disabled,
     effective_keep_ratio,
@@ -19,11 +20,13 @@ from sbp.patch import (
     mask_state,
     remove,
     set_draw,
+    supports,
 )
 
 __all__ = [
     "Flops",
     "GradientCosine",
+    "Support",
     "apply",
     "compare_gradients",
     "count_flops",
@@ -40,4 +43,5 @@ __all__ = [
     "remove",
     "saved_bytes",
     "set_draw",
+    "supports",
 ]

@@ -6,10 +6,11 @@ maps each timm class to the subclass that takes its place; and `SUPPORTED`, a ph
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
+from sbp.settings import MHSA_DROPS
 from sbp.state import State
 
 M = TypeVar("M", bound=nn.Module)
@@ -26,6 +27,7 @@ class Backbone:
     hooks: (module, name of the state's method) of the forward pre-hooks that draw the masks.
     state: makes the family's `State` from layer names and settings.
     containers: further modules whose class is swapped, whichever layers are chosen.
+    mhsa_drops: the choices of `mhsa_drop` that there are; none where there is no attention.
     """
 
     layers: dict[str, nn.Module]
@@ -33,6 +35,7 @@ class Backbone:
     hooks: list[tuple[nn.Module, str]]
     state: Callable[..., State]
     containers: list[nn.Module] = field(default_factory=list)
+    mhsa_drops: tuple[str, ...] = MHSA_DROPS
 
 
 def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
@@ -44,3 +47,17 @@ def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
             "call sbp.apply on each of them"
         )
     return found[0] if found else None
+
+
+def require(name: str, module: Any, *kinds: type[nn.Module]) -> None:
+    """Raises ValueError where a module is none of these timm classes, or a subclass, of which SBP knows no forward."""
+    if type(module) in kinds:
+        return
+    known = " or ".join(kind.__name__ for kind in kinds)
+    parent = next((kind for kind in kinds if isinstance(module, kind)), None)
+    if parent is not None:
+        raise ValueError(
+            f"{name} is a {type(module).__name__}, a subclass of timm's {parent.__name__} whose own forward SBP would "
+            f"not run; it knows {known} alone"
+        )
+    raise ValueError(f"{name} is a {type(module).__name__}, for which there is no SBP; it knows timm's {known} here")

@@ -52,12 +52,10 @@ def find(model: nn.Module) -> Backbone | None:
     def state(names: list[str], *args: Any, **kwargs: Any) -> ConvNeXtState:
         for name in names:
             _check(name, layers[name])
-            if args[1].dropped == "input":
-                _check_input_gradient(name, layers[name])
         return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
 
     first_stage = next(iter(stages.values()))
-    return Backbone(layers, published, hooks=[(first_stage, "enter_first_stage")], state=state)
+    return Backbone(layers, published, [(first_stage, "enter_first_stage")], state, mhsa_drops=())
 
 
 def _check(name: str, layer: nn.Module) -> None:
@@ -68,17 +66,6 @@ def _check(name: str, layer: nn.Module) -> None:
         raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
     if type(norm) not in _NORMS:
         raise ValueError(f"{name} has {type(norm).__name__}; SBP knows {SUPPORTED}")
-
-
-def _check_input_gradient(name: str, layer: Any) -> None:
-    if isinstance(layer, nn.Sequential):
-        obstacle = input_gradient.obstacle(layer[0])
-    else:
-        mlp = layer.mlp
-        parts = (mlp.grn,) if hasattr(mlp, "grn") else (mlp.drop1, mlp.norm, mlp.drop2)
-        obstacle = input_gradient.obstacle(layer.norm, mlp.act, *parts)
-    if obstacle is not None:
-        raise ValueError(f"dropped='input' does not know {obstacle}, which {name} has")
 
 
 def _is_patchwise(conv: Any) -> bool:
@@ -133,6 +120,13 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     sbp_state: ConvNeXtState
     sbp_index: int | None
     mlp: Any  # with timm's own attributes, which torch's types do not know
+
+    @classmethod
+    def sbp_input_obstacle(cls, block: Any) -> str | None:
+        """What of timm's block stands against dropped="input"; None where nothing does."""
+        mlp = block.mlp
+        parts = (mlp.grn,) if hasattr(mlp, "grn") else (mlp.drop1, mlp.norm, mlp.drop2)
+        return input_gradient.obstacle(block.norm, mlp.act, *parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W)."""
@@ -200,6 +194,11 @@ class SBPDownsample(nn.Sequential):
 
     sbp_state: ConvNeXtState
     sbp_index: int | None
+
+    @classmethod
+    def sbp_input_obstacle(cls, layers: Any) -> str | None:
+        """As of a block."""
+        return input_gradient.obstacle(layers[0])
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) to (B, C', H // s, W // s)."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from sbp import convnext, masks, vit
+from sbp import beit, convnext, eva, hiera, masks, swin, vit
 from sbp.backbone import Backbone
+from sbp.refusals import why_not
 from sbp.settings import Settings
 from sbp.state import State, states
 
-FAMILIES = (vit, convnext)
+FAMILIES = (vit, eva, beit, swin, hiera, convnext)
 _PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
 _WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
 
@@ -38,16 +40,18 @@ def apply(
     rescale: bool = False,
     dropped: str = "none",
 ) -> Model:
-    """Makes a timm ViT or ConvNeXt back-propagate through a kept subset of positions; returns the same model.
+    """Makes a timm backbone back-propagate through a kept subset of positions; returns the same model.
+
+    ViT, DeiT, EVA, EVA-02, DINOv3, BEiT, Swin, Hiera and ConvNeXt: see `supports` and docs/supported.md.
 
     Call it before DDP or FSDP, torch.compile, the optimizer and EMA. Names, identity and values of the
     parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit. Forward
-    hooks on a ViT's SBP blocks see pairs of kept and dropped tokens in training.
+    hooks on a transformer's SBP blocks see pairs of kept and dropped tokens in training.
 
     keep_ratio: share of positions with gradient, in (0, 1]; one number, or one for each SBP layer in the
         order of the network (their kept sets are then nested).
     mask: "grid" (regular diagonals; the paper's best) or "random".
-    mhsa_drop: what attention drops (ViT only), as in section "Drop Method on MHSA" of the talk:
+    mhsa_drop: what attention drops ("head" in no Swin nor Hiera), as in section "Drop Method on MHSA" of the talk:
         "qkv": kept queries see kept keys and values only. With class-token pooling this equals dropping the
         tokens at the first SBP block, and their computation is skipped.
         "query": kept queries see all keys and values, with gradient.
@@ -55,7 +59,8 @@ def apply(
         "qkv_exact": as "qkv", but all keys and values are seen, without gradient at dropped positions; the
         forward pass equals the plain model's (not in the paper).
     layers: None for the published choice (the last two thirds of a ViT's blocks; of a ConvNeXt stages 1 and 2
-        with the first two thirds of stage 3 and the downsampling between), "all", or qualified names.
+        with the first two thirds of stage 3 and the downsampling between; likewise of networks that are like these,
+        Swin and Hiera being like a ConvNeXt), "all", or qualified names.
     seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
         torch.distributed, so that each process draws its own masks.
     evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
@@ -70,7 +75,8 @@ def apply(
         "half": the second half of the images keeps what the first half drops, at a ratio of 0.5 exactly so; at lower
         ones they share nothing, at higher ones as little as possible.
         "sample": each image, a pure function of (seed, rank, number of the draw, place in the batch).
-        The heads of mhsa_drop="head" stay those of the batch. Maps of a ConvNeXt have to be multiples of the mask grid.
+        The heads of mhsa_drop="head" stay those of the batch. BEiT, relpos ViTs and Swin take "batch" alone, as their
+        bias on attention would be another one for each image. Maps of a ConvNeXt have to be multiples of the mask grid.
     rescale: in the backward pass, multiply the gradient that enters a branch at a kept position by N / K (N positions
         of the grid, K of them kept; for the heads of "head" by all heads / kept ones), so that of each branch alone the
         weight gradient is an unbiased estimate of the exact one. That of prefix tokens, always kept, stays. What passes
@@ -79,9 +85,9 @@ def apply(
         "none".
         "input": exact for the input of every pointwise branch (a ConvNeXt's blocks and downsampling, the MLPs of a
         ViT), but for a rounding to few bits; weights have theirs from kept positions, times N / K, so that it is an
-        unbiased estimate of the exact one. A dropped position then saves 3 C bytes instead of nothing, and costs two
-        thirds of the backward pass of a kept one less a half. It needs norms over channels, GELU, SiLU or ReLU, no
-        dropout, and of a ViT a `mhsa_drop` under which the loss depends on dropped tokens.
+        unbiased estimate of the exact one. A dropped position then saves 3 C bytes instead of nothing, and costs half
+        of the backward pass of a kept one. Of ViTs and ConvNeXt v1, with GELU, SiLU or ReLU and without dropout; a
+        ViT needs a `mhsa_drop` under which the loss depends on dropped tokens.
 
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """
@@ -90,7 +96,11 @@ def apply(
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
+    if backbone.mhsa_drops and mhsa_drop not in backbone.mhsa_drops:
+        raise ValueError(f"mhsa_drop must be one of {', '.join(backbone.mhsa_drops)} for this model, got {mhsa_drop!r}")
     names = _choose_layers(backbone, layers)
+    for name in names if dropped == "input" else []:
+        _check_input_gradient(name, backbone.layers[name], sbp_classes)
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
@@ -105,6 +115,34 @@ def apply(
     for module, hook in backbone.hooks:
         module.register_forward_pre_hook(getattr(state, hook))
     return model
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether `apply` takes a model. True as a bool where it does.
+
+    layers: the names of all layers that can be SBP, in the order of the network; published: those of the default.
+    mhsa_drops: the choices of `mhsa_drop`; none where there is no attention.
+    reason: why there are none, and what would work instead; empty where there are.
+    """
+
+    layers: tuple[str, ...] = ()
+    published: tuple[str, ...] = ()
+    mhsa_drops: tuple[str, ...] = ()
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+def supports(model: nn.Module) -> Support:
+    """Whether `apply` takes this model, and if not, why not and what would work instead. Changes nothing."""
+    try:
+        _refuse_wrapped(model)
+        backbone, _ = _find(model)
+    except ValueError as error:
+        return Support(reason=str(error))
+    return Support(tuple(backbone.layers), tuple(backbone.published), backbone.mhsa_drops)
 
 
 def remove(model: Model) -> Model:
@@ -135,7 +173,8 @@ def fixed_mask(model: nn.Module, keep: Tensor) -> Iterator[None]:
     Takes the model wrapped or not.
 
     keep: bool (H, W), True where the gradient is kept, on the model's mask grid: the tokens of a ViT; the
-    map of the last SBP stage of a ConvNeXt. Raises ValueError for another dtype or number of dimensions, or a
+    map of the last SBP stage of a ConvNeXt; the smallest window of a Swin, which it tiles; the mask units of a Hiera.
+    Raises ValueError for another dtype or number of dimensions, or a
     mask that keeps nothing; the forward pass raises it for another shape.
     """
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.ndim != 2:
@@ -194,8 +233,14 @@ def _find(model: nn.Module) -> tuple[Backbone, dict[type, type]]:
         backbone = family.find(model)
         if backbone is not None:
             return backbone, family.SBP_CLASSES
-    supported = " and ".join(family.SUPPORTED for family in FAMILIES)
-    raise ValueError(f"found no blocks to train with SBP in {type(model).__name__}; supported are {supported}")
+    raise ValueError(why_not(model, " and ".join(family.SUPPORTED for family in FAMILIES)))
+
+
+def _check_input_gradient(name: str, layer: nn.Module, sbp_classes: dict[type, Any]) -> None:
+    find_obstacle = getattr(sbp_classes[type(layer)], "sbp_input_obstacle", lambda layer: f"a {type(layer).__name__}")
+    obstacle = find_obstacle(layer)
+    if obstacle is not None:
+        raise ValueError(f"dropped='input' does not know {obstacle}, which {name} has")
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

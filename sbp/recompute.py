@@ -30,16 +30,18 @@ class Weights(NamedTuple):
     scale: Tensor | None
 
 
-def weights(layer: Any, scale: Tensor | None = None, weight: Tensor | None = None) -> Weights:
+def weights(
+    layer: Any, scale: Tensor | None = None, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Weights:
     """Those of an nn.Linear or of a convolution that is one, with gradient, for all calls that share them.
 
-    scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight: (C', C) in place
-    of the layer's own.
+    scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight, bias: (C', C) and
+    (C',), in place of the layer's own.
     """
     folds = _folds(scale)
     # What is folded is in full precision, whatever copy the layer itself may read.
     own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
-    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"]
+    weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"] if bias is None else bias
     if folds and scale is not None:
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
         scale = None
@@ -52,22 +54,23 @@ def linear(
     cheap: bool,
     scale: Tensor | None = None,
     weight: Tensor | None = None,
+    bias: Tensor | None = None,
     reads: Sequence[Tensor] = (),
 ) -> Function:
     """The function x -> layer(before(x)) * scale on positions (B, n, C).
 
-    layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or their `weights`, with weight and scale.
+    layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or the `weights` of one.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
-    theirs. weight, scale: as `weights` takes them; a scale costs no pass over the positions and saves nothing.
+    theirs. weight, bias, scale: as `weights` takes them; a scale costs no pass over the positions and saves nothing.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
     to compute again, so there, and for layers of other types, this makes no difference.
     """
     if type(layer) not in (nn.Linear, nn.Conv2d, Weights):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()
-    if type(layer) is nn.Linear and weight is None and not cheap and not _folds(scale):
+    if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
         return lambda x: _scaled(layer(_chain(before, x)), scale)
-    ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight)
+    ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
     if not cheap:
         return lambda x: _scaled(F.linear(_chain(before, x), ready.weight, ready.bias), ready.scale)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
@@ -75,6 +78,15 @@ def linear(
     random = any(one.training for one in modules) and has_dropout(*modules)
     first = partial(_chain, before), random
     return lambda x: _scaled(_Linear.apply(*first, x, ready.weight, ready.bias, *reads), ready.scale)
+
+
+def stacked(*layers: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of linear layers that read the same, one above the other."""
+    weight = torch.cat([layer.weight for layer in layers])
+    if all(layer.bias is None for layer in layers):
+        return weight, None
+    biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return weight, torch.cat(biases)
 
 
 def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:

@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
     grid: (H, W) of the mask. maps: the map of each SBP layer. images: how many, 1 where all have one mask.
     prefix_only: the loss will read nothing but prefix tokens. skips_dropped: nor will anything that it reads have read
-    a dropped token.
+    a dropped token. hands_on: the blocks hand their streams on to each other.
     """
 
     grid: Grid
@@ -40,6 +40,7 @@ class Shape(NamedTuple):
     images: int
     prefix_only: bool = False
     skips_dropped: bool = False
+    hands_on: bool = False
 
 
 class Pass:
@@ -174,7 +175,7 @@ class State:
             self._require_one_open_pass()
             return
         if self.settings.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
-            shape = Shape(shape.grid, shape.maps, 1, shape.prefix_only, shape.skips_dropped)
+            shape = Shape(shape.grid, shape.maps, 1, *shape[3:])
         if self.draw.device != device:
             self.draw = self.draw.to(device)
         before = self.current if self.held else None

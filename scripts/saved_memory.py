@@ -1,6 +1,7 @@
 """What autograd saves for the backward pass of the published networks: python -m scripts.saved_memory [NAME ...]
 
-Bytes per 224-pixel image, as the slope between two batch sizes, under bfloat16 autocast on a CPU with fake tensors
+Bytes per image of the network's own size (224 pixels for those), as the slope between two batch sizes, under bfloat16
+autocast on a CPU with fake tensors
 (nothing is computed, a network takes seconds); published SBP layers, grid mask, mhsa_drop qkv. --cuda: with layer norm
 in float32, as CUDA's autocast has it.
 """
@@ -8,10 +9,10 @@ in float32, as CUDA's autocast has it.
 import argparse
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import timm
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sbp
@@ -44,10 +45,10 @@ def saved_by(name: str, cuda: bool = False) -> dict[str, float]:
     return found
 
 
-def _per_image(model: nn.Module, mode: FakeTensorMode, cuda: bool) -> float:
+def _per_image(model: Any, mode: FakeTensorMode, cuda: bool) -> float:
     def saved(batch: int) -> int:
         with mode, torch.autocast("cpu", torch.bfloat16), CudaCasts() if cuda else nullcontext():
-            return sbp.saved_bytes(lambda: model(torch.empty(batch, 3, 224, 224)).sum())
+            return sbp.saved_bytes(lambda: model(torch.empty(batch, *model.pretrained_cfg["input_size"])).sum())
 
     return (saved(3) - saved(1)) / 2
 

@@ -108,6 +108,49 @@ def small_vit(**kwargs) -> nn.Module:
     return randomise(model)
 
 
+EVA = {  # timm architecture -> what makes it small
+    "eva_giant_patch14_224": {},
+    "eva02_tiny_patch14_224": {"mlp_ratio": 2},
+    "eva02_base_patch16_clip_224": {"mlp_ratio": 2},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_pe_core_tiny_patch16_384": {},
+    "vit_base_patch16_rope_reg1_gap_256": {},
+}
+
+
+def small_eva(name: str = "eva02_tiny_patch14_224", **kwargs) -> nn.Module:
+    """Six blocks of 24 channels on a 4 x 4 grid of tokens."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
+    model = timm.create_model(name, **EVA[name], **kwargs).double().train()
+    if getattr(model.rope, "t_x", None) is not None:  # timm turns its frequencies, but not these, into float32
+        model.rope.t_x, model.rope.t_y = model.rope.t_x.float(), model.rope.t_y.float()
+    return randomise(model)
+
+
+def small_beit(name: str = "beit_base_patch16_224", **kwargs) -> nn.Module:
+    """Six blocks of 24 channels on a 4 x 4 grid of tokens; of timm's BEiT or relpos ViTs."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3, "num_classes": 5} | kwargs
+    return randomise(timm.create_model(name, **kwargs).double().train())
+
+
+def small_swin(name: str = "swin_tiny_patch4_window7_224", **kwargs) -> nn.Module:
+    """Depths 2, 1, 3, 1 with 8 to 64 channels; maps of 16 x 16 to 2 x 2 for images of 64 px, in windows of 4 x 4."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": (2, 1, 3, 1)} | kwargs
+    model = timm.create_model(name, num_heads=(1, 2, 2, 4), num_classes=5, **kwargs).double().train()
+    return randomise(model)
+
+
+def small_hiera(**kwargs) -> nn.Module:
+    """Stages of 1, 2, 3 and 1 blocks with 8 to 64 channels; 3 x 3 mask units of 8 x 8 tokens for images of 96 px."""
+    torch.manual_seed(0)
+    kwargs = {"img_size": 96, "embed_dim": 8, "num_heads": 1, "stages": (1, 2, 3, 1), "num_classes": 5} | kwargs
+    return randomise(timm.create_model("hiera_tiny_224", **kwargs).double().train())
+
+
 def small_convnext(randomised: bool = True, **kwargs) -> nn.Module:
     """Depths 2, 1, 3, 1 with 8 to 32 channels."""
     torch.manual_seed(0)

@@ -4,10 +4,21 @@ import copy
 
 import pytest
 import torch
+from timm.models.hiera import Hiera
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbp
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    images,
+    small_beit,
+    small_convnext,
+    small_eva,
+    small_hiera,
+    small_swin,
+    small_vit,
+)
 
 MODELS = {
     "vit qkv": lambda: sbp.apply(small_vit()),
@@ -28,13 +39,32 @@ MODELS = {
     ),
     "vit, half, ratios": lambda: sbp.apply(small_vit(), keep_ratio=[0.75, 0.5, 0.5, 0.3], mask_per="half"),
     "vit, sample, block": lambda: sbp.apply(small_vit(), mask_per="sample", rescale=True, recompute="block"),
+    "dinov3": lambda: sbp.apply(small_eva("vit_small_patch16_dinov3")),
+    "eva, class token, cheap": lambda: sbp.apply(small_eva(global_pool="token", use_fc_norm=False), recompute="cheap"),
+    "eva, mixed rope, sample": lambda: sbp.apply(
+        small_eva("vit_small_patch16_rope_mixed_224"), mhsa_drop="qkv_exact", mask_per="sample", recompute="block"
+    ),
+    "beit": lambda: sbp.apply(small_beit()),
+    "relpos, class token, query, cheap": lambda: sbp.apply(
+        small_beit("vit_relpos_base_patch16_cls_224", rel_pos_type="bias"), mhsa_drop="query", recompute="cheap"
+    ),
+    "swin, query": lambda: sbp.apply(small_swin(), mhsa_drop="query"),
+    "swin v2, cheap": lambda: sbp.apply(small_swin("swinv2_tiny_window8_256"), recompute="cheap"),
+    "hiera, query": lambda: sbp.apply(small_hiera(), mhsa_drop="query"),
+    "hiera, sample, cheap": lambda: sbp.apply(small_hiera(), mask_per="sample", recompute="cheap"),
     "convnext v2, sample": lambda: sbp.apply(small_convnext(use_grn=True), mask_per="sample", rescale=True),
 }
 DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
 LONG = [
-    ("convnext", 0.25),
     ("convnext, input", 1.0),
     ("vit query, input", 1.0),
+    ("beit", 1.0),
+    ("hiera, query", 1.0),
+    ("swin, query", 1.0),
+    ("dinov3", 1.0),
+    ("eva, class token, cheap", 0.25),
+    ("eva, mixed rope, sample", 1.0),
+    ("convnext", 0.25),
     ("vit qkv", 0.25),
     ("vit head", 1.0),
     ("convnext, block", 1.0),
@@ -63,6 +93,10 @@ def memory_budget(request):
         yield
 
 
+def size_of(model):
+    return 96 if isinstance(model, Hiera) else 32 if hasattr(model, "blocks") else 64
+
+
 def plain_names(result):
     return result[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
 
@@ -73,7 +107,7 @@ def test_one_graph_with_the_gradients_of_eager_mode(name, memory_budget):
     eager = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager_decomp_partition")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = images(32 if hasattr(model, "blocks") else 64)
+    x = images(size_of(model))
     for _ in range(4):
         assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x))
     assert counter.frame_count == 1
@@ -87,7 +121,7 @@ def test_contexts_and_diagnostics_take_the_compiled_model(name):
     plain = sbp.remove(copy.deepcopy(model))
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager")
-    x = images(32 if hasattr(model, "blocks") else 64)
+    x = images(size_of(model))
     with sbp.disabled(compiled):
         assert_same_gradients(plain_names(gradients(compiled, x)), gradients(plain, x))
     mask = sbp.masks.random_mask(4, 4, 0.3, torch.Generator().manual_seed(0))
@@ -105,6 +139,6 @@ def test_inductor(name, memory_budget):
     model = MODELS[name]()
     eager = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True)
-    x = images(32 if hasattr(model, "blocks") else 64)
+    x = images(size_of(model))
     for _ in range(3):
         assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x), tolerance=1e-8)

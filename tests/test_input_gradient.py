@@ -69,7 +69,11 @@ def convnext_downsample(downsample, x, grid):
 def vit_block(block, x, grid, prefix, mhsa_drop):
     kept = torch.cat([torch.ones(prefix, dtype=torch.bool), grid.flatten()])
     heads, ones = torch.tensor([True, False, True]), torch.ones(len(kept), 1).to(x)
-    x = x + block.drop_path1(oracles._attention(block, x, kept, mhsa_drop, heads, ones))
+    attn = block.attn
+    q, k, v = oracles._heads(attn, attn.qkv(block.norm1(x)))
+    qkv = attn.q_norm(q), attn.k_norm(k), v
+    out = oracles._mhsa(attn, qkv, kept, mhsa_drop, heads, ones, block.ls1, attn.proj, 0.0)
+    x = x + block.drop_path1(out)
     scale = ones.clone()
     scale[prefix:] = grid.numel() / int(grid.sum())
     run = lambda block, x: block.ls2(block.mlp(block.norm2(x)))  # noqa: E731

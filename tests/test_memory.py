@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sbp
-from tests.conftest import small_convnext, small_vit
+from tests.conftest import small_convnext, small_eva, small_vit
 
 
 def bytes_per_image(model, size, low=2, high=4):
@@ -57,6 +57,28 @@ def test_a_vit_block_saves_what_the_arithmetic_says(mhsa_drop, keep_ratio, units
     saved = block_bytes(vit(class_token=False, global_pool="avg"), 64, one, keep_ratio, mhsa_drop=mhsa_drop)
     expected = (36 - units(keep_ratio)) * tokens * channels
     assert saved == pytest.approx(expected, rel=0.03)  # norm statistics and the softmax's log sums are small
+
+
+@pytest.mark.parametrize(
+    ("recompute", "units"), [("none", lambda r: 44 - 36 * r), ("cheap", lambda r: 44 - 20 * r)], ids=["none", "cheap"]
+)
+def test_an_eva_block_saves_what_the_arithmetic_says(recompute, units):
+    """Plain 44: to a ViT's 36 come turned queries and keys beside qkv (4) and what the layer scales read (4).
+
+    SBP saves turned queries, turned keys and values alone, and folds the scales: 36 r; cheap, without what norms and
+    the activation give, and with a residual stream that nothing makes float32: 20 r.
+    """
+    tokens, channels = 64, 64
+    make = lambda: small_eva(  # noqa: E731
+        "vit_small_patch16_dinov3", img_size=64, embed_dim=64, num_heads=2, num_reg_tokens=0, class_token=False
+    ).float()
+    plain = make()
+    patched = sbp.apply(make(), layers=["blocks.5"], recompute=recompute)
+    everything = sbp.apply(make(), layers=["blocks.5"], keep_ratio=1, recompute=recompute)
+    saved = bytes_per_image(plain, 64) - bytes_per_image(patched, 64)
+    if recompute == "cheap":  # the other blocks recompute, too
+        saved -= (bytes_per_image(plain, 64) - bytes_per_image(everything, 64)) * 5 / 6
+    assert saved == pytest.approx(units(0.5) * tokens * channels, rel=0.05)
 
 
 @pytest.mark.parametrize("conv_mlp", [False, True])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
+from timm.models.vitamin import GeGluMlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +21,10 @@ BITWISE = {  # nothing but norms, activations or whole blocks runs again: the ve
     "vit, registers and qk norm": lambda: small_vit(reg_tokens=2, qk_norm=True),
     "vit, norms within attention and mlp": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit, gated mlp": lambda: small_vit(mlp_layer=GluMlp),
-    "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),
 }
 TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convolution of patches is a linear layer
+    "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),  # two layers are one
+    "vitamin's mlp": lambda: small_vit(mlp_layer=GeGluMlp, proj_drop_rate=0.1),
     "convnext without layer scale": lambda: small_convnext(drop_path_rate=0.3, ls_init_value=None),
     "vit with layer scale": lambda: small_vit(init_values=0.5, drop_path_rate=0.3, proj_drop_rate=0.1),
     "convnext": lambda: small_convnext(drop_path_rate=0.3),
@@ -33,12 +35,20 @@ TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convoluti
 }
 MODELS = BITWISE | TO_ROUNDING
 VIT = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.69, "SBP, block": 0.12}
+EVA = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.75, "SBP, block": 0.12}
+WINDOWS = {"SBP": 0.66, "SBP, cheap": 0.5, "keep_ratio 1, cheap": 0.9, "SBP, block": 0.12}
 CONVNEXT = {"SBP": 0.64, "SBP, cheap": 0.35, "keep_ratio 1, cheap": 0.52, "SBP, block": 0.19}
 LIMITS = {  # shares of what the plain model saves
     "vit_tiny_patch16_224": VIT,
     "vit_base_patch16_224": VIT,
     "convnext_tiny": CONVNEXT,
     "convnext_base": CONVNEXT,
+    "vit_small_patch16_dinov3": EVA,
+    "eva02_base_patch14_224": EVA,
+    "beit_base_patch16_224": EVA,
+    "swin_tiny_patch4_window7_224": WINDOWS,
+    "swinv2_tiny_window8_256": WINDOWS,
+    "hiera_tiny_224": WINDOWS,
 }
 
 

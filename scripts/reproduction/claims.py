@@ -184,6 +184,11 @@ ARMS = {
     "input_0.125": Arm(
         "input gradients at dropped positions, keep-ratio 0.125", input_gradients(0.125), convnext_only=True
     ),
+    "input_per_sample": Arm(
+        "input gradients at dropped positions, a mask for each image",
+        input_gradients(0.5, "sbp.mask_per=sample"),
+        convnext_only=True,
+    ),
     "query_input_0.25": Arm(
         "drop on queries, input gradients at dropped tokens, keep-ratio 0.25",
         input_gradients(0.25, "sbp.mhsa_drop=query"),
@@ -313,7 +318,9 @@ QUESTIONS = {  # ours, answered in the same way
         "Does it help to pass on the gradient of a branch's input at dropped positions?",
         "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
         (Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("query_input_0.25", "query_0.25")),
-        against_plain=("sbp", "input", "input_0.25", "query_0.25", "query_input_0.25"),
+        against_plain=(
+            *("sbp", "input", "input_0.25", "per_sample", "input_per_sample", "query_0.25", "query_input_0.25"),
+        ),
         shows="choice",
     ),
     "learning_rate": Claim(

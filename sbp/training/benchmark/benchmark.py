@@ -99,10 +99,12 @@ def _choose_arms(config: BenchmarkConfig, device: torch.device) -> list[str]:
     plain = build_on(torch.device("meta"), config, ARMS["plain"])
     build_on(torch.device("meta"), config, ARMS["sbp"])
     is_vit, is_detector = isinstance(plain, VisionTransformer), isinstance(plain, Detector)
+    drops = sbp.supports(plain).mhsa_drops
     possible = [
         name
         for name, arm in ARMS.items()
-        if (is_vit or not arm.vit_only) and (config.release is not None or not arm.release)
+        if (is_vit or not arm.vit_only or (arm.sbp or {}).get("mhsa_drop") in drops)
+        and (config.release is not None or not arm.release)
         # a detector's images and regions differ in size and number
         if not is_detector or not (arm.compile or arm.graph or arm.cast_together or arm.release)
     ]
