@@ -100,4 +100,4 @@ def _as_one(members: Sequence[Kernel], numbers: set[int], readers: dict[int, set
 
 
 def launches(kernels: Iterable[Kernel]) -> int:
-    return sum(kernel.launches for kernel in kernels)
+    return sum(kernel.count * kernel.launches for kernel in kernels)

@@ -8,17 +8,22 @@ whose efficiency `roofline.py` knows.
 import math
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from timm.layers import weight_init
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sbp.training.benchmark import launches
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import TODAY, CudaCasts, Forecast, Rules, forecast
+
+_CPU = torch.device("cpu")
 
 PASSES = ("forward", "backward")
 ONCE = ("clipping", "optimizer", "average")  # a step, however many micro batches it has
@@ -40,12 +45,12 @@ _SILENT = {"device", "_record_function_enter_new", "_record_function_exit", "_lo
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel, or several alike.
+    """One call's kernel or kernels; or those of `count` calls alike, whose other figures are one's.
 
-    flops, read, written: of all of them, the last two in bytes. rows: how many numbers a sum adds up for each of its
-    results, the columns; or of a norm, how many vectors of how many numbers. cast: of a weight to autocast's precision,
-    or of its gradient back. shapes: of the inputs. inputs, outputs: numbers of storages, and the bytes of them that
-    are read or written.
+    flops, read, written: of the call, the last two in bytes; launches: its kernels. rows: how many numbers a sum adds
+    up for each of its results, the columns; or of a norm, how many vectors of how many numbers. cast: of a weight to
+    autocast's precision, or of its gradient back. shapes: of the inputs. inputs, outputs: numbers of storages, and the
+    bytes of them that are read or written.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Kernel:
     rows: float = 0
     columns: float = 0
     cast: bool = False
+    count: int = 1
     shapes: tuple[tuple[int, ...], ...] = ()
     inputs: tuple[tuple[int, float], ...] = ()
     outputs: tuple[tuple[int, float], ...] = ()
@@ -88,11 +94,13 @@ class Recorder(TorchDispatchMode):
         self._count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.prim.device.default:  # asked for ten times as often as all else
+            return _CPU
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if self.part not in (*PASSES, *ONCE) or name in launches.NOTHING or name in _SILENT:
             return out
-        if self.part == "optimizer" and name == "zeros_like":  # makes the optimizer's state, once a run
+        if self.part == "optimizer" and name in ("zeros", "zeros_like"):  # makes the optimizer's state, once a run
             return out
         self.kernels += self._kernels(name, args, out)
         return out
@@ -306,12 +314,37 @@ def record(config: Config, micro_batch_size: int, rules: Rules = TODAY, *, world
             recorder.part = part
 
         def build(self, config: Config) -> Any:
-            model = super().build(config)
+            with _uninitialised():
+                model = super().build(config)
             recorder.weights |= {tuple(p.shape) for p in model.parameters()}
             return model
 
     memory = forecast(config, micro_batch_size, world_size=world_size, rules=Recorded())
     return Step(micro_batch_size, tuple(recorder.kernels), memory)
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Leaves out what takes longest of building a model on the meta device, where weights have no values anyway."""
+    normal = nn.init.trunc_normal_, weight_init._trunc_normal_
+    nn.init.trunc_normal_ = lambda tensor, *args, **kwargs: tensor
+    weight_init._trunc_normal_ = nn.init.trunc_normal_
+    try:
+        yield
+    finally:
+        nn.init.trunc_normal_, weight_init._trunc_normal_ = normal
+
+
+def alike(small: Sequence[Kernel], large: Sequence[Kernel]) -> tuple[list[Kernel], list[Kernel]]:
+    """The kernels of two steps, with one in the place of those whose figures agree in both."""
+    pairs: dict[Any, list[Any]] = {}
+    for pair in zip(small, large, strict=True):
+        figures = tuple((k.flops, k.read, k.written, k.launches, k.rows, k.columns) for k in pair)
+        key = pair[0].name, pair[0].kind, pair[0].part, pair[0].cast, figures
+        pairs.setdefault(key, [*pair, 0])[2] += pair[0].count
+    bare = {"shapes": (), "inputs": (), "outputs": ()}
+    first, second = ([replace(one[i], count=one[2], **bare) for one in pairs.values()] for i in (0, 1))
+    return first, second
 
 
 def extrapolated(small: Step, large: Step, micro_batch_size: int) -> Step:

@@ -17,7 +17,6 @@ from sbp.training.plan.operators import Kernel
 from sbp.training.record.files import read_text
 
 DATA = Path(__file__).with_name("efficiencies.json")
-VECTOR = ("depthwise", "depthwise_backward")  # which tensor cores have no part in
 FITTED_ON = "h100"
 WHOLE = 65536  # rows from which on the gradients of a norm's weights are summed up by all multiprocessors
 
@@ -51,15 +50,29 @@ def serial(kind: str, rows: float, columns: float) -> float:
 
 
 def seconds(kernel: Kernel, gpu: Gpu, one: Efficiency, *, amp: str = "bfloat16") -> float:
-    """The time of all of the kernel's launches."""
-    count = max(kernel.launches, 1)
-    peak = gpu.vector_tflops if kernel.kind.startswith("depthwise") or amp == "off" else gpu.tensor_tflops
+    """The time of all of the kernel's launches. one: of its kind."""
+    peak = _peak_tflops(kernel.kind, gpu, amp)
     computing = 0.0 if one.compute is None else kernel.flops / (one.compute * peak * 1e12)
     moving = kernel.bytes / (one.bandwidth * gpu.bandwidth * 1e9)
     working = (computing**one.overlap + moving**one.overlap) ** (1 / one.overlap)
-    rows = serial(kernel.kind, kernel.rows, kernel.columns) * one.rows_ns * 1e-9 * find(FITTED_ON).pace / gpu.pace
+    rows = serial(kernel.kind, kernel.rows, kernel.columns) * one.rows_ns * 1e-9 * _pace() / gpu.pace
     working = max(working, rows) if kernel.kind == "norm_weights" else working + rows
-    return count * one.start_us * 1e-6 + working
+    return kernel.count * (max(kernel.launches, 1) * one.start_us * 1e-6 + working)
+
+
+def _peak_tflops(kind: str, gpu: Gpu, amp: str) -> float:
+    """In float32 PyTorch lets convolutions round to TF32, at half of the rate, and not products."""
+    if kind.startswith("depthwise"):
+        return gpu.vector_tflops
+    if amp != "off":
+        return gpu.tensor_tflops
+    rounded = gpu.bfloat16 and kind.startswith(("convolution", "stem"))  # as of the same generation on
+    return gpu.tensor_tflops / 2 if rounded else gpu.vector_tflops
+
+
+@cache
+def _pace() -> float:
+    return find(FITTED_ON).pace
 
 
 @cache

@@ -1,10 +1,11 @@
 """How long a step takes: the kernels, or the host that launches them, whichever is slower."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sbp.training.plan import fusing
 from sbp.training.plan.gpus import Gpu
-from sbp.training.plan.operators import PASSES, Step
+from sbp.training.plan.operators import PASSES, Kernel, Step
 from sbp.training.plan.roofline import kernel_seconds, load
 
 
@@ -26,25 +27,28 @@ class Times:
     launches: int
 
 
+def transformed(kernels: Sequence[Kernel], how: How, amp: str) -> list[Kernel]:
+    """What runs of a step's kernels."""
+    if how.compile:
+        return fusing.fused(kernels)
+    return fusing.cast_together(kernels) if how.cast_together and amp != "off" else list(kernels)
+
+
 def forecast_times(
-    step: Step,
-    gpu: Gpu,
-    how: How,
-    *,
-    accumulation: int = 1,
-    recompute: bool = False,
-    amp: str = "bfloat16",
+    step: Step, gpu: Gpu, how: How, *, accumulation: int = 1, recompute: bool = False, amp: str = "bfloat16"
 ) -> Times:
-    """step: of one micro batch. recompute: its backward pass runs Python, which slows down launching.
+    """Of a step of so many micro batches. step: of one. recompute: its backward pass runs Python, which slows down
+    launching."""
+    kernels = transformed(step.kernels, how, amp)
+    return times_of(kernels, gpu, how, accumulation=accumulation, recompute=recompute, amp=amp)
+
+
+def times_of(kernels: Sequence[Kernel], gpu: Gpu, how: How, *, accumulation: int, recompute: bool, amp: str) -> Times:
+    """As `forecast_times`, of kernels that are what runs.
 
     In eager mode the host launches each kernel; of a graph it launches the passes as a whole, and the optimizer's
     kernels one by one.
     """
-    kernels = list(step.kernels)
-    if how.compile:
-        kernels = fusing.fused(kernels)
-    elif how.cast_together and amp != "off":
-        kernels = fusing.cast_together(kernels)
     passes = [kernel for kernel in kernels if kernel.part in PASSES]
     once = [kernel for kernel in kernels if kernel.part not in PASSES]
     in_passes = accumulation * kernel_seconds(passes, gpu, amp=amp)
