@@ -24,7 +24,7 @@ def pick(name: str) -> torch.device:
     """The CUDA device. Raises ValueError where there is none, or another one is asked for."""
     if name == "cpu" or not torch.cuda.is_available():
         raise ValueError(
-            f"sbp plan calibrate needs a CUDA device, and device={name} is none here; gpu=NAME takes a data sheet's figures"
+            f"sbp plan calibrate needs a CUDA device, and device={name} is none here; gpu=NAME takes a data sheet"
         )
     return distributed.pick_device(name)
 
