@@ -1,6 +1,6 @@
 """How far the time forecast is off wherever it was measured: python -m scripts.plan_accuracy
 
-Prints the table of docs/plan.md, from the benchmark's records in results/gpu.
+Writes the table of docs/plan.md, from the benchmark's records in results/gpu.
 """
 
 import json
@@ -14,9 +14,12 @@ from sbp.training.config.model import BackboneConfig
 from sbp.training.plan.arms import arm_config, arm_times, recorded
 from sbp.training.plan.gpus import find
 from sbp.training.plan.operators import Step
+from sbp.training.record.files import write_text
 from sbp.training.record.table import markdown
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
+PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
+START, END = "<!-- from here on: python -m scripts.plan_accuracy -->", "<!-- up to here -->"
 FITTED = ("vit_base_patch16_224", "convnext_tiny")  # the others were only compared with
 
 
@@ -73,10 +76,15 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def table() -> str:
-    lines = [["network, batch", "arm", "kernels ms", "forecast", "off", "peak MiB", "forecast", "off"]]
+    """One line for each arm; steps of captured arms alone, as those of eager ones were the records' CPU's."""
+    headings = [
+        *("network, batch", "arm", "kernels ms", "forecast", "off", "step ms", "forecast", "launches", "forecast"),
+        *("peak MiB", "forecast", "off"),
+    ]
     known = {(row.network, row.arm): row for path in files() for row in rows(path)}
+    lines = [headings]
     for row in sorted(known.values(), key=lambda row: (row.network not in FITTED, row.network)):
-        peak = row.peak[1] / row.peak[0] - 1
+        peak, graph = row.peak[1] / row.peak[0] - 1, ARMS[row.arm].graph
         lines.append(
             [
                 f"{row.network}, {row.batch_size}{'' if row.network in FITTED else ' (not fitted)'}",
@@ -84,6 +92,10 @@ def table() -> str:
                 f"{row.kernel_ms[0]:.1f}",
                 f"{row.kernel_ms[1]:.1f}",
                 f"{100 * row.off:+.0f} %",
+                f"{row.step_ms[0]:.1f}" if graph else "",
+                f"{row.step_ms[1]:.1f}" if graph else "",
+                str(row.launches[0]),
+                str(row.launches[1]),
                 f"{row.peak[0] / 2**20:.0f}",
                 f"{row.peak[1] / 2**20:.0f}",
                 f"{100 * peak:+.0f} %",
@@ -92,5 +104,11 @@ def table() -> str:
     return markdown(lines)
 
 
+def page(text: str, table: str) -> str:
+    """The page's text with this table in the place of its own."""
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n\n{table}\n\n{END}{rest.partition(END)[2]}"
+
+
 if __name__ == "__main__":
-    print(table())
+    write_text(PAGE, page(PAGE.read_text(), table()))

@@ -114,3 +114,9 @@ def test_kernels_take_as_long_as_they_were_measured_to(path):
         for k, other in enumerate(measured):
             if one < 0.98 * other:
                 assert forecast[i] < forecast[k], (rows[i].arm, rows[k].arm)
+
+
+@pytest.mark.long
+def test_the_page_has_what_the_forecasts_are_now():
+    text = plan_accuracy.PAGE.read_text()
+    assert text == plan_accuracy.page(text, plan_accuracy.table())
