@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import flop_registry
 
 from sbp.flops import count_flops
 from sbp.training.models.build import build_model
@@ -63,6 +64,8 @@ def test_operations_are_those_of_the_method_s_own_count(override):
     images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
     counted = count_flops(lambda: F.cross_entropy(model(images), labels))
     found = record(config, 8).kernels
+    if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:  # of earlier versions of torch
+        found = [one for one in found if not one.kind.startswith("attention")]
     forward, backward = (sum(one.flops for one in found if one.part == part) for part in PASSES)
     assert (forward, backward) == pytest.approx(counted, rel=0.01)
 
