@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sbp.training.config.describe import as_markdown
-from sbp.training.config.requests import BenchmarkConfig, EvalConfig, ExportConfig
+from sbp.training.config.requests import BenchmarkConfig, CalibrateConfig, EvalConfig, ExportConfig, PlanConfig
 from sbp.training.config.run import Config
 from sbp.training.record.files import write_text
 
@@ -23,6 +23,11 @@ def page() -> str:
         as_markdown(ExportConfig),
         "# Keys of `sbp benchmark`",
         as_markdown(BenchmarkConfig),
+        "# Keys of `sbp plan`",
+        "Besides all of those of `sbp train`, above:",
+        as_markdown(PlanConfig, besides=Config),
+        "# Keys of `sbp plan calibrate`",
+        as_markdown(CalibrateConfig),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -16,7 +16,7 @@ COMMANDS = sorted((ROOT / "sbp" / "cli").rglob("*.py"))
 ENTRY_POINTS = [ROOT / "train.py", ROOT / "eval.py", *COMMANDS, *sorted((ROOT / "scripts").rglob("*.py"))]
 
 # The rooms of sbp/training: each imports those before it, and none after it.
-ROOMS = ["config", "runtime", "record", "models", "data", "tasks", "memory", "benchmark", "checks", "engine"]
+ROOMS = ["config", "runtime", "record", "models", "data", "tasks", "memory", "benchmark", "plan", "checks", "engine"]
 
 
 def imported(path: Path) -> set[str]:

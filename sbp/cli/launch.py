@@ -31,7 +31,7 @@ from sbp.cli.requeue import Requeue
 from sbp.cli.sweep_table import FAILURE, NOT_SWEPT, read_job, read_jobs, table, write_table
 from sbp.cli.torchrun import ROOT, RunFailed, quoted, run_children, torchrun
 from sbp.training.config.describe import as_text
-from sbp.training.config.requests import BenchmarkConfig, EvalConfig, ExportConfig
+from sbp.training.config.requests import BenchmarkConfig, CalibrateConfig, EvalConfig, ExportConfig
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.record.files import open_text
@@ -49,7 +49,7 @@ from sbp.training.runtime import distributed, signals
 
 log = logging.getLogger(__name__)
 
-C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig)
+C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig | CalibrateConfig)
 
 LONGEST_NAME = 120
 _SWEPT = "SBP_SWEPT"  # environment variables, as a cluster's jobs inherit them

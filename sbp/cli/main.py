@@ -8,6 +8,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint",
     "export": "write a checkpoint as timm reads it",
     "forecast": "forecast the memory of a training run, on any machine",
+    "plan": "say which settings train fastest on a GPU, on any machine",
     "benchmark": "compare ways to train a network by time and memory",
     "check-data": "look for what is wrong with a data set",
     "sweep": "show the table of a sweep",

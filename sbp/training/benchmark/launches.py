@@ -57,11 +57,12 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
-        self.launches += _launches(operator._schema.name.partition("::")[2], args, result)
+        self.launches += of_operator(operator._schema.name.partition("::")[2], args, result)
         return result
 
 
-def _launches(name: str, args: Any, result: Any) -> int:
+def of_operator(name: str, args: Any, result: Any) -> int:
+    """The kernels that a GPU launches for one call of an operator of torch's `aten`."""
     if name in NOTHING:
         return 0
     if name.startswith("_foreach_"):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from sbp.training.config.recipe import RecipeConfig
 from sbp.training.config.run import Config
 
+AUTO = "auto"  # as micro_batch_size: what the plan says
+
 
 @dataclass(frozen=True)
 class BatchPlan:
@@ -16,11 +18,15 @@ class BatchPlan:
     accumulation: int
 
 
-def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_size: int) -> BatchPlan:
+def plan_batches(global_batch_size: int, micro_batch_size: int | str | None, world_size: int) -> BatchPlan:
     """Derives the number of accumulated forward passes.
 
     Raises ValueError unless global = processes x micro x accumulation can hold exactly.
     """
+    if isinstance(micro_batch_size, str):
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size} is for `sbp train` alone; here it must be a number or null"
+        )
     if micro_batch_size is None:
         if global_batch_size % world_size:
             raise ValueError(
@@ -40,7 +46,8 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_siz
 
 def evaluation_batch(config: Config, micro_batch_size: int | None = None) -> int:
     """Images in one pass of an evaluation. micro_batch_size: of training, where it is not the config's."""
-    in_training = micro_batch_size or config.micro_batch_size or config.global_batch_size
+    own = None if config.micro_batch_size == AUTO else config.micro_batch_size
+    in_training = micro_batch_size or own or config.global_batch_size
     return config.eval_batch_size or (1 if config.task == "detection" else in_training)
 
 

@@ -22,10 +22,14 @@ def as_text(kind: type, values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(kind: type) -> str:
-    """A table for each group: key, default, what is allowed, meaning."""
+def as_markdown(kind: type, besides: type | None = None) -> str:
+    """A table for each group: key, default, what is allowed, meaning. besides: whose keys are left out."""
+    known = set() if besides is None else {one.name for one in keys_of(besides)}
     parts = []
-    for name, keys in _groups(kind).items():
+    for name, found in _groups(kind).items():
+        keys = [one for one in found if one.name not in known]
+        if not keys:
+            continue
         rows = [f"| `{one.name}` | `{shown(one.default)}` | {one.key.allowed} | {one.key.meaning} |" for one in keys]
         parts += [f"## {f'`{name}`' if name else 'Of no group'}", "\n".join([*_HEAD, *rows])]
     return "\n\n".join(parts)

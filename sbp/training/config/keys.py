@@ -15,7 +15,8 @@ Free = Literal["", "elsewhere", "always"]
 class Key:
     """What a config's key means, and which values it takes; null, where its type has that, is always one of them.
 
-    at_least, above, at_most, below: bounds of a number. one_of: all values that there are. length: of a list.
+    at_least, above, at_most, below: bounds of a number. one_of: all values that there are. or_one_of: words
+    that it may be in place of a whole number. length: of a list.
     free: whether it may differ between the run that wrote a checkpoint and one that goes on with it: "always", as
     where things lie and how the same global batch is computed; "elsewhere", in another run that starts from the
     checkpoint, what helps one that diverged; "" never, as it decides the result.
@@ -27,6 +28,7 @@ class Key:
     at_most: float | None = None
     below: float | None = None
     one_of: tuple[Any, ...] = ()
+    or_one_of: tuple[Any, ...] = ()
     length: int | None = None
     free: Free = ""
 
@@ -43,7 +45,8 @@ class Key:
             left, right = "[("[self.above is not None], "])"[self.below is not None]
             return f"in {left}{lower:g}, {upper:g}{right}"
         if lower is not None:
-            return f"{'at least' if self.above is None else 'above'} {lower:g}"
+            others = "".join(f", or {shown(one)}" for one in self.or_one_of)
+            return f"{'at least' if self.above is None else 'above'} {lower:g}{others}"
         return "" if upper is None else f"{'at most' if self.below is None else 'below'} {upper:g}"
 
     def admits(self, value: Any) -> bool:
@@ -51,6 +54,8 @@ class Key:
             return any(value == one and type(value) is type(one) for one in self.one_of)
         if self.length is not None:
             return len(value) == self.length
+        if self.or_one_of and (isinstance(value, bool) or not isinstance(value, int)):
+            return value in self.or_one_of
         bounds: list[tuple[float | None, Callable[[Any, float], bool]]] = [
             (self.at_least, lambda x, bound: x >= bound),
             (self.above, lambda x, bound: x > bound),

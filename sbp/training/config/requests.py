@@ -119,6 +119,35 @@ class BenchmarkConfig:
     run_dir: str = key("outputs/benchmark", "the folder to write")
 
 
+@dataclass
+class PlanConfig(Config):
+    """A training run, and the GPU it is to run on. Without keys of its own: those of `sbp train`."""
+
+    gpu: str = key("a100-80gb", "h100, a100-40gb, a100-80gb, l40s, rtx4090, t4, or a file of `sbp plan calibrate`")
+    memory_gib: float | None = key(
+        None, "to fit into; null for 0.93 of the GPU's, as not all of it can be had", above=0
+    )
+    image_size: int | None = key(None, "in pixels, of images and model; null for data.image_size", at_least=1)
+    world_size: int = key(1, "processes, each with its own GPU; what they exchange is not in the times", at_least=1)
+    launch_us: float | None = key(
+        None, "microseconds that the host needs to launch a kernel; null for the usual 8, or the file's", above=0
+    )
+    arms: list[str] | None = key(None, "of `sbp benchmark`, to forecast in place of a plan; batch_size is theirs")
+    batch_size: int = key(64, "images in a step of arms", at_least=1)
+    json: str | None = key(None, "a file to write the forecasts to")
+    figure: str | None = key(None, "a picture to write: images a second against memory")
+
+
+@dataclass
+class CalibrateConfig:
+    """One measurement of a GPU, for the plan of it."""
+
+    file: str = key("gpu.json", "to write; `sbp plan gpu=FILE` takes it")
+    device: str = key("auto", "auto takes CUDA, and ends with an error where there is none", one_of=DEVICES)
+    seconds: float = key(40.0, "about so long it may take", above=0)
+    run_dir: str = key("outputs/calibrate", "the folder of its log")
+
+
 def overridden(config: Config, request: EvalConfig) -> Config:
     """A run's config with what an evaluation asks for in place of it. A new image size reaches the model too."""
     changes = asdict(request)

@@ -70,11 +70,12 @@ class Config:
     probe: ProbeConfig = group(ProbeConfig, free="always")
     checkpoint: CheckpointConfig = group(CheckpointConfig, free="always")
     global_batch_size: int = key(32, "images in one optimizer step, over all processes", at_least=1)
-    micro_batch_size: int | None = key(
+    micro_batch_size: Any = key(
         None,
-        "images in one forward pass of one process; null for all of its share at once. The number of accumulated "
-        "passes follows",
+        "images in one forward pass of one process; null for all of its share at once; auto for what `sbp plan` says "
+        "of the GPU, before the first step. The number of accumulated passes follows",
         at_least=1,
+        or_one_of=("auto",),
         free="always",
     )
     eval_batch_size: int | None = key(

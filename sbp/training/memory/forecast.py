@@ -72,6 +72,9 @@ class Rules:
         data = config.data
         return build_model(config.backbone, config.sbp, data.num_classes, data.image_size, data.train_image_size)
 
+    def begins(self, part: str) -> None:
+        """Called as each part of the step begins: clipping, optimizer, average, batch, forward, backward."""
+
     def keeps_gradients(self, config: Config, micro_batch_size: int, world_size: int) -> bool:
         """Whether gradients are there already when a forward pass starts: those of the micro batch before, or DDP's."""
         return world_size > 1 or config.global_batch_size > micro_batch_size
@@ -104,27 +107,33 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         if ema is not None:
             allocations.note([*ema.parameters(), *ema.buffers()], "optimizer")
         parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = build_optimizer(model, recipe, scaled_lr(recipe, config.global_batch_size))
+        fused = rules.foreach and recipe.optimizer in FUSED
+        optimizer = build_optimizer(model, recipe, scaled_lr(recipe, config.global_batch_size), fused=fused)
         for group in optimizer.param_groups:
             if "foreach" in group:
-                group["foreach"] = rules.foreach and recipe.optimizer not in FUSED
+                group["foreach"] = rules.foreach and not fused
         for p in parameters:
             p.grad = torch.empty_like(p)
             p.register_post_accumulate_grad_hook(lambda p: allocations.note(p.grad, "gradients"))
         allocations.note([p.grad for p in parameters], "gradients")
+        rules.begins("clipping")
         if recipe.clip_grad is not None:
             nn.utils.clip_grad_norm_(parameters, recipe.clip_grad)
+        rules.begins("optimizer")
         optimizer.step()  # makes its state, too
         _note_state(allocations, optimizer)
         optimizer.zero_grad(set_to_none=not keeps_gradients)
+        rules.begins("average")
         if ema is not None:
             ema.update(model, step=1)
+        rules.begins("batch")
         held = torch.empty(rules.bytes_per_parameter * sum(p.numel() for p in parameters), dtype=torch.uint8)
         allocations.note(held, "gradients")
 
         model.train()
         images, targets = _batch(config, micro_batch_size)
         images = images.to(memory_format=memory_format)  # type: ignore[call-overload]
+        rules.begins("forward")
         with autocast(config.amp, _CPU):
             loss = criterion(model, images, targets)
         if not rules.images_stay:
@@ -132,6 +141,7 @@ def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rule
         saved = allocations.rename_temporaries("activations")
         # `loss.backward()`, within the modes above: called by that name it would leave the casts, which whatever is
         # recomputed in the backward pass needs as well.
+        rules.begins("backward")
         one = torch.ones_like(loss)
         _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     return Forecast(**allocations.peak(), saved=saved)

@@ -1,0 +1,126 @@
+"""The micro batch that a run chooses for itself, and whether its first steps are what was forecast."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+
+from sbp.training.config.run import Config
+from sbp.training.memory.advice import available_memory
+from sbp.training.plan.gpus import Gpu, find, matching
+from sbp.training.plan.search import Line, Point, fastest, line, ways
+from sbp.training.plan.settings import of_run
+from sbp.training.runtime import environment
+
+SHARE = 0.93  # of what is free: the rest is the libraries', and lost between allocations
+LIKELY = "a100-80gb"  # whose proportions stand for those of a GPU that is not known
+MARGIN = 0.15
+_FIRST, _LAST = 6, 16  # steps: passes are captured after 3, and code is compiled with the first
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of a run: its micro batch, and what is forecast, in seconds and bytes; None where nothing is."""
+
+    micro_batch_size: int
+    step: float | None = None
+    peak: int | None = None
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The data sheet of this CUDA device; of one that has none here, another one's."""
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return matching(environment.device_name(device), memory) or replace(find(LIKELY), name="unknown", memory_gib=memory)
+
+
+def choose(
+    config: Config,
+    device: torch.device,
+    world_size: int,
+    *,
+    gpu: Gpu | None = None,
+    available: float | None = None,
+    forecast: Callable[[Config], Line] = line,
+) -> Expected:
+    """The micro batch with which a step of this run is forecast to be fastest, of those that fit into the GPU.
+
+    On a CPU a process's whole share. gpu, available: those of the device, where None. Raises ValueError where no micro
+    batch fits.
+    """
+    if device.type != "cuda" and gpu is None:
+        return Expected(config.global_batch_size // world_size)
+    known = gpu_of(device) if gpu is None else gpu
+    free = SHARE * available_memory() if available is None else available
+    plain = replace(config, micro_batch_size=None)
+    point = _point(plain, known, free, world_size, forecast)
+    if point is None:
+        raise ValueError(
+            f"micro_batch_size=auto: by forecast not even the smallest one fits into {free / 2**30:.1f} GiB, as "
+            f"many as are free; `sbp plan gpu={known.name} ...` says which settings do"
+        )
+    # What is not in the data sheet is not expected: how fast an unknown GPU is, or processes that wait for each other.
+    timed = known.name != "unknown" and world_size == 1
+    return Expected(point.micro_batch_size, point.times.step if timed else None, point.peak)
+
+
+def _point(
+    config: Config, gpu: Gpu, available: float, world_size: int, forecast: Callable[[Config], Line]
+) -> Point | None:
+    candidates = [way for way in ways(config) if way.compile == bool(config.compile)]
+    return fastest(config, of_run(config), forecast(config), candidates[0], gpu, available, world_size=world_size)
+
+
+def differences(expected: Expected, step: float, peak: int) -> list[str]:
+    """A line for what was measured to be more than 15 % off. step in seconds, peak in bytes."""
+    lines = []
+    if expected.step is not None and abs(step / expected.step - 1) > MARGIN:
+        lines.append(
+            f"a step takes {1000 * step:.1f} ms, {100 * (step / expected.step - 1):+.0f} % from the forecast of "
+            f"{1000 * expected.step:.1f} ms; where images or launches are waited for, it is not the GPU"
+        )
+    if expected.peak is not None and abs(peak / expected.peak - 1) > MARGIN:
+        lines.append(
+            f"the peak is {peak / 2**20:.0f} MiB, {100 * (peak / expected.peak - 1):+.0f} % from the forecast of "
+            f"{expected.peak / 2**20:.0f} MiB"
+        )
+    return lines
+
+
+class FirstSteps:
+    """Compares the first steps of a run with what is expected. Without CUDA, or with nothing expected, it does not.
+
+    clock, peak: for other devices' tests.
+    """
+
+    def __init__(
+        self,
+        expected: Expected | None,
+        device: torch.device,
+        *,
+        clock: Callable[[], float] | None = None,
+        peak: Callable[[], int] | None = None,
+    ) -> None:
+        self.expected, self.device = expected, device
+        self._clock, self._peak = clock or self._synchronised, peak or self._allocated
+        self._works = expected is not None and (device.type == "cuda" or clock is not None)
+        self._steps, self._begin = 0, 0.0
+
+    def done(self) -> list[str]:
+        """To be called after each step; what is off, once enough of them are done."""
+        if not self._works or self.expected is None:
+            return []
+        self._steps += 1
+        if self._steps == _FIRST:
+            self._begin = self._clock()
+        if self._steps < _LAST:
+            return []
+        self._works = False
+        return differences(self.expected, (self._clock() - self._begin) / (_LAST - _FIRST), self._peak())
+
+    def _synchronised(self) -> float:
+        torch.cuda.synchronize(self.device)
+        return perf_counter()
+
+    def _allocated(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)

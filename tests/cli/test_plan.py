@@ -1,0 +1,56 @@
+import json
+import logging
+
+import pytest
+
+from sbp.cli.plan import report
+from sbp.training.config.requests import PlanConfig
+from tests.training.configs import composed
+
+TINY = ("backbone=vit_demo", "backbone.kwargs.depth=1", "backbone.kwargs.embed_dim=48", "data=digits", "recipe=short")
+FIELDS = {"kernel_ms", "launches", "step_ms", "peak", "images_per_second"}
+
+
+def config(*overrides):
+    return composed(*TINY, *overrides, name="plan", kind=PlanConfig)
+
+
+@pytest.mark.long
+def test_a_plan_says_what_is_fastest_and_writes_it(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    files = {"json": tmp_path / "plan.json", "figure": tmp_path / "plan.png"}
+    report(config("gpu=l40s", "global_batch_size=64", *(f"{key}={path}" for key, path in files.items())), tmp_path)
+    written = json.loads(files["json"].read_text())
+    assert set(written) == {"gpu", "arms"} and written["gpu"] == "l40s"
+    assert all(set(one) == FIELDS for one in written["arms"].values())
+    assert files["figure"].stat().st_size > 10_000
+    assert "fastest    sbp train" in caplog.text and "exact gradient" in caplog.text
+
+
+def test_arms_of_the_benchmark_at_one_batch(tmp_path):
+    path = tmp_path / "arms.json"
+    report(config("gpu=h100", "arms=[plain,sbp_query,query_25_cheap]", "batch_size=8", f"json={path}"), tmp_path)
+    arms = json.loads(path.read_text())["arms"]
+    assert list(arms) == ["plain", "sbp_query", "query_25_cheap"]
+    for one in arms.values():
+        assert one["images_per_second"] == pytest.approx(8000 / one["step_ms"])
+        assert one["step_ms"] >= one["kernel_ms"] > 0
+
+
+def test_a_gpu_without_bfloat16_is_planned_for_in_float16(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    report(config("gpu=t4", "arms=[plain]"), tmp_path)
+    assert "float16, as t4 has no bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("gpu=v100", "gpu must be one of h100"),
+        ("arms=[release]", "no forecast of 'release'"),
+        pytest.param("memory_gib=0.0001", "nothing fits into 0.0 GiB", marks=pytest.mark.long),
+    ],
+)
+def test_what_cannot_be_planned_is_one_clear_error(override, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        report(config("global_batch_size=8", override), tmp_path)

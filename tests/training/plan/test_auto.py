@@ -1,0 +1,75 @@
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.rules import validate
+from sbp.training.engine import planned
+from sbp.training.engine.train import train
+from sbp.training.memory.forecast import forecast
+from sbp.training.plan import auto
+from sbp.training.plan.auto import Expected, FirstSteps, choose, differences
+from sbp.training.plan.gpus import find
+from sbp.training.record.files import read_json
+from tests.training.configs import composed, small
+
+CPU = torch.device("cpu")
+H100 = find("h100")
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen():
+    config = small("micro_batch_size=auto", "global_batch_size=64", "amp=bfloat16")
+    whole = forecast(config, 64).peak
+    assert choose(config, CPU, 1, gpu=H100, available=2 * whole).micro_batch_size == 64
+    less = choose(config, CPU, 1, gpu=H100, available=0.7 * whole)
+    assert less.micro_batch_size < 64 and 64 % less.micro_batch_size == 0 and less.peak <= 0.7 * whole
+    assert choose(config, CPU, 2, gpu=H100, available=2 * whole).step is None  # what processes exchange is not known
+    with pytest.raises(ValueError, match="micro_batch_size=auto: by forecast not even the smallest one fits"):
+        choose(config, CPU, 1, gpu=H100, available=1e3)
+
+
+def test_without_a_gpu_it_is_the_whole_share():
+    assert choose(small("global_batch_size=64"), CPU, 2) == Expected(32)
+
+
+@pytest.mark.long
+def test_a_run_plans_once_and_keeps_the_answer(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planned, "choose", lambda *_: asked.append(1) or Expected(8, 1.0, 1))
+    config = small("micro_batch_size=auto", "global_batch_size=16", "probe.every_steps=null")
+    summary = train(config, tmp_path)
+    assert (summary["micro_batch_size"], summary["accumulation"], summary["config"]["micro_batch_size"]) == (8, 2, 8)
+    assert read_json(tmp_path / "run.json")["config"]["micro_batch_size"] == 8
+    monkeypatch.setattr(planned, "choose", lambda *_: asked.append(1) or Expected(4))
+    assert planned.resolve(config, tmp_path).micro_batch_size == 8 and len(asked) == 1
+    assert planned.resolve(replace(config, resume="never"), tmp_path).micro_batch_size == 4
+
+
+@pytest.mark.parametrize("value", ["some", "2.5", "true", "0"])
+def test_other_words_are_refused(value):
+    with pytest.raises(ValueError, match="micro_batch_size must be at least 1, or auto, got"):
+        validate(composed("data=digits", "recipe=demo", f"micro_batch_size={value}"))
+
+
+def test_commands_that_do_not_plan_refuse_it():
+    with pytest.raises(ValueError, match="micro_batch_size=auto is for `sbp train` alone"):
+        plan_batches(64, "auto", 1)
+
+
+def test_what_is_far_off_is_said():
+    expected = Expected(8, step=0.1, peak=1000 * 2**20)
+    assert differences(expected, 0.11, 900 * 2**20) == []
+    slow, large = differences(expected, 0.12, 1200 * 2**20)
+    assert "120.0 ms, +20 % from the forecast of 100.0 ms" in slow
+    assert "1200 MiB, +20 % from the forecast of 1000 MiB" in large
+
+
+def test_the_first_steps_are_compared_once():
+    ticks = count()
+    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: 0.2 * next(ticks), peak=lambda: 1)
+    found = [first.done() for _ in range(40)]
+    assert sum(bool(lines) for lines in found) == 1
+    assert "+100 %" in found[auto._LAST - 1][0]
+    assert FirstSteps(None, CPU).done() == FirstSteps(Expected(8, 1.0, 1), CPU).done() == []

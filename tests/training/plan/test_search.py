@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+
+from sbp.training.memory.forecast import forecast
+from sbp.training.plan import search
+from sbp.training.plan.gpus import find
+from sbp.training.plan.operators import record
+from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
+from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
+from sbp.training.plan.times import How, forecast_times
+from tests.training.configs import small
+
+T4 = find("t4")
+EXACT = Setting(1.0, "qkv", "none")
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = small("sbp=none", "amp=float16", "global_batch_size=96")
+    return config, line(config)
+
+
+def test_names_are_those_of_the_benchmark_s_arms():
+    names = [one.name for one in settings(transformer=True)]
+    assert names[:3] == ["plain", "cheap", "block"] and len(names) == len(set(names))
+    assert {"sbp", "sbp_cheap", "sbp_block", "sbp_25_cheap", "sbp_query", "query_cheap", "query_25_cheap"} <= set(names)
+    assert not any("query" in one.name for one in settings(transformer=False))
+
+
+def test_what_is_not_known_of_accuracy_is_said():
+    config = small()
+    assert accuracy(config, EXACT, True) == "exact gradient"
+    assert "CIFAR-10" in accuracy(config, Setting(0.5, "query", "none"), True)
+    assert accuracy(config, Setting(0.25, "qkv", "none"), False) == NOT_STUDIED  # neither a ViT nor a ConvNeXt
+
+
+@pytest.mark.parametrize("how", [How(), How(graph=True, cast_together=True), How(compile=True)])
+def test_a_line_says_what_a_fake_step_of_that_batch_says(tiny, how):
+    config, found = tiny
+    step = record(replace(config, global_batch_size=64), 64)
+    times = found.times(64, T4, how, accumulation=1, recompute=False, amp="float16")
+    exact = forecast_times(step, T4, how, amp="float16")
+    assert (times.kernels, times.step) == pytest.approx((exact.kernels, exact.step), rel=1e-3)
+    assert times.launches == exact.launches
+    assert found.peak(64, accumulates=False) == pytest.approx(step.memory.peak, rel=0.02)
+
+
+def test_a_peak_with_gradients_of_the_micro_batch_before(tiny):
+    config, found = tiny
+    assert found.peak(48, accumulates=True) == pytest.approx(forecast(config, 48).peak, rel=0.03)
+
+
+def test_the_largest_batch_is_the_last_that_fits(tiny):
+    _, found = tiny
+    largest = found.largest(64 * MIB, accumulates=False)
+    assert found.peak(largest, False) <= 64 * MIB < found.peak(largest + 1, False)
+    assert found.largest(1.0, accumulates=False) == 0
+
+
+def test_micro_batches_divide_the_share():
+    config = small("global_batch_size=24")
+    assert micro_batches(config, world_size=2) == [12, 6, 4, 3, 2, 1]
+    mixing = replace(config, recipe=replace(config.recipe, mixup=0.2))
+    assert micro_batches(mixing, world_size=2) == [12, 6, 4, 2]
+    with pytest.raises(ValueError, match="cannot be spread evenly over 5 processes"):
+        micro_batches(config, world_size=5)
+
+
+def test_where_a_whole_batch_does_not_fit_it_is_accumulated(tiny):
+    config, found = tiny
+    whole = fastest(config, EXACT, found, How(), T4, 1e12)
+    less = fastest(config, EXACT, found, How(), T4, 0.8 * whole.peak)
+    assert (whole.micro_batch_size, whole.accumulation) == (96, 1)
+    assert less.micro_batch_size * less.accumulation == 96 and less.accumulation > 1
+    assert less.peak <= 0.8 * whole.peak and less.times.step > whole.times.step
+    assert fastest(config, EXACT, found, How(), T4, 1e3) is None
+
+
+def test_a_plan_leaves_out_what_another_setting_beats(tiny):
+    config, exact = tiny
+    masked = line(small("amp=float16", "global_batch_size=96"))
+    points = plan(config, T4, 1e12, forecast=lambda runs: [masked if one.sbp.enabled else exact for one in runs])
+    shown = undominated(points)
+    assert points[0] in shown and len(shown) < len(points)
+    steps = [one.times.step for one in points]
+    assert steps == sorted(steps)
+    for one in shown:
+        alike = [other for other in shown if other.setting.keep_ratio == one.setting.keep_ratio]
+        rivals = [other for other in alike if other.setting.mhsa_drop == one.setting.mhsa_drop and other is not one]
+        assert not any(other.times.step < one.times.step and other.peak <= one.peak for other in rivals)
+    assert not any(one.how.compile and one.setting.recompute == "cheap" for one in points)
+
+
+def test_overrides_make_the_run_that_was_forecast(tiny):
+    config, found = tiny
+    setting = Setting(0.25, "query", "cheap")
+    point = fastest(config, setting, found, How(), T4, 1e12)
+    run = small(*(one for one in point.overrides(config) if one != "amp=float16"), "amp=float16")
+    assert (run.sbp.keep_ratio, run.sbp.mhsa_drop, run.sbp.recompute) == (0.25, "query", "cheap")
+    assert run.micro_batch_size == point.micro_batch_size and run.compile is False
+
+
+def test_settings_of_a_run():
+    assert search.is_transformer(small()) and not search.is_transformer(small(backbone="convnext"))
