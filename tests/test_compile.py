@@ -58,12 +58,8 @@ DEFAULT = [("vit qkv", 1.0), ("vit query, sample", 0.25)]
 LONG = [
     ("convnext, input", 1.0),
     ("vit query, input", 1.0),
-    ("beit", 1.0),
-    ("hiera, query", 1.0),
     ("swin, query", 1.0),
     ("dinov3", 1.0),
-    ("eva, class token, cheap", 0.25),
-    ("eva, mixed rope, sample", 1.0),
     ("convnext", 0.25),
     ("vit qkv", 0.25),
     ("vit head", 1.0),
