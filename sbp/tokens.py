@@ -4,6 +4,7 @@ Shapes: B images, N tokens (P prefix tokens, then the H x W grid), K kept and D 
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -125,7 +126,7 @@ class TokenBlock(nn.Module):
         scale1 = drop_path_scale(self.drop_path1, kept) if scales is None else scales[0]
         kept = add(kept[:, :read], branch, scale1)
         passes_input = dropped is not None and self.sbp_state.passes_input
-        mlp, dropped_mlp = self.sbp_mlp_passing_input() if passes_input else without_gradient(self.sbp_mlp())
+        mlp, dropped_mlp = self.sbp_mlp_passing_input() if passes_input else (self.sbp_mlp(), None)
         # What is rescaled is for the weights.
         within = rescale_gradient(kept, 1 / scale[1], self.sbp_state.prefix) if passes_input else kept
         branch = rescale_gradient(mlp(within), scale[1], self.sbp_state.prefix)
@@ -134,7 +135,9 @@ class TokenBlock(nn.Module):
         if dropped is None or read is not None or (again and key is None):
             return Streams(kept, None)
         dropped = add(dropped, dropped_branch(), scale1)
-        return Streams(kept, add(dropped, dropped_mlp(dropped), scale2))
+        with torch.no_grad() if dropped_mlp is None else nullcontext():
+            branch = (dropped_mlp or mlp)(dropped)
+        return Streams(kept, add(dropped, branch, scale2))
 
     def sbp_reads(self, *layers: nn.Module) -> bool:
         """Whether the weights of these layers are read, rather than the layers called."""
@@ -200,9 +203,10 @@ class Gated(NamedTuple):
 class TokenState(State):
     """Draws when the patch embedding receives images, and knows which token the loss will read."""
 
-    prefix_only = False
-    skips_dropped = False
-    hands_on = False
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Of the next pass. On the instance from the start, as compiled code looks whether they are there.
+        self.prefix_only = self.skips_dropped = self.hands_on = False
 
     def never_regrows(self, blocks: Iterable[nn.Module]) -> bool:
         """Whether no block sees a token again that one before it dropped."""
@@ -259,11 +263,6 @@ def drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
     keep = 1 - drop_path.drop_prob
     scale = x.new_empty(len(x), 1, 1).bernoulli_(keep)
     return scale.div_(keep) if keep > 0 and drop_path.scale_by_keep else scale
-
-
-def without_gradient(run: Function) -> tuple[Function, Function]:
-    """A function, and the same without gradient."""
-    return run, torch.no_grad()(run)
 
 
 def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
