@@ -105,6 +105,7 @@ def test_the_page_lists_all_of_timms_modules():
         assert not (f"| `{module}` |" in text and module in REASONS), module
 
 
+@pytest.mark.long
 def test_the_page_of_one_module():
     refused = {module: refusals_of(module) for module in ("vision_transformer_hybrid", "visformer")}
     text = re.sub(" +", " ", page(refused))

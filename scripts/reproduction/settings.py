@@ -107,7 +107,6 @@ DIGITS_CONVNEXT = replace(
     ),
     sbp_layers=6,
     other_layers=SMALL_CONVNEXT_ON_PHOTOGRAPHS.other_layers,
-    lr=2e-3,
     seeds=3,
     is_vit=False,
 )
