@@ -49,6 +49,12 @@ def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
     return found[0] if found else None
 
 
+def blocks_of(name: str, network: Any) -> dict[str, nn.Module]:
+    """The blocks of a network that stands under this name in the model, by their qualified names."""
+    prefix = f"{name}." if name else ""
+    return {f"{prefix}blocks.{i}": block for i, block in enumerate(network.blocks)}
+
+
 def require(name: str, module: Any, *kinds: type[nn.Module]) -> None:
     """Raises ValueError where a module is none of these timm classes, or a subclass, of which SBP knows no forward."""
     if type(module) in kinds:

@@ -11,7 +11,7 @@ from timm.models import beit
 from timm.models import vision_transformer_relpos as relpos
 from torch import Tensor, nn
 
-from sbp.backbone import Backbone, only, require
+from sbp.backbone import Backbone, blocks_of, only, require
 from sbp.functional import Streams
 from sbp.loops import LoopBlock, LoopState
 from sbp.settings import Settings
@@ -26,8 +26,7 @@ def find(model: nn.Module) -> Backbone | None:
     if found is None:
         return None
     name, transformer = found
-    name = f"{name}." if name else ""
-    layers = {f"{name}blocks.{i}": block for i, block in enumerate(transformer.blocks)}
+    layers = blocks_of(name, transformer)
     is_beit = isinstance(transformer, beit.Beit)
     shared = transformer.rel_pos_bias if is_beit else transformer.shared_rel_pos
     for layer, block in layers.items():

@@ -11,7 +11,7 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
-from sbp.backbone import Backbone, only, require
+from sbp.backbone import Backbone, blocks_of, only, require
 from sbp.functional import Streams
 from sbp.loops import LoopBlock, LoopState
 from sbp.settings import Settings
@@ -26,8 +26,7 @@ def find(model: nn.Module) -> Backbone | None:
     if transformer is None:
         return None
     name, eva = transformer
-    name = f"{name}." if name else ""
-    layers = {f"{name}blocks.{i}": block for i, block in enumerate(eva.blocks)}
+    layers = blocks_of(name, eva)
     for layer, block in layers.items():
         require(layer, block, EvaBlock, EvaBlockPostNorm)
         require(f"{layer}.attn", block.attn, EvaAttention, AttentionRope)

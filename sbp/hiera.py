@@ -18,7 +18,7 @@ from timm.layers import Mlp
 from timm.models.hiera import Hiera, HieraBlock, MaskUnitAttention
 from torch import Tensor, nn
 
-from sbp.backbone import Backbone, only, require
+from sbp.backbone import Backbone, blocks_of, only, require
 from sbp.functional import Streams, join, rescale_gradient, split
 from sbp.loops import LoopBlock, LoopState
 from sbp.masks import Positions
@@ -35,8 +35,7 @@ def find(model: nn.Module) -> Backbone | None:
     if found is None:
         return None
     name, hiera = found
-    name = f"{name}." if name else ""
-    layers = {f"{name}blocks.{i}": block for i, block in enumerate(hiera.blocks)}
+    layers = blocks_of(name, hiera)
     for layer, block in layers.items():
         require(layer, block, HieraBlock)
         require(f"{layer}.attn", block.attn, MaskUnitAttention)

@@ -23,9 +23,9 @@ _CENTRED = {LayerNorm: True, LayerNorm2d: True, nn.LayerNorm: True, RmsNorm: Fal
 _LEVELS, _ONE, _ZERO = 15, 12, 2  # derivatives are k / 12 - 1 / 6 for k = 0 .. 15: from -1/6 to 13/12, with 0 and 1
 
 
-def obstacle(norm: nn.Module, act: nn.Module | None = None, *others: nn.Module) -> str | None:
+def obstacle(norm: Any, act: nn.Module | None = None, *others: nn.Module) -> str | None:
     """Why a branch of these parts cannot be one of these; None where it can. others: have to do nothing."""
-    if type(norm) not in _CENTRED or any(p is None for p in _affine(norm)[:1]):
+    if type(norm) not in _CENTRED or norm.weight is None:
         return f"a {type(norm).__name__}"
     if act is not None and type(act) not in _ACTIVATIONS:
         return f"a {type(act).__name__} (known are GELU, SiLU and ReLU)"
@@ -35,17 +35,11 @@ def obstacle(norm: nn.Module, act: nn.Module | None = None, *others: nn.Module) 
     return None
 
 
-def branch(
-    x: Tensor, norm: nn.Module, up: Weights, act: nn.Module | None = None, down: Weights | None = None
-) -> Tensor:
+def branch(x: Tensor, norm: Any, up: Weights, act: nn.Module | None = None, down: Weights | None = None) -> Tensor:
     """down(act(up(norm(x)))), or up(norm(x)), with gradient for x alone; of parts that have no `obstacle`."""
-    weight, bias = _affine(norm)
-    parts = [None if one is None else one.detach() for one in (weight, bias, *up, *(down or (None, None, None)))]
+    tensors = norm.weight, getattr(norm, "bias", None), *up, *(down or (None, None, None))
+    parts = [one.detach() if isinstance(one, Tensor) else None for one in tensors]
     return _InputGradient.apply(x, _CENTRED[type(norm)], norm.eps, type(act), *parts)
-
-
-def _affine(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    return norm.weight, getattr(norm, "bias", None)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -70,14 +64,14 @@ class _InputGradient(torch.autograd.Function):
             normed = F.layer_norm(x, size, norm_weight, norm_bias, eps)
         else:
             normed = F.rms_norm(x, size, norm_weight, eps)
-        codes = quantized_rows(*_normalised(x, centred, eps))
+        normalised, rstd = _normalised(x, centred, eps)
         hidden = F.linear(normed.reshape(len(x), -1, up.shape[1]).to(up.dtype), up, up_bias)
         if down is None:
             y, derivative, last_scale = hidden, None, up_scale
         else:
             derivative = packed_derivative(_ACTIVATIONS[act][1](hidden))
             y, last_scale = F.linear(_ACTIVATIONS[act][0](hidden), down, down_bias), down_scale
-        ctx.save_for_backward(*codes, derivative, norm_weight, up, down, last_scale)
+        ctx.save_for_backward(*quantized_rows(normalised), rstd, derivative, norm_weight, up, down, last_scale)
         ctx.centred, ctx.dtype, ctx.shape = centred, x.dtype, x.shape
         return y if last_scale is None else y * last_scale
 
@@ -89,7 +83,7 @@ class _InputGradient(torch.autograd.Function):
             grad = (grad * scale).to(up.dtype)
         if down is not None:
             grad = grad @ down
-            grad = grad * unpacked_derivative(derivative, grad.dtype)
+            grad = grad * unpacked_derivative(derivative, grad.shape[-1], grad.dtype)
         grad = (grad @ up).reshape(ctx.shape).to(norm_weight.dtype) * norm_weight
         normalised = dequantized_rows(codes, steps, grad.dtype)
         centre = grad.mean(-1, keepdim=True) if ctx.centred else 0.0
@@ -109,11 +103,10 @@ def _normalised(x: Tensor, centred: bool, eps: float) -> tuple[Tensor, Tensor]:
 # -- few bits
 
 
-def quantized_rows(x: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (..., C) as int8 (..., C), and steps (..., 1): off by at most half a step, 1/254 of the row's largest number.
-    rstd passes through, for what quantises nothing to have a place for it."""
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., C) as int8 (..., C), and steps (..., 1): off by at most half of one, 1/254 of a row's largest number."""
     steps = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x / steps).round_().to(torch.int8), steps, rstd
+    return (x / steps).round_().to(torch.int8), steps
 
 
 def dequantized_rows(codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,14 +114,16 @@ def dequantized_rows(codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def packed_derivative(x: Tensor) -> Tensor:
-    """Derivatives x (..., 2 n) in 4 bits each, as uint8 (..., n): off by at most 1/24 from -5/24 to 27/24."""
+    """Derivatives x (..., n) in 4 bits each, as uint8 (..., ceil(n / 2)): off by at most 1/24 from -5/24 to 27/24."""
     codes = (x * _ONE).add_(_ZERO).round_().clamp_(0, _LEVELS).to(torch.uint8)
+    if codes.shape[-1] % 2:
+        codes = F.pad(codes, (0, 1))
     low, high = codes.chunk(2, -1)
     return torch.add(low, high, alpha=16)
 
 
-def unpacked_derivative(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    codes = torch.cat([packed & 15, packed >> 4], -1)
+def unpacked_derivative(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    codes = torch.cat([packed & 15, packed >> 4], -1)[..., :channels]
     return codes.to(dtype).sub_(_ZERO).div_(_ONE)
 
 

@@ -78,17 +78,14 @@ class LoopBlock(TokenBlock):
             raise ValueError("SBP blocks take no attn_mask or is_causal in training")
         index = self.sbp_index
         assert index is not None
-        places, scale, shape = (
-            Places(where, rope_rows(rope, where, state.prefix), bias),
-            self.sbp_scale(),
-            state.running.shape,
-        )
+        shape = state.running.shape
+        places = Places(where, rope_rows(rope, where, state.prefix), bias)
         streams = x if isinstance(x, Streams) else self.sbp_split(x, where)
         passed = streams.dropped
         if shape.skips_dropped:  # nothing reads dropped tokens
             streams = Streams(streams.kept, None)
         last = shape.prefix_only and shape.hands_on and index == state.last
-        streams = self.run(streams, last, scale, places)
+        streams = self.run(streams, last, self.sbp_scale(), places)
         if last:
             state.watch(streams.kept)
             return streams.kept

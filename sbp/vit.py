@@ -16,7 +16,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from sbp import input_gradient
-from sbp.backbone import Backbone, only, require
+from sbp.backbone import Backbone, blocks_of, only, require
 from sbp.functional import Streams, join
 from sbp.masks import Positions
 from sbp.settings import Settings
@@ -31,8 +31,7 @@ def find(model: nn.Module) -> Backbone | None:
     if transformer is None:
         return None
     name, vit = transformer
-    name = f"{name}." if name else ""
-    layers = {f"{name}blocks.{i}": block for i, block in enumerate(vit.blocks)}
+    layers = blocks_of(name, vit)
     for layer, block in layers.items():
         require(layer, block, Block, ResPostBlock)
         require(f"{layer}.attn", block.attn, Attention)

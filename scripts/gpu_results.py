@@ -36,7 +36,8 @@ from sbp.training.config.model import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.config.recipe import RecipeConfig
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.config.run import Config
-from sbp.training.memory.forecast import Rules, forecast
+from sbp.training.memory.forecast import forecast
+from sbp.training.plan.arms import BenchmarkRules
 from sbp.training.record.table import markdown
 from sbp.training.runtime import distributed, environment
 from scripts.reproduction.settings import SCALES
@@ -211,13 +212,6 @@ def compare(config: BenchmarkConfig, path: Path) -> None:
     if plain["error"]:
         raise RuntimeError(f"the plain arm failed, so there is nothing to compare with: {plain['error']}")
     benchmark_report.write(result, path.parent, path.stem)
-
-
-class BenchmarkRules(Rules):
-    """The benchmark's step: a fused optimizer, and images that belong to the arm."""
-
-    foreach = False
-    images_stay = True
 
 
 def check_forecast(eager: str, path: Path) -> None:

@@ -5,7 +5,7 @@
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
-    python scripts/study.py scale=convnext                  input gradients at dropped positions: an hour of one core
+    python scripts/study.py scale=convnext                  input gradients at dropped positions: 1.5 hours of a core
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 
 Trains every arm that the claims need by a sweep of train.py over the seeds (run_dir/SCALE/SETTING/ARM), measures

@@ -4,11 +4,11 @@ from functools import partial
 import pytest
 import torch
 from timm.models.vision_transformer_relpos import ResPostRelPosBlock
-from torch.utils.checkpoint import checkpoint
 
 import sbp
 from tests import oracles
 from tests.conftest import assert_same_gradients, gradients, images, small_beit
+from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "head", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(2, 6)]  # the last two thirds of six
@@ -78,21 +78,9 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
 @pytest.mark.parametrize("mhsa_drop", METHODS)
 @pytest.mark.parametrize("name", ["beit, class token", "relpos"])
 def test_every_path_through_timm_gives_the_same_gradients(name, mhsa_drop):
-    def run(prepare):
-        model = sbp.apply(MODELS[name](), mhsa_drop=mhsa_drop, keep_ratio=[0.75, 0.5, 0.5, 0.25])
-        prepare(model)
-        return gradients(model, images())
-
-    def block_by_block(model):
-        model.forward_features = lambda x, **_: model.forward_intermediates(x, indices=1)[0]
-
-    def whole(model):
-        forward = model.forward
-        model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-
-    expected = run(lambda model: None)
-    for prepare in (block_by_block, whole, lambda model: model.set_grad_checkpointing()):
-        assert_same_gradients(run(prepare), expected, tolerance=1e-13)
+    ratios = [0.75, 0.5, 0.5, 0.25]
+    paths = [through_intermediates(indices=1), checkpointed_as_a_whole, with_checkpoints]
+    assert_same_gradients_by(paths, lambda: sbp.apply(MODELS[name](), mhsa_drop=mhsa_drop, keep_ratio=ratios), images())
 
 
 def test_what_is_refused():

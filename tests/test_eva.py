@@ -4,7 +4,6 @@ from functools import partial
 import pytest
 import timm
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import sbp
 from sbp.functional import Streams
@@ -19,6 +18,7 @@ from tests.conftest import (
     randomise,
     small_eva,
 )
+from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "head", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(2, 6)]  # the last two thirds of six
@@ -133,21 +133,8 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
 def test_every_path_through_timm_gives_the_same_gradients(name, mhsa_drop, settings):
     """Streams that are handed on, blocks that join for themselves, timm's checkpoints, and one around the model."""
 
-    def run(prepare):
-        model = sbp.apply(MODELS[name](), mhsa_drop=mhsa_drop, **settings)
-        prepare(model)
-        return gradients(model, images())
-
-    def block_by_block(model):
-        model.forward_features = lambda x, **_: model.forward_intermediates(x, indices=1)[0]
-
-    def whole(model):
-        forward = model.forward
-        model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-
-    expected = run(lambda model: None)
-    for prepare in (block_by_block, whole, lambda model: model.set_grad_checkpointing()):
-        assert_same_gradients(run(prepare), expected, tolerance=1e-13)
+    paths = [through_intermediates(indices=1), checkpointed_as_a_whole, with_checkpoints]
+    assert_same_gradients_by(paths, lambda: sbp.apply(MODELS[name](), mhsa_drop=mhsa_drop, **settings), images())
 
 
 @pytest.mark.parametrize("name", ["class token, drop path", "vit_small_patch16_dinov3"])

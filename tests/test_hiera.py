@@ -3,7 +3,6 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import sbp
 from sbp.functional import Streams
@@ -16,6 +15,7 @@ from tests.conftest import (
     masks_of,
     small_hiera,
 )
+from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(5)]  # the first two stages, and two of three
@@ -86,21 +86,10 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
 @pytest.mark.parametrize("keep_ratio", [0.5, [0.75, 0.75, 0.5, 0.5, 0.25]], ids=str)
 @pytest.mark.parametrize("mhsa_drop", METHODS)
 def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, keep_ratio):
-    def run(prepare):
-        model = sbp.apply(small_hiera(drop_path_rate=0.3), mhsa_drop=mhsa_drop, keep_ratio=keep_ratio)
-        prepare(model)
-        return gradients(model, images(96))
+    def make():
+        return sbp.apply(small_hiera(drop_path_rate=0.3), mhsa_drop=mhsa_drop, keep_ratio=keep_ratio)
 
-    def intermediates(model):
-        model.forward_features = lambda x, **_: model.forward_intermediates(x)[0]
-
-    def whole(model):
-        forward = model.forward
-        model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-
-    expected = run(lambda model: None)
-    for prepare in (intermediates, whole, lambda model: model.set_grad_checkpointing()):
-        assert_same_gradients(run(prepare), expected, tolerance=1e-13)
+    assert_same_gradients_by([through_intermediates(), checkpointed_as_a_whole, with_checkpoints], make, images(96))
 
 
 def test_streams_are_split_once():

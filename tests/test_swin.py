@@ -9,6 +9,7 @@ from sbp.masks import grid_mask
 from sbp.swin import in_shifted_window, on_map
 from tests import oracles
 from tests.conftest import assert_same_gradients, gradients, images, small_swin
+from tests.paths import assert_same_gradients_by, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "qkv_exact")
 BLOCKS = ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0", "layers.2.blocks.0", "layers.2.blocks.1"]
@@ -71,17 +72,10 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_every_path_through_timm_gives_the_same_gradients(name):
-    def run(prepare):
-        model = sbp.apply(MODELS[name](), mhsa_drop="query", keep_ratio=0.3)
-        prepare(model)
-        return gradients(model, images(64))
+    def make():
+        return sbp.apply(MODELS[name](), mhsa_drop="query", keep_ratio=0.3)
 
-    def intermediates(model):
-        model.forward_features = lambda x: model.forward_intermediates(x)[0]
-
-    expected = run(lambda model: None)
-    for prepare in (intermediates, lambda model: model.set_grad_checkpointing()):
-        assert_same_gradients(run(prepare), expected, tolerance=1e-13)
+    assert_same_gradients_by([through_intermediates(), with_checkpoints], make, images(64))
 
 
 @pytest.mark.parametrize("window", [(7, 7), (8, 8), (4, 6)])

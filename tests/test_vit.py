@@ -7,7 +7,6 @@ import torch
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import ResPostBlock
 from timm.models.vitamin import GeGluMlp
-from torch.utils.checkpoint import checkpoint
 
 import sbp
 from sbp.attention import kept_heads
@@ -21,6 +20,7 @@ from tests.conftest import (
     masks_of,
     small_vit,
 )
+from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "head", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(2, 6)]  # the last two thirds of six
@@ -203,25 +203,15 @@ def test_the_forward_pass_is_the_plain_models(mhsa_drop, global_pool):
 def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, global_pool, settings, monkeypatch):
     """The split-once path, blocks run one by one, checkpointed segments, and the model checkpointed as a whole."""
 
-    def run(prepare):
-        model = sbp.apply(small_vit(global_pool=global_pool, drop_path_rate=0.3), mhsa_drop=mhsa_drop, **settings)
-        prepare(model)
-        return gradients(model, images())
-
-    def block_by_block(model):
-        model.forward_features = lambda x, **_: model.forward_intermediates(x, indices=1)[0]
+    def make():
+        return sbp.apply(small_vit(global_pool=global_pool, drop_path_rate=0.3), mhsa_drop=mhsa_drop, **settings)
 
     def in_segments(model):
         monkeypatch.setattr("timm.models.vision_transformer.checkpoint_seq", partial(checkpoint_seq, every=2))
-        model.set_grad_checkpointing()
+        with_checkpoints(model)
 
-    def whole(model):
-        forward = model.forward
-        model.forward = lambda x: checkpoint(forward, x, use_reentrant=False)
-
-    expected = run(lambda model: None)
-    for prepare in (block_by_block, whole, lambda model: model.set_grad_checkpointing(), in_segments):
-        assert_same_gradients(run(prepare), expected, tolerance=1e-13)
+    paths = [through_intermediates(indices=1), checkpointed_as_a_whole, with_checkpoints, in_segments]
+    assert_same_gradients_by(paths, make, images())
 
 
 def test_drop_path_is_decided_once_for_kept_and_dropped_positions():

@@ -29,8 +29,6 @@ from sbp.training.record.files import write_json
 
 log = logging.getLogger("plan")
 
-SHARE = 0.93  # of a GPU's memory: the rest is the CUDA context's, the libraries' and lost between allocations
-
 register("plan", PlanConfig)
 register("calibrate", CalibrateConfig)
 
@@ -45,7 +43,7 @@ def report(config: PlanConfig, folder: Path) -> None:
         result, points = _arms(config, run, gpu)
         available = None
     else:
-        available = 2**30 * (SHARE * gpu.memory_gib if config.memory_gib is None else config.memory_gib)
+        available = 2**30 * (gpus.USABLE * gpu.memory_gib if config.memory_gib is None else config.memory_gib)
         shown = _plan(config, run, gpu, available)
         result = as_json(gpu, shown, run.global_batch_size)
         points = [(one.name, one.setting.exact, one.peak, one.images_per_second) for one in shown]

@@ -93,7 +93,7 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     epochs=5,
     is_vit=False,
 )
-# The same network on the digits, and in one pass over the photographs: for two cores and an hour.
+# The same network on the digits, and in one pass over the photographs.
 DIGITS_CONVNEXT = replace(
     DIGITS_VIT,
     name="digits-convnext",

@@ -8,12 +8,11 @@ import torch
 
 from sbp.training.config.run import Config
 from sbp.training.memory.advice import available_memory
-from sbp.training.plan.gpus import Gpu, find, matching
+from sbp.training.plan.gpus import USABLE, Gpu, find, matching
 from sbp.training.plan.search import Line, Point, fastest, line, ways
 from sbp.training.plan.settings import of_run
 from sbp.training.runtime import environment
 
-SHARE = 0.93  # of what is free: the rest is the libraries', and lost between allocations
 LIKELY = "a100-80gb"  # whose proportions stand for those of a GPU that is not known
 MARGIN = 0.15
 _FIRST, _LAST = 6, 16  # steps: passes are captured after 3, and code is compiled with the first
@@ -51,7 +50,7 @@ def choose(
     if device.type != "cuda" and gpu is None:
         return Expected(config.global_batch_size // world_size)
     known = gpu_of(device) if gpu is None else gpu
-    free = SHARE * available_memory() if available is None else available
+    free = USABLE * available_memory() if available is None else available
     plain = replace(config, micro_batch_size=None)
     point = _point(plain, known, free, world_size, forecast)
     if point is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sbp.training.record.files import read_text
 
+USABLE = 0.93  # of the memory: the rest is the CUDA context's, the libraries', and lost between allocations
 SHEETS = Path(__file__).with_name("gpus.json")
 
 

@@ -1,4 +1,6 @@
 from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -9,8 +11,10 @@ from sbp.training.plan.operators import record
 from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
 from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
 from sbp.training.plan.times import How, forecast_times
+from sbp.training.record.files import read_json
 from tests.training.configs import small
 
+RECORDS = Path(__file__).parents[3] / "results" / "laptop" / "digits-vit" / "training"
 T4 = find("t4")
 EXACT = Setting(1.0, "qkv", "none")
 MIB = 2**20
@@ -32,8 +36,17 @@ def test_names_are_those_of_the_benchmark_s_arms():
 def test_what_is_not_known_of_accuracy_is_said():
     config = small()
     assert accuracy(config, EXACT, True) == "exact gradient"
-    assert "CIFAR-10" in accuracy(config, Setting(0.5, "query", "none"), True)
+    assert accuracy(config, Setting(0.25, "query", "none"), True) == NOT_STUDIED
     assert accuracy(config, Setting(0.25, "qkv", "none"), False) == NOT_STUDIED  # neither a ViT nor a ConvNeXt
+
+
+@pytest.mark.parametrize(
+    ("arm", "setting"), [("sbp", (0.5, "qkv")), ("ratio_0.25", (0.25, "qkv")), ("query", (0.5, "query"))]
+)
+def test_what_is_known_of_the_digits_is_what_the_records_say(arm, setting):
+    top1 = {one: fmean(run["top1"] for run in read_json(RECORDS / f"{one}.json")["runs"]) for one in ("plain", arm)}
+    said = accuracy(small(), Setting(*setting, "none"), True)
+    assert said.endswith(f"digits {top1[arm] - top1['plain']:+.0f}")
 
 
 @pytest.mark.parametrize("how", [How(), How(graph=True, cast_together=True), How(compile=True)])
