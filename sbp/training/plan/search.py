@@ -93,11 +93,16 @@ def line(config: Config) -> Line:
 
 
 def lines(configs: Sequence[Config]) -> list[Line]:
-    """Of each config, in two processes where that is possible."""
+    """Of each config, in two processes where that is possible.
+
+    Each sets its threads before it does anything: torch's pool does not survive a fork, and the first threads of a
+    backward pass would race for who makes it anew.
+    """
     processes = min(2, os.cpu_count() or 1, len(configs))
     if processes < 2 or torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods():
         return [line(config) for config in configs]
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+    forked = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
+    with forked(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(line, configs))
 
 
