@@ -319,7 +319,8 @@ QUESTIONS = {  # ours, answered in the same way
         "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
         (Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("query_input_0.25", "query_0.25")),
         against_plain=(
-            *("sbp", "input", "input_0.25", "per_sample", "input_per_sample", "query_0.25", "query_input_0.25"),
+            *("sbp", "ratio_0.25", "input_0.25", "input", "per_sample", "input_per_sample"),
+            *("query_0.25", "query_input_0.25"),
         ),
         shows="choice",
     ),
