@@ -78,7 +78,7 @@ def test_the_optimizer_moves_four_tensors_and_writes_three():
     assert sum(one.written for one in found) == 3 * 4 * sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", ["vit", pytest.param("convnext", marks=pytest.mark.long)])
 def test_the_step_of_another_batch_lies_on_the_line_through_two(backbone):
     config = small("sbp=default", "amp=bfloat16", "global_batch_size=64", backbone=backbone)
     small_step, large_step, exact = (record(config, size) for size in (8, 16, 32))
