@@ -13,7 +13,7 @@ from sbp.training.benchmark.arms import ARMS
 from sbp.training.config.model import BackboneConfig
 from sbp.training.plan.arms import arm_config, arm_times, recorded
 from sbp.training.plan.gpus import find
-from sbp.training.plan.operators import Step
+from sbp.training.plan.steps import Step
 from sbp.training.record.files import write_text
 from sbp.training.record.table import markdown
 
