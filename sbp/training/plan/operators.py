@@ -26,14 +26,14 @@ ONCE = ("clipping", "optimizer", "average")  # a step, however many micro batche
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"}
 SUMS = {
-    *("sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "prod", "var_mean", "any", "all"),
-    *("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum", "argmax"),
-}
+    "sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "prod", "var_mean", "any", "all",
+    "_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum", "argmax",
+}  # fmt: skip
 MOVES = {  # positions to other places
-    *("cat", "stack", "gather", "index_select", "index", "index_copy", "index_copy_", "index_add", "index_add_"),
-    *("scatter", "scatter_", "scatter_add", "scatter_add_", "index_put", "index_put_", "_index_put_impl_"),
-    *("embedding", "flip", "roll", "constant_pad_nd", "repeat", "upsample_nearest2d", "upsample_bicubic2d"),
-}
+    "cat", "stack", "gather", "index_select", "index", "index_copy", "index_copy_", "index_add", "index_add_",
+    "scatter", "scatter_", "scatter_add", "scatter_add_", "index_put", "index_put_", "_index_put_impl_",
+    "embedding", "flip", "roll", "constant_pad_nd", "repeat", "upsample_nearest2d", "upsample_bicubic2d",
+}  # fmt: skip
 _WRITES_SOURCE = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "_index_put_impl_"}
 _SILENT = {"device", "_record_function_enter_new", "_record_function_exit", "_local_scalar_dense", "item"}
 

@@ -160,7 +160,7 @@ def fastest(
         if peak > available:
             continue
         times = found.times(
-            *(size, gpu, how), accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
+            size, gpu, how, accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
         )
         if best is None or times.step < 0.99 * best.times.step:
             name = f"{setting.name}{'_compile' if how.compile else ''}"
