@@ -33,8 +33,12 @@ def compared(name: str, seen: dict[str, int]) -> list[list[str]]:
     counted = {arm: record["launches"] for arm, record in benchmark(config)["arms"].items()}
     return [
         [
-            *(NETWORKS[name].backbone.name, ARMS[arm].label, str(counted[arm]), str(there)),
-            *(f"{counted[arm] / counted['plain']:.3f}", f"{there / seen['plain']:.3f}"),
+            NETWORKS[name].backbone.name,
+            ARMS[arm].label,
+            str(counted[arm]),
+            str(there),
+            f"{counted[arm] / counted['plain']:.3f}",
+            f"{there / seen['plain']:.3f}",
         ]
         for arm, there in seen.items()
     ]

@@ -163,7 +163,10 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 def _label(
     axis: Any, points: list[tuple[float, float]], texts: list[str], colors: list[str], front: list[tuple[float, float]]
 ) -> None:
-    """Writes each text beside its point, where it overlaps least with points, frontier and the texts before it."""
+    """Writes each text beside its point, where it overlaps least with points, frontier and the texts before it.
+
+    adjustText 1.4 is alive, but left texts on the frontier and on markers that it was told to avoid, in these figures.
+    """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 

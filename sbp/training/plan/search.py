@@ -13,8 +13,9 @@ import torch
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Forecast
 from sbp.training.plan.gpus import Gpu
-from sbp.training.plan.operators import Kernel, Step, alike, extrapolated, record
+from sbp.training.plan.operators import Kernel
 from sbp.training.plan.settings import Setting, accuracy, is_transformer, settings
+from sbp.training.plan.steps import Step, alike, extrapolated, record
 from sbp.training.plan.times import How, Times, times_of, transformed
 
 SIZES = {"classification": (32, 128), "detection": (1, 2)}  # micro batches of the fake steps
@@ -159,7 +160,7 @@ def fastest(
         if peak > available:
             continue
         times = found.times(
-            *(size, gpu, how), accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
+            size, gpu, how, accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
         )
         if best is None or times.step < 0.99 * best.times.step:
             name = f"{setting.name}{'_compile' if how.compile else ''}"

@@ -9,7 +9,9 @@ from scipy.stats import ttest_rel
 
 from scripts import results
 from scripts.reproduction import report, verdicts
-from scripts.reproduction.claims import ANSWERED, ARMS, NULLS, PARTIAL
+from scripts.reproduction.arms import ARMS, NULLS, PARTIAL
+from scripts.reproduction.claims import ANSWERED
+from scripts.reproduction.published import TABLE_1, TABLE_2
 from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"
@@ -17,20 +19,6 @@ TEXT = (ROOT / "RESULTS.md").read_text()
 LABELS = {arm.label: name for name, arm in ARMS.items()}
 LABELS |= {label: name for name, label in (NULLS | PARTIAL).items()}
 STAGES = ("early", "middle", "late")
-TALK = """
-ViT-Tiny	no SBP	256	8248	73.68
-ViT-Tiny	0.5	256	5587	73.09
-ViT-Base	no SBP	64	10083	81.22
-ViT-Base	0.5	64	7436	80.62
-ConvNeXt-Tiny	no SBP	128	12134	82.1
-ConvNeXt-Tiny	0.5	128	7059	81.61
-ConvNeXt-Base	no SBP	64	14130	83.8
-ConvNeXt-Base	0.5	64	8758	83.27
-"""  # its Table 1
-TALK_2 = (  # its Table 2: GB, box AP and mask AP, of each detector without SBP, and with it
-    ((8.6, 46.2, 41.7), (17.4, 52.7, 45.6)),
-    ((5.9, 45.5, 41.1), (12.5, 52.5, 45.4)),
-)
 
 
 def records(name, kind):
@@ -154,14 +142,19 @@ def check_comparison(title, training, gradients, costs, what, measure, advantage
 
 
 def test_table_1_is_the_talks_and_the_forecasts():
-    talk = [line.split("\t") for line in TALK.strip().splitlines()]
     (table,) = (one for one in tables(TEXT) if one[0][0] == "network")
-    for row, plain, sbp in zip(table[1:], talk[::2], talk[1::2], strict=True):
+    for row, key in zip(table[1:], TABLE_1, strict=True):
         network, batch, memory, forecast, cheap, _, top1 = row
-        assert network == plain[0] and batch == plain[2]
-        same(memory, *(float(one) for one in (plain[3], sbp[3])), float(sbp[3]) / float(plain[3]))
-        assert numbers(top1) == [float(plain[4]), float(sbp[4])]
-        assert_forecast(network.lower().replace("-", "_"), forecast, cheap)
+        name, of_a_gpu, plain, sbp, *accuracies = TABLE_1[key]
+        assert (network, batch) == (name, str(of_a_gpu))
+        same(memory, plain, sbp, sbp / plain)
+        assert numbers(top1) == accuracies
+        assert_forecast(key, forecast, cheap)
+
+
+def test_the_documents_repeat_table_1_as_it_is():
+    (row,) = re.findall(r"^\| published \| (.*) \|$", (ROOT / "docs" / "memory.md").read_text(), re.M)
+    assert row.split(" | ") == [f"{plain} → {sbp}" for _, _, plain, sbp, *_ in TABLE_1.values()]
 
 
 def assert_forecast(name, forecast, cheap):
@@ -174,12 +167,12 @@ def assert_forecast(name, forecast, cheap):
 
 def test_table_2_is_the_talks_and_the_forecasts():
     (table,) = (one for one in tables(TEXT) if one[0][0] == "detector")
-    names = ("mask_rcnn_convnext_tiny", "cascade_mask_rcnn_convnext_base")
-    for row, name, plain, sbp in zip(table[1:], names, *TALK_2, strict=True):
+    for row, name in zip(table[1:], TABLE_2, strict=True):
         detector, memory, forecast, cheap, _, box, mask = row
-        assert re.sub(r"\W+", "", detector).lower() == re.sub("_", "", name)
-        same(memory, plain[0], sbp[0], sbp[0] / plain[0])
-        assert numbers(box) == [plain[1], sbp[1]] and numbers(mask) == [plain[2], sbp[2]]
+        words, plain, sbp, *accuracies = TABLE_2[name]
+        assert detector == words and re.sub(r"\W+", "", detector).lower() == re.sub("_", "", name)
+        same(memory, plain, sbp, sbp / plain)
+        assert numbers(box) + numbers(mask) == accuracies
         assert_forecast(name, forecast, cheap)
 
 
@@ -195,10 +188,9 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
             facts += [*versions, sizes, record["device"], *record.get("devices", []), *record.get("commits", [])]
             facts.append(record["versions"]["commit"])
     texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
-    rule = [re.sub(r"  +", "", line.strip()) for line in verdicts.__doc__.splitlines()]
     facts += [line[1:] for line in facts]  # the first letter is a capital
     flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
-    for known in sorted((*facts, *texts, *verdicts.__doc__.splitlines(), *rule), key=len, reverse=True):
+    for known in sorted((*facts, *texts, *verdicts.RULE.splitlines()), key=len, reverse=True):
         flat = flat.replace(re.sub(r"`[^`]*`", "", known.strip()), "")
     rest_of_it = (
         r"## \d\.|keep-ratio 0\.5|\(300 epochs of ImageNet each\)|\(\d of \d networks take|Claim 7, Table 1:"

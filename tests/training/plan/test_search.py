@@ -7,9 +7,9 @@ import pytest
 from sbp.training.memory.forecast import forecast
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
-from sbp.training.plan.operators import record
 from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
 from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
+from sbp.training.plan.steps import record
 from sbp.training.plan.times import How, forecast_times
 from sbp.training.record.files import read_json
 from tests.training.configs import small

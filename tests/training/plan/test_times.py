@@ -4,8 +4,9 @@ import pytest
 
 from sbp.training.plan import fusing
 from sbp.training.plan.gpus import find, matching, names
-from sbp.training.plan.operators import Kernel, record
+from sbp.training.plan.operators import Kernel
 from sbp.training.plan.roofline import Efficiency, efficiencies, kernel_seconds, seconds
+from sbp.training.plan.steps import record
 from sbp.training.plan.times import How, forecast_times
 from scripts import plan_accuracy
 from tests.training.configs import small

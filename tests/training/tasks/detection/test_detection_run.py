@@ -30,12 +30,12 @@ from tests.training.wandb_side import wandb_history
 CPU = torch.device("cpu")
 PHOTOGRAPHS = os.environ.get("SBP_COCO")  # with images/train and annotations/instances_train.json
 FOUR_IMAGES = (
-    *("task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1"),
-    *("detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4"),
-    *("backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0"),
-    *("recipe.augment=false", "recipe.epochs=100", "recipe.lr=2e-3"),
-    *("eval_batch_size=4", "eval_every_epochs=100", "probe.every_steps=100"),
-)
+    "task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1",
+    "detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4",
+    "backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0",
+    "recipe.augment=false", "recipe.epochs=100", "recipe.lr=2e-3",
+    "eval_batch_size=4", "eval_every_epochs=100", "probe.every_steps=100",
+)  # fmt: skip
 
 
 @pytest.mark.long
@@ -74,12 +74,12 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
 def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, name):
     """Crops and sizes, sampled regions, batch norms of the cascade, drop path, random masks, an accumulated step."""
     config = small_detector_run(
-        *(f"detector.name={name}", "recipe.epochs=2", "recipe.short_sides=[48,64]", "recipe.crop_share=0.5"),
-        *("recipe.crop_short_sides=[64]", "recipe.crop_sides=[40,60]", "sbp.mask=random", "recipe.layer_decay=0.8"),
-        *("recipe.scheduler=multistep", "recipe.decay_milestones=[1]", "recipe.warmup_steps=2", "micro_batch_size=4"),
-        *("checkpoint.every_steps=2", "checkpoint.keep=9", "probe.every_steps=2", "log_every_steps=1"),
+        f"detector.name={name}", "recipe.epochs=2", "recipe.short_sides=[48,64]", "recipe.crop_share=0.5",
+        "recipe.crop_short_sides=[64]", "recipe.crop_sides=[40,60]", "sbp.mask=random", "recipe.layer_decay=0.8",
+        "recipe.scheduler=multistep", "recipe.decay_milestones=[1]", "recipe.warmup_steps=2", "micro_batch_size=4",
+        "checkpoint.every_steps=2", "checkpoint.keep=9", "probe.every_steps=2", "log_every_steps=1",
         "eval_every_epochs=2",
-    )
+    )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -200,12 +200,12 @@ def test_all_processes_take_part_in_a_probe_where_batch_norms_do():
 def test_eight_photographs_can_be_learned_by_heart(tmp_path, name, sbp):
     few_images(Path(PHOTOGRAPHS), tmp_path / "data", split="train")
     config = composed(
-        *("task=detection", "data=coco", f"data.root={tmp_path / 'data'}", "data.train_split=train"),
-        *("data.val_split=train", "data.image_size=256", "data.max_size=512", "data.workers=0", f"sbp={sbp}"),
-        *("detector=small", f"detector.name={name}", "detector.anchor_sizes=[16,32,64,128,256]", "logger=none"),
-        *("+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0", "recipe.augment=false", "recipe.epochs=100"),
-        *("recipe.warmup_epochs=5", "global_batch_size=4", "eval_every_epochs=100", "probe.every_steps=null"),
-    )
+        "task=detection", "data=coco", f"data.root={tmp_path / 'data'}", "data.train_split=train",
+        "data.val_split=train", "data.image_size=256", "data.max_size=512", "data.workers=0", f"sbp={sbp}",
+        "detector=small", f"detector.name={name}", "detector.anchor_sizes=[16,32,64,128,256]", "logger=none",
+        "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0", "recipe.augment=false", "recipe.epochs=100",
+        "recipe.warmup_epochs=5", "global_batch_size=4", "eval_every_epochs=100", "probe.every_steps=null",
+    )  # fmt: skip
     summary = train(config, tmp_path / "run")
     print(json.dumps({key: summary[key] for key in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}))
     assert summary["box_ap"] > 50 and summary["mask_ap"] > 50
