@@ -33,11 +33,14 @@ class Places(NamedTuple):
     rope: rows of sine and cosine for the kept tokens but prefix tokens, and for the dropped ones, each (n, 2 d), with
     heads in front (h, n, 2 d), or images and heads, (B, 1, n, 2 d) or (B, h, n, 2 d).
     bias: what the network adds to the attention of all its blocks, (1, h, N, N).
+    real: which of the kept and of the dropped tokens are no padding, bool (B, n, 1), where there is padding. To
+    attention that is zero behind the norm.
     """
 
     where: Positions | None = None
     rope: Streams | None = None
     bias: Tensor | None = None
+    real: Streams | None = None
 
 
 NOWHERE = Places()
@@ -53,12 +56,13 @@ def attend(block: Any, x: Streams, read: int | None, places: Places = NOWHERE) -
     to_heads = _to_heads(block)
     project = _projection(block)
     rope = places.rope or Streams(None, None)  # type: ignore[arg-type]
+    real = places.real or Streams(None, None)  # type: ignore[arg-type]
     bias = _bias(block, x.dropped is not None, places, method, read)
-    q, k, v = to_heads(x.kept, rope.kept)
+    q, k, v = to_heads(x.kept, rope.kept, real.kept)
     dropped = x.dropped
     if dropped is not None:
         with nullcontext() if method == "query" else torch.no_grad():
-            q_dropped, k_dropped, v_dropped = to_heads(dropped, rope.dropped)
+            q_dropped, k_dropped, v_dropped = to_heads(dropped, rope.dropped, real.dropped)
         with torch.no_grad() if method == "qkv" else nullcontext():
             all_k, all_v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
         if method != "qkv":
@@ -133,8 +137,8 @@ def heads_are_separate(attn: Any) -> bool:
 # -- from tokens to heads
 
 
-def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
-    """The function from tokens (B, n, C) and their rope to q, k and v, each (B, h, n, d)."""
+def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None, Tensor | None], QKV]:
+    """The function from tokens (B, n, C), their rope and which are no padding to q, k and v, each (B, h, n, d)."""
     attn = block.attn
     if attn.qkv is not None:
         bias = None if getattr(attn, "q_bias", None) is None else _packed(attn)[1]
@@ -144,8 +148,12 @@ def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
         to_qkv = _three_layers(block)
         sizes = [attn.num_heads] + [getattr(attn, "num_kv_heads", attn.num_heads)] * 2
 
-    def to_heads(tokens: Tensor, rope: Tensor | None) -> QKV:
-        qkv = to_qkv(tokens).unflatten(2, (sum(sizes), -1))  # (B, n, all heads, d)
+    def to_heads(tokens: Tensor, rope: Tensor | None, real: Tensor | None) -> QKV:
+        qkv = to_qkv(tokens)
+        if real is not None:
+            of_zero = _packed(attn)[1]
+            qkv = torch.where(real, qkv, 0 if of_zero is None else of_zero.to(qkv.dtype))
+        qkv = qkv.unflatten(2, (sum(sizes), -1))  # (B, n, all heads, d)
         q, k, v = (one.transpose(1, 2) for one in qkv.split(sizes, 2))
         q, k, v = _rotated(attn, *_normed(attn, q, k, v), rope)
         if sizes[1] < sizes[0]:

@@ -153,7 +153,7 @@ def test_the_published_recipe_has_its_layers_and_steps():
         ("compile=true", "compile must be false with task=detection"),
         (
             "backbone.name=vit_tiny_patch16_224",
-            "backbone.name must be a timm ConvNeXt with task=detection, got vit_tiny_patch16_224",
+            "backbone.name must be a timm ConvNeXt or Swin with task=detection, got vit_tiny_patch16_224",
         ),
         ("detector.name=yolo", "detector.name must be one of mask_rcnn, cascade_mask_rcnn, got 'yolo'"),
         ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must have 5 values, got 2"),
