@@ -58,6 +58,22 @@ def test_remove_and_disabled_give_the_plain_model_back(make, size):
     assert not any(one._forward_pre_hooks for one in model.modules())
 
 
+@pytest.mark.parametrize("again", ["none", "cheap", "block"])
+@each_family
+def test_disabled_recomputes_what_exact_recompute_says(make, size, again):
+    """With plain timm's gradients, and the memory of exact training that recomputes so; SBP is as without."""
+    x = images(size)
+    mode = "block" if again == "cheap" else "cheap"
+    model = sbp.apply(make(), recompute=mode, exact_recompute=again)
+    alone = sbp.apply(make(), keep_ratio=1, recompute=again)
+    with sbp.disabled(model):
+        assert_same_gradients(gradients(model, x), gradients(make(), x))
+        assert saved_bytes(lambda: model(x).sum()) == saved_bytes(lambda: alone(x).sum())
+    assert_same_gradients(gradients(model, x), gradients(sbp.apply(make(), recompute=mode), x), tolerance=0)
+    of_sbp = sbp.apply(make(), exact_recompute=again)
+    assert saved_bytes(lambda: of_sbp(x).sum()) == saved_bytes(lambda: sbp.apply(make())(x).sum())
+
+
 @each_family
 def test_a_copy_draws_for_itself(make, size):
     model = sbp.apply(make(), mask="random")

@@ -270,6 +270,7 @@ def test_a_backbone_within_another_model():
         ({"layers": []}, "layers must be None, 'all' or names of layers"),
         ({"layers": "blocks.1"}, "layers must be None, 'all' or names of layers"),
         ({"layers": ["blocks.1", "blocks.9"]}, r"got \['blocks.9'\]; this model has blocks.0, blocks.1"),
+        ({"exact_recompute": "all"}, "exact_recompute must be one of none, cheap, block, got 'all'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\^32\), got -1"),
     ],
 )

@@ -68,6 +68,12 @@ class SbpConfig:
         False, "one mask for the whole run (of each process, without shared_mask) instead of fresh ones"
     )
     exact_epochs: int = key(0, "so many epochs at the end of the run use exact backpropagation", at_least=0)
+    exact_recompute: str | None = key(
+        None,
+        "the `recompute` of those epochs, which would else save more for the backward pass; null for the same",
+        one_of=RECOMPUTE,
+        free="always",
+    )
     eval: str = key(
         "exact", "`published` is the authors' evaluation, with masks and partial attention", one_of=EVALUATIONS
     )

@@ -94,6 +94,11 @@ def _check_exact_epochs(config: Config) -> None:
         raise ValueError(
             f"sbp.exact_epochs={sbp.exact_epochs} needs sbp.enabled=true; without SBP all epochs are exact"
         )
+    if sbp.exact_recompute is not None and not sbp.exact_epochs:
+        raise ValueError(
+            f"sbp.exact_recompute={sbp.exact_recompute} is of exact epochs and needs sbp.exact_epochs in [1, {epochs}] "
+            f"(recipe.epochs), got {sbp.exact_epochs}; what all epochs recompute is sbp.recompute"
+        )
 
 
 def _check_rates(config: Config) -> None:

@@ -53,6 +53,7 @@ def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
             mask_per=settings.mask_per,
             rescale=settings.rescale,
             dropped=settings.dropped,
+            exact_recompute=settings.exact_recompute,
         )
 
 

@@ -120,6 +120,13 @@ def test_exact_epochs_need_sbp_in_the_others():
     assert validate(small("sbp.exact_epochs=1")).sbp.exact_epochs == 1
     with pytest.raises(ValueError, match=r"sbp\.exact_epochs=1 needs sbp\.enabled=true"):
         validate(small("sbp=none", "sbp.exact_epochs=1"))
+    assert validate(small("sbp.exact_epochs=1", "sbp.exact_recompute=block")).sbp.exact_recompute == "block"
+    with pytest.raises(
+        ValueError, match=r"sbp\.exact_recompute=cheap is of exact epochs and needs sbp\.exact_epochs in"
+    ):
+        validate(small("sbp.exact_recompute=cheap"))
+    with pytest.raises(ValueError, match=r"sbp\.exact_recompute must be one of none, cheap, block, got 'all'"):
+        validate(small("sbp.exact_epochs=1", "sbp.exact_recompute=all"))
 
 
 @pytest.mark.parametrize("option", ["data=imagenet", "data=timm"])
