@@ -214,6 +214,20 @@ def set_draw(model: nn.Module, draw: int) -> None:
         state.set_draw(draw)
 
 
+def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> None:
+    """From the next forward pass on, this share of positions has gradient: a number, or a list, as `apply` takes it.
+
+    To be called between steps, not between a forward pass and its backward pass. Takes the model wrapped or not. The
+    masks' draws go on. Another number of kept positions is another shape: compiled code is compiled anew, and a CUDA
+    graph has to be captured anew. No part of `mask_state`: set it again when a run goes on. `keep_ratio_at` says what
+    an epoch keeps. Raises ValueError, and changes nothing, for what `apply` would raise it for.
+    """
+    own = states(model)
+    found = [_keep_ratios(keep_ratio, state.layers) for state in own]
+    for state, ratios in zip(own, found, strict=True):
+        state.set_keep_ratios(ratios)
+
+
 def mask_state(model: nn.Module) -> dict[str, int]:
     """What the masks to come depend on: {"seed", "rank", "draw"}. Reads `draw` from the model's device."""
     state = _one_state(model)

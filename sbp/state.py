@@ -205,6 +205,13 @@ class State:
         if self.held:
             self.current = None
 
+    def set_keep_ratios(self, keep_ratios: list[float]) -> None:
+        """Of the next pass on, one for each SBP layer."""
+        if keep_ratios != self.keep_ratios:
+            self.keep_ratios = keep_ratios
+            if self.held:
+                self.current = None
+
     def _drawn_masks(self, shape: Shape, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid, or one for each image, and how many positions it keeps."""
         height, width = shape.grid

@@ -75,6 +75,18 @@ def test_disabled_recomputes_what_exact_recompute_says(make, size, again):
 
 
 @each_family
+def test_another_keep_ratio_is_that_of_a_model_made_with_it(make, size):
+    x, model = images(size), sbp.apply(make(), mask="random")
+    layers = len(sbp.supports(make()).published)
+    for draw, keep_ratio in enumerate((0.25, 1.0, [0.75] * layers, [0.25] * (layers - 1) + [0.75], 0.5)):
+        sbp.set_keep_ratio(model, keep_ratio)
+        other = sbp.apply(make(), mask="random", keep_ratio=keep_ratio)
+        sbp.set_draw(other, draw)
+        assert_same_gradients(gradients(model, x), gradients(other, x), tolerance=0)
+        assert sbp.effective_keep_ratio(model) == sbp.effective_keep_ratio(other)
+
+
+@each_family
 def test_a_copy_draws_for_itself(make, size):
     model = sbp.apply(make(), mask="random")
     model(images(size))

@@ -54,6 +54,11 @@ class SbpConfig:
     keep_ratio: Any = key(
         0.5, "the share of positions that is kept, in (0, 1]: one number, or a list with one for each SBP layer"
     )
+    keep_ratio_end: Any = key(
+        None,
+        "keep_ratio changes evenly over the epochs, to this (a number, or a list) in the last epoch with SBP; in steps "
+        "of 1/8 between the first and the last one; null for no change",
+    )
     mask: str = key("grid", "kept positions lie on a regular grid, or anywhere", one_of=MASKS)
     mhsa_drop: str = key("qkv", "what attention drops; `qkv` is the published method", one_of=MHSA_DROPS)
     layers: Any = key(None, "null for the published ones, `all`, or a list of names")

@@ -191,7 +191,7 @@ def keep_ratio_table(
 
     Of steps that are alike all run long.
     """
-    config = with_sbp(config, enabled=True, exact_epochs=0, exact_recompute=None)
+    config = with_sbp(config, enabled=True, keep_ratio_end=None, exact_epochs=0, exact_recompute=None)
     return {
         mode: {
             ratio: forecast(

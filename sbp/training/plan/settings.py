@@ -8,12 +8,13 @@ import torch
 from timm.models import VisionTransformer
 
 from sbp.settings import RECOMPUTE
+from sbp.training.config.keys import shown
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import TODAY, with_sbp
 from sbp.training.memory.phases import phases
 
 EXACT = "exact gradient"
-OF_EPOCHS = ("exact_epochs", "exact_recompute")  # keys of a run whose steps are not all alike
+OF_EPOCHS = ("keep_ratio_end", "exact_epochs", "exact_recompute")  # keys of a run whose steps are not all alike
 _KNOWN = {  # by task, network, mhsa_drop and keep-ratio: the talk's, and those of results/laptop/digits-vit
     ("classification", "vit", "qkv", 0.5): "ImageNet as published -0.5 to -0.6; digits -8",
     ("classification", "vit", "qkv", 0.25): "digits -13",
@@ -49,7 +50,7 @@ class Setting:
     def applied(self, config: Config) -> Config:
         """The config with this setting; what it says of epochs stays where the gradient is not exact in all of them."""
         if self.exact:
-            config = with_sbp(config, exact_epochs=0, exact_recompute=None)
+            config = with_sbp(config, keep_ratio_end=None, exact_epochs=0, exact_recompute=None)
             if self.recompute == "none":
                 return with_sbp(config, enabled=False)
         how = {"keep_ratio": self.keep_ratio, "recompute": self.recompute, "mhsa_drop": self.mhsa_drop}
@@ -64,7 +65,7 @@ class Setting:
             f"sbp.keep_ratio={self.keep_ratio:g}",
             f"sbp.mhsa_drop={self.mhsa_drop}",
             f"sbp.recompute={self.recompute}",
-            *(f"sbp.{key}={getattr(config.sbp, key)}" for key in of_epochs),
+            *(f"sbp.{key}={shown(getattr(config.sbp, key))}".replace(" ", "") for key in of_epochs),
         ]
 
 
