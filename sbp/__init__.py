@@ -20,8 +20,10 @@ from sbp.patch import (
     mask_state,
     remove,
     set_draw,
+    set_keep_ratio,
     supports,
 )
+from sbp.schedule import keep_ratio_at
 
 __all__ = [
     "Flops",
@@ -37,11 +39,13 @@ __all__ = [
     "gradient_cosine",
     "hold_mask",
     "keep_gradient",
+    "keep_ratio_at",
     "load_mask_state",
     "mask_state",
     "masks",
     "remove",
     "saved_bytes",
     "set_draw",
+    "set_keep_ratio",
     "supports",
 ]

@@ -39,6 +39,7 @@ def apply(
     mask_per: str = "batch",
     rescale: bool = False,
     dropped: str = "none",
+    exact_recompute: str | None = None,
 ) -> Model:
     """Makes a timm backbone back-propagate through a kept subset of positions; returns the same model.
 
@@ -88,11 +89,14 @@ def apply(
         unbiased estimate of the exact one. A dropped position then saves 3 C bytes instead of nothing, and costs half
         of the backward pass of a kept one. Of ViTs and ConvNeXt v1, with GELU, SiLU or ReLU and without dropout; a
         ViT needs a `mhsa_drop` under which the loss depends on dropped tokens.
+    exact_recompute: `recompute` within `disabled`, where backpropagation is exact and would else save more; None for
+        the same. The backward pass has to run within it, too.
 
     Raises ValueError for a model or a setting that is not supported, and for a model that is already patched.
     """
     _refuse_wrapped(model)
-    settings = Settings(mask, mhsa_drop, evaluation, recompute, mask_per, rescale, dropped)
+    exact_recompute = recompute if exact_recompute is None else exact_recompute
+    settings = Settings(mask, mhsa_drop, evaluation, recompute, mask_per, rescale, dropped, exact_recompute)
     if not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
     backbone, sbp_classes = _find(model)
@@ -107,7 +111,7 @@ def apply(
     state = backbone.state(names, _keep_ratios(keep_ratio, names), settings, seed=seed, rank=rank)
     state.members = [backbone.layers[name] for name in names]
     for name, layer in backbone.layers.items():
-        if name in names or recompute != "none":
+        if name in names or (recompute, exact_recompute) != ("none", "none"):
             layer.__class__ = sbp_classes[type(layer)]
             vars(layer).update(sbp_state=state, sbp_index=names.index(name) if name in names else None)
     for container in backbone.containers:
@@ -161,7 +165,10 @@ def remove(model: Model) -> Model:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Exact backpropagation inside: every position has its gradient. Takes the model wrapped or not."""
+    """Exact backpropagation inside: every position has its gradient. Takes the model wrapped or not.
+
+    What was applied with `exact_recompute` needs the backward pass inside, too.
+    """
     with _set(states(model), enabled=False):
         yield
 
@@ -205,6 +212,20 @@ def set_draw(model: nn.Module, draw: int) -> None:
     """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on."""
     for state in states(model):
         state.set_draw(draw)
+
+
+def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> None:
+    """From the next forward pass on, this share of positions has gradient: a number, or a list, as `apply` takes it.
+
+    To be called between steps, not between a forward pass and its backward pass. Takes the model wrapped or not. The
+    masks' draws go on. Another number of kept positions is another shape: compiled code is compiled anew, and a CUDA
+    graph has to be captured anew. No part of `mask_state`: set it again when a run goes on. `keep_ratio_at` says what
+    an epoch keeps. Raises ValueError, and changes nothing, for what `apply` would raise it for.
+    """
+    own = states(model)
+    found = [_keep_ratios(keep_ratio, state.layers) for state in own]
+    for state, ratios in zip(own, found, strict=True):
+        state.set_keep_ratios(ratios)
 
 
 def mask_state(model: nn.Module) -> dict[str, int]:

@@ -14,6 +14,7 @@ _CHOICES = {
     "mhsa_drop": MHSA_DROPS,
     "evaluation": EVALUATIONS,
     "recompute": RECOMPUTE,
+    "exact_recompute": RECOMPUTE,
     "mask_per": MASK_PER,
     "dropped": DROPPED,
 }
@@ -30,6 +31,7 @@ class Settings:
     mask_per: str = "batch"
     rescale: bool = False
     dropped: str = "none"
+    exact_recompute: str = "none"
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -113,7 +113,9 @@ class State:
 
     def recomputes(self, module: nn.Module) -> str:
         """What `module` computes again in the backward pass of now, which only training has."""
-        return self.settings.recompute if module.training and torch.is_grad_enabled() else "none"
+        if not (module.training and torch.is_grad_enabled()):
+            return "none"
+        return self.settings.recompute if self.enabled else self.settings.exact_recompute
 
     def positions(self, module: nn.Module, index: int | None) -> Positions | None:
         """The positions of SBP layer `index` in this pass; None where all have gradient."""
@@ -163,7 +165,9 @@ class State:
             settings += [f"mask_per={own.mask_per}"] if own.mask_per != "batch" else []
             settings += ["rescale=True"] if own.rescale else []
             settings += [f"dropped={own.dropped}"] if own.dropped != "none" else []
-        return ", ".join(settings + ([f"recompute={own.recompute}"] if own.recompute != "none" else []))
+        settings += [f"recompute={own.recompute}"] if own.recompute != "none" else []
+        settings += [f"exact_recompute={own.exact_recompute}"] if own.exact_recompute != own.recompute else []
+        return ", ".join(settings)
 
     # -- one forward pass
 
@@ -200,6 +204,13 @@ class State:
         self.draw.copy_(draw) if isinstance(draw, Tensor) else self.draw.fill_(draw)
         if self.held:
             self.current = None
+
+    def set_keep_ratios(self, keep_ratios: list[float]) -> None:
+        """Of the next pass on, one for each SBP layer."""
+        if keep_ratios != self.keep_ratios:
+            self.keep_ratios = keep_ratios
+            if self.held:
+                self.current = None
 
     def _drawn_masks(self, shape: Shape, key: Tensor) -> dict[float, tuple[Tensor, int]]:
         """For each ratio a mask on the grid, or one for each image, and how many positions it keeps."""

@@ -58,6 +58,34 @@ def test_remove_and_disabled_give_the_plain_model_back(make, size):
     assert not any(one._forward_pre_hooks for one in model.modules())
 
 
+@pytest.mark.parametrize("again", ["none", "cheap", "block"])
+@each_family
+def test_disabled_recomputes_what_exact_recompute_says(make, size, again):
+    """With plain timm's gradients, and the memory of exact training that recomputes so; SBP is as without."""
+    x = images(size)
+    mode = "block" if again == "cheap" else "cheap"
+    model = sbp.apply(make(), recompute=mode, exact_recompute=again)
+    alone = sbp.apply(make(), keep_ratio=1, recompute=again)
+    with sbp.disabled(model):
+        assert_same_gradients(gradients(model, x), gradients(make(), x))
+        assert saved_bytes(lambda: model(x).sum()) == saved_bytes(lambda: alone(x).sum())
+    assert_same_gradients(gradients(model, x), gradients(sbp.apply(make(), recompute=mode), x), tolerance=0)
+    of_sbp = sbp.apply(make(), exact_recompute=again)
+    assert saved_bytes(lambda: of_sbp(x).sum()) == saved_bytes(lambda: sbp.apply(make())(x).sum())
+
+
+@each_family
+def test_another_keep_ratio_is_that_of_a_model_made_with_it(make, size):
+    x, model = images(size), sbp.apply(make(), mask="random")
+    layers = len(sbp.supports(make()).published)
+    for draw, keep_ratio in enumerate((0.25, 1.0, [0.75] * layers, [0.25] * (layers - 1) + [0.75], 0.5)):
+        sbp.set_keep_ratio(model, keep_ratio)
+        other = sbp.apply(make(), mask="random", keep_ratio=keep_ratio)
+        sbp.set_draw(other, draw)
+        assert_same_gradients(gradients(model, x), gradients(other, x), tolerance=0)
+        assert sbp.effective_keep_ratio(model) == sbp.effective_keep_ratio(other)
+
+
 @each_family
 def test_a_copy_draws_for_itself(make, size):
     model = sbp.apply(make(), mask="random")

@@ -176,6 +176,29 @@ def test_a_batch_of_one_image_has_the_mask_of_a_batch():
     assert_same_gradients(gradients(half, images(batch=1)), gradients(batch, images(batch=1)))
 
 
+def test_within_a_held_mask_one_can_keep_another_share_of_the_same_draw():
+    model = sbp.apply(small_vit(), mask="random")
+    (state,) = sbp.state.states(model)
+    kept = []
+    with sbp.hold_mask(model):
+        for keep_ratio in (0.25, 0.25, 0.5):
+            sbp.set_keep_ratio(model, keep_ratio)
+            model(images())
+            kept.append({*state.running.positions[0].keep.tolist()})
+    assert kept[0] == kept[1] < kept[2] and sbp.mask_state(model)["draw"] == 1
+
+
+def test_a_bad_keep_ratio_is_named_and_changes_nothing():
+    model = sbp.apply(small_vit())
+    for keep_ratio, message in ((0, r"number in \(0, 1\], got 0"), ([0.5], "keep_ratio has 1 values for 4 SBP layers")):
+        with pytest.raises(ValueError, match=message):
+            sbp.set_keep_ratio(model, keep_ratio)
+    (state,) = sbp.state.states(model)
+    assert state.keep_ratios == [0.5] * 4
+    with pytest.raises(ValueError, match="the model is not patched"):
+        sbp.set_keep_ratio(small_vit(), 0.5)
+
+
 def test_within_a_held_mask_one_can_fix_or_set_it():
     model = sbp.apply(small_vit(), mask="random", keep_ratio=0.25)
     third = draws(model, 3)[2]
@@ -270,6 +293,7 @@ def test_a_backbone_within_another_model():
         ({"layers": []}, "layers must be None, 'all' or names of layers"),
         ({"layers": "blocks.1"}, "layers must be None, 'all' or names of layers"),
         ({"layers": ["blocks.1", "blocks.9"]}, r"got \['blocks.9'\]; this model has blocks.0, blocks.1"),
+        ({"exact_recompute": "all"}, "exact_recompute must be one of none, cheap, block, got 'all'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\^32\), got -1"),
     ],
 )

@@ -51,11 +51,14 @@ def report(config: ForecastConfig, folder: Path) -> None:
     batch = plan.micro_batch_size
     how: Any = {"world_size": config.world_size, "rules": RULES[config.rules]}
 
-    one = forecasts.forecast(run, batch, **how)
+    of_phases = forecasts.forecast_phases(run, batch, **how)
+    name, one = max(of_phases.items(), key=lambda pair: pair[1].peak)
     sbp = f"SBP, keep_ratio {run.sbp.keep_ratio}" if run.sbp.enabled else "no SBP"
     log.info("forecast   %s, %s, amp %s, rules of %s", run.backbone.name, sbp, run.amp, config.rules)
     log.info("batch      %d images at once, %d accumulated", batch, plan.accumulation)
-    log.info("peak       %8.1f MiB, of which", mib(one.peak))
+    if len(of_phases) > 1:
+        log.info("phases     %s", ", ".join(f"{each}: {mib(found.peak):.1f} MiB" for each, found in of_phases.items()))
+    log.info("peak       %8.1f MiB%s, of which", mib(one.peak), f" ({name})" if len(of_phases) > 1 else "")
     for part in PARTS:
         log.info("           %8.1f MiB %s", mib(getattr(one, part)), part)
     log.info("           cuDNN's and cuBLAS's workspaces, fragmentation and the CUDA context come on top")
@@ -66,6 +69,7 @@ def report(config: ForecastConfig, folder: Path) -> None:
     result = {
         "peak": one.peak,
         **asdict(one),
+        "peak_by_phase": {each: found.peak for each, found in of_phases.items()},
         "micro_batch_size": batch,
         "memory_gib": config.memory_gib,
         "largest_micro_batch_size": largest,

@@ -26,6 +26,7 @@ from sbp.training.plan.arms import arm_config, arm_times, recorded
 from sbp.training.plan.gpus import Gpu
 from sbp.training.plan.report import arms_table, as_json, draw, entry, table
 from sbp.training.plan.search import Point, plan, undominated
+from sbp.training.plan.settings import OF_EPOCHS
 from sbp.training.record.files import write_json
 
 log = logging.getLogger("plan")
@@ -113,7 +114,8 @@ def _given(config: PlanConfig) -> list[str]:
     own = {field.name for field in fields(PlanConfig)} - {field.name for field in fields(Config)}
     decided = {*own, "run_dir", "amp", "compile", "global_batch_size", "micro_batch_size", "sbp"}
     kept = [one for one in given if one.split("=")[0].lstrip("+~") not in decided]
-    kept = [one for one in kept if not one.startswith(("sbp.keep_ratio=", "sbp.mhsa_drop=", "sbp.recompute="))]
+    of_setting = tuple(f"sbp.{key}=" for key in ("keep_ratio", "mhsa_drop", "recompute", *OF_EPOCHS))
+    kept = [one for one in kept if not one.startswith(of_setting)]
     return [*kept, *([] if config.image_size is None else [f"data.image_size={config.image_size}"])]
 
 

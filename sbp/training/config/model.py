@@ -54,6 +54,11 @@ class SbpConfig:
     keep_ratio: Any = key(
         0.5, "the share of positions that is kept, in (0, 1]: one number, or a list with one for each SBP layer"
     )
+    keep_ratio_end: Any = key(
+        None,
+        "keep_ratio changes evenly over the epochs, to this (a number, or a list) in the last epoch with SBP; in steps "
+        "of 1/8 between the first and the last one; null for no change",
+    )
     mask: str = key("grid", "kept positions lie on a regular grid, or anywhere", one_of=MASKS)
     mhsa_drop: str = key("qkv", "what attention drops; `qkv` is the published method", one_of=MHSA_DROPS)
     layers: Any = key(None, "null for the published ones, `all`, or a list of names")
@@ -68,6 +73,12 @@ class SbpConfig:
         False, "one mask for the whole run (of each process, without shared_mask) instead of fresh ones"
     )
     exact_epochs: int = key(0, "so many epochs at the end of the run use exact backpropagation", at_least=0)
+    exact_recompute: str | None = key(
+        None,
+        "the `recompute` of those epochs, which would else save more for the backward pass; null for the same",
+        one_of=RECOMPUTE,
+        free="always",
+    )
     eval: str = key(
         "exact", "`published` is the authors' evaluation, with masks and partial attention", one_of=EVALUATIONS
     )

@@ -25,6 +25,7 @@ def validate(config: Config) -> Config:
     """Returns the config; raises ValueError that names the key, what is wrong and what is allowed."""
     check_limits(config)
     _check_keep_ratio(config.sbp.keep_ratio)
+    _check_keep_ratio_end(config)
     for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {quoted(objective)}")
@@ -93,6 +94,36 @@ def _check_exact_epochs(config: Config) -> None:
     if sbp.exact_epochs and not sbp.enabled:
         raise ValueError(
             f"sbp.exact_epochs={sbp.exact_epochs} needs sbp.enabled=true; without SBP all epochs are exact"
+        )
+    if sbp.exact_recompute is not None and not sbp.exact_epochs:
+        raise ValueError(
+            f"sbp.exact_recompute={sbp.exact_recompute} is of exact epochs and needs sbp.exact_epochs in [1, {epochs}] "
+            f"(recipe.epochs), got {sbp.exact_epochs}; what all epochs recompute is sbp.recompute"
+        )
+
+
+def _check_keep_ratio_end(config: Config) -> None:
+    """Raises ValueError for a keep-ratio that cannot change to where it is to end."""
+    sbp, recipe = config.sbp, config.recipe
+    first, last = sbp.keep_ratio, sbp.keep_ratio_end
+    if last is None:
+        return
+    _check_keep_ratio(last, "keep_ratio_end")
+    if not sbp.enabled:
+        raise ValueError(f"sbp.keep_ratio_end={last} needs sbp.enabled=true")
+    if isinstance(first, list) and isinstance(last, list) and len(first) != len(last):
+        raise ValueError(
+            f"sbp.keep_ratio_end must be one number, or {len(first)} as sbp.keep_ratio, got a list of {len(last)}"
+        )
+    epochs = recipe.epochs - sbp.exact_epochs
+    if epochs < 2:
+        raise ValueError(
+            f"sbp.keep_ratio_end={last} needs at least 2 epochs with SBP (recipe.epochs less sbp.exact_epochs), got "
+            f"{epochs}"
+        )
+    if sbp.eval == "published":
+        raise ValueError(
+            f"sbp.keep_ratio_end={last} needs sbp.eval=exact: sbp.eval=published evaluates with one keep-ratio"
         )
 
 
@@ -187,9 +218,9 @@ def _check_classes(config: Config | BenchmarkConfig) -> None:
         raise ValueError(f"data.num_classes must be at least {least}, got {config.data.num_classes}")
 
 
-def _check_keep_ratio(keep_ratio: Any) -> None:
+def _check_keep_ratio(keep_ratio: Any, key: str = "keep_ratio") -> None:
     for ratio in keep_ratio if isinstance(keep_ratio, list) else [keep_ratio]:
         try:
             masks.check_keep_ratio(ratio)
         except ValueError as error:
-            raise ValueError(f"sbp.{error}") from None
+            raise ValueError(f"sbp.{key}{str(error).removeprefix('keep_ratio')}") from None

@@ -60,4 +60,5 @@ def _why(expected: Expected) -> str:
     if expected.peak is None:
         return "before, or without a GPU to plan for"
     step = "" if expected.step is None else f" and {1000 * expected.step:.0f} ms a step"
-    return f"planned: {expected.peak / 2**20:.0f} MiB{step} by forecast"
+    more = "" if expected.run_peak is None else f", {expected.run_peak / 2**20:.0f} MiB later in the run,"
+    return f"planned: {expected.peak / 2**20:.0f} MiB{step}{more} by forecast"

@@ -129,6 +129,7 @@ def build_trainer(
     """
     task, recipe, plan, sharded = task_of(config), config.recipe, order.plan, config.parallel == "fsdp"
     exact = recipe.epochs - config.sbp.exact_epochs  # the first epoch that is
+    keep_ratios = keep_ratios_of(config)
     seeding.seed_everything(config.seed, seeding.WEIGHTS)
     model = task.build_model(config)
     if weights is not None:
@@ -142,7 +143,8 @@ def build_trainer(
     if sharded:
         wrapping.shard(model, device, ema)
     if config.compile:
-        compile_model(model, "blocks" if config.compile == "blocks" else "model")
+        ratios = 1 if keep_ratios is None else len({str(one) for one in keep_ratios})
+        compile_model(model, "blocks" if config.compile == "blocks" else "model", keep_ratios=ratios)
     lr = scaled_lr(recipe, plan.global_batch_size)
     optimizer = build_optimizer(model, recipe, lr, fused=device.type == "cuda")
     captured = _reason_against_graphs(config, model, device) is None
@@ -161,11 +163,21 @@ def build_trainer(
         hold_mask=config.sbp.hold_mask,
         fixed_mask=config.sbp.fixed_mask,
         exact_from=exact * order.steps_per_epoch if config.sbp.exact_epochs else None,
+        keep_ratio_at=None if keep_ratios is None else lambda step: keep_ratios[step // order.steps_per_epoch],
         channels_last=config.channels_last,
         recorder=CudaRecorder if captured else None,
         cast_together=task.same_shapes and not (config.compile or sharded),
         seed=config.seed,
     )
+
+
+def keep_ratios_of(config: Config) -> list[float | list[float]] | None:
+    """Of each epoch of a run, those that are exact too, where they keep the last ratio; None where it never changes."""
+    settings, epochs = config.sbp, config.recipe.epochs - config.sbp.exact_epochs
+    if not settings.enabled or settings.keep_ratio_end is None:
+        return None
+    found = [sbp.keep_ratio_at(one, epochs, settings.keep_ratio, settings.keep_ratio_end) for one in range(epochs)]
+    return found + found[-1:] * config.sbp.exact_epochs
 
 
 def _reason_against_graphs(config: Config, model: nn.Module, device: torch.device) -> str | None:
@@ -187,6 +199,7 @@ def describe(config: Config, images: Images, trainer: Trainer) -> dict[str, Any]
         "backbone": config.backbone.name,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "keep_ratio": settings.keep_ratio if settings.enabled else 1.0,
+        "keep_ratio_end": settings.keep_ratio_end,
         "effective_keep_ratio": sbp.effective_keep_ratio(trainer.model) if settings.enabled else 1.0,
         "sbp": settings.enabled,
         "mask": settings.mask,
@@ -223,11 +236,16 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
         )
     else:
         log.info("sbp           off: exact backpropagation")
+    keep_ratios = keep_ratios_of(config)
+    if keep_ratios is not None:
+        different = list(dict.fromkeys(str(one) for one in keep_ratios))
+        log.info("keep_ratio    %s over %d epochs", " to ".join(different), len(keep_ratios) - config.sbp.exact_epochs)
     if config.sbp.exact_epochs:
+        again = config.sbp.exact_recompute or config.sbp.recompute
         log.info(
-            "exact         in the last %d of %d epochs, which need more memory",
-            config.sbp.exact_epochs,
-            facts["epochs"],
+            "exact         in the last %d of %d epochs, with recompute %s%s",
+            *(config.sbp.exact_epochs, facts["epochs"], again),
+            ", which need more memory" if again == config.sbp.recompute else "",
         )
     log.info("saved         %.2f MiB of activations per image", facts["saved_bytes_per_image"] / 2**20)
     log.info("images        %d, preprocessing: %s", facts["train_images"], task_of(config).preprocessing(config.data))

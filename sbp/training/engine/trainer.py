@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sbp
+from sbp.state import states
 from sbp.training.data.loading import Batch, Images, moved
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.record.incidents import Incidents
@@ -36,6 +38,7 @@ class Trainer:
         training, and returns its losses by name.
     normalize: what uint8 images go through on the device; None for images that the model takes as they are.
     fixed_mask: mask number 0 in every step. exact_from: the step from which backpropagation is exact; None for never.
+    keep_ratio_at: what a step keeps, as `sbp.set_keep_ratio` takes it; None where that does not change.
     recorder: captures forward and backward passes to replay them, as CUDA graphs do; None to run each one anew.
     cast_together: under `amp`, cast the weights in one call a pass rather than one by one. Not for a compiled model.
     """
@@ -57,6 +60,7 @@ class Trainer:
         hold_mask: bool = False,
         fixed_mask: bool = False,
         exact_from: int | None = None,
+        keep_ratio_at: Callable[[int], float | list[float]] | None = None,
         channels_last: bool = False,
         recorder: Callable[[], Recorder] | None = None,
         cast_together: bool = False,
@@ -66,7 +70,7 @@ class Trainer:
         self.criterion, self.mixup, self.ema = criterion, mixup, ema
         self.amp, self.clip_grad, self.accumulation = amp, clip_grad, accumulation
         self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
-        self.fixed_mask, self.exact_from = fixed_mask, exact_from
+        self.fixed_mask, self.exact_from, self.keep_ratio_at = fixed_mask, exact_from, keep_ratio_at
         self.device = next(model.parameters()).device
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.normalize = None if normalize is None else normalize.to(self.device)
@@ -87,9 +91,12 @@ class Trainer:
         """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.model.train()
         self.scheduler.step_update(step)
-        exact = self.patched and self.exact_from is not None and step >= self.exact_from
+        exact = self.is_exact(step)
+        keep_ratio = None if self.keep_ratio_at is None else self.keep_ratio_at(step)
+        if keep_ratio is not None:
+            sbp.set_keep_ratio(self.model, keep_ratio)
         if self.graphs is not None:
-            self.graphs.begin_step(kind=exact)
+            self.graphs.begin_step(kind=(exact, None if exact else keep_ratio))
         mean: Tensor | float = 0.0  # of the loss and its parts
         for micro, (images, targets) in enumerate(micro_batches):
             last = micro == self.accumulation - 1
@@ -147,6 +154,17 @@ class Trainer:
     def skip(self) -> None:
         """Forgets the gradients: the weights stay, only the schedule goes on."""
         self.optimizer.zero_grad()
+
+    def is_exact(self, step: int) -> bool:
+        """Whether backpropagation is exact in a step of a patched model."""
+        return self.patched and self.exact_from is not None and step >= self.exact_from
+
+    def kept(self, step: int) -> dict[str, float]:
+        """keep_ratio of the step, mean over SBP layers, 1 where it is exact; empty where it never changes."""
+        if self.exact_from is None and self.keep_ratio_at is None:
+            return {}
+        ratios = [ratio for state in states(self.model) for ratio in state.keep_ratios]
+        return {"keep_ratio": 1.0 if self.is_exact(step) else fmean(ratios)}
 
     def _draw(self, step: int, micro: int) -> int:
         """The number of a micro batch's mask."""
@@ -339,7 +357,7 @@ def train_epoch(
             trainer.wait()
             means = [total / distributed.world_size() for total in distributed.sums(list(losses.values()))]
             figures = dict(zip((f"train/{name}" for name in losses), means, strict=True))
-            figures |= {"lr": trainer.lr} | progress.read() | incidents.figures()
+            figures |= {"lr": trainer.lr} | trainer.kept(step) | progress.read() | incidents.figures()
         yield Step(step + 1, figures, bool(stop))
 
 

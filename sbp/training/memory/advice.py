@@ -30,6 +30,10 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
         keys = "".join(f"sbp.{key}={value} " for key, value in exact.items())
         changed = with_sbp(config, enabled=True, recompute=mode, **exact)
         options.append((f"{enable}{keys}sbp.recompute={mode}", needed(changed)))
+    if sbp.exact_epochs:
+        known = sbp.recompute if sbp.exact_recompute is None else sbp.exact_recompute
+        for mode in RECOMPUTE[RECOMPUTE.index(known) + 1 :]:
+            options.append((f"sbp.exact_recompute={mode}", needed(with_sbp(config, exact_recompute=mode))))
     largest = max(sbp.keep_ratio) if isinstance(sbp.keep_ratio, list) else sbp.keep_ratio
     for ratio in KEEP_RATIOS[1:]:
         if not sbp.enabled or ratio < largest:

@@ -23,6 +23,7 @@ from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.memory import detection
 from sbp.training.memory.allocations import HOST, PARTS, Allocations, CudaCasts, fake_cuda
+from sbp.training.memory.phases import phases
 from sbp.training.models.build import build_model
 from sbp.training.models.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer
 from sbp.training.runtime.precision import autocast
@@ -84,13 +85,24 @@ TODAY = Rules()
 
 
 def forecast(config: Config, micro_batch_size: int, *, world_size: int = 1, rules: Rules = TODAY) -> Forecast:
-    """Simulates one of `world_size` processes from an optimizer update, that of the step before, up to the next.
+    """That of the phase of the run whose steps need most: see `forecast_phases`."""
+    found = forecast_phases(config, micro_batch_size, world_size=world_size, rules=rules)
+    return max(found.values(), key=lambda one: one.peak)
 
-    Raises ValueError for what a run with this config would raise it for, data sets aside.
+
+def forecast_phases(
+    config: Config, micro_batch_size: int, *, world_size: int = 1, rules: Rules = TODAY
+) -> dict[str, Forecast]:
+    """For each phase of the run, by name, a step of one of `world_size` processes.
+
+    Simulated from an optimizer update, that of the step before, up to the next. Raises ValueError for what a run with
+    this config would raise it for, data sets aside.
     """
     _check(config, micro_batch_size)
-    if config.sbp.exact_epochs:  # whose steps need most
-        config = with_sbp(config, keep_ratio=1.0)
+    return {name: _step(one, micro_batch_size, world_size, rules) for name, one in phases(config).items()}
+
+
+def _step(config: Config, micro_batch_size: int, world_size: int, rules: Rules) -> Forecast:
     recipe, criterion = config.recipe, _criterion(config)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     keeps_gradients = rules.keeps_gradients(config, micro_batch_size, world_size)
@@ -175,11 +187,15 @@ def largest_micro_batch(config: Config, gib: float, *, world_size: int = 1, rule
 def keep_ratio_table(
     config: Config, micro_batch_size: int, *, world_size: int = 1, rules: Rules = TODAY
 ) -> dict[str, dict[float, Forecast]]:
-    """For each way of recomputing the forecasts of the keep-ratios; at ratio 1 backpropagation is exact."""
+    """For each way of recomputing the forecasts of the keep-ratios; at ratio 1 backpropagation is exact.
+
+    Of steps that are alike all run long.
+    """
+    config = with_sbp(config, enabled=True, keep_ratio_end=None, exact_epochs=0, exact_recompute=None)
     return {
         mode: {
             ratio: forecast(
-                with_sbp(config, enabled=True, keep_ratio=ratio, recompute=mode),
+                with_sbp(config, keep_ratio=ratio, recompute=mode),
                 micro_batch_size,
                 world_size=world_size,
                 rules=rules,

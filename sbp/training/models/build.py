@@ -8,6 +8,7 @@ from timm.models import ConvNeXt
 from torch import Tensor, nn
 
 import sbp
+from sbp.state import states
 from sbp.training.config.model import BackboneConfig, SbpConfig
 
 
@@ -53,7 +54,13 @@ def apply_sbp(model: nn.Module, settings: SbpConfig) -> None:
             mask_per=settings.mask_per,
             rescale=settings.rescale,
             dropped=settings.dropped,
+            exact_recompute=settings.exact_recompute,
         )
+        last, layers = settings.keep_ratio_end, states(model)[0].layers
+        if isinstance(last, list) and len(last) != len(layers):
+            raise ValueError(
+                f"sbp.keep_ratio_end has {len(last)} values for {len(layers)} SBP layers: {', '.join(layers)}"
+            )
 
 
 def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, **options: Any) -> nn.Module:

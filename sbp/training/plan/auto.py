@@ -9,7 +9,7 @@ import torch
 from sbp.training.config.run import Config
 from sbp.training.memory.advice import available_memory
 from sbp.training.plan.gpus import USABLE, Gpu, find, matching
-from sbp.training.plan.search import Line, Point, fastest, line, ways
+from sbp.training.plan.search import Line, Point, fastest, line, of_runs, ways
 from sbp.training.plan.settings import of_run
 from sbp.training.runtime import environment
 
@@ -20,11 +20,15 @@ _FIRST, _LAST = 6, 16  # steps: passes are captured after 3, and code is compile
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a run: its micro batch, and what is forecast, in seconds and bytes; None where nothing is."""
+    """Of a run: its micro batch, and what is forecast of its first steps, in seconds and bytes; None where nothing is.
+
+    run_peak: of all steps, where later ones need more.
+    """
 
     micro_batch_size: int
     step: float | None = None
     peak: int | None = None
+    run_peak: int | None = None
 
 
 def gpu_of(device: torch.device) -> Gpu:
@@ -52,7 +56,8 @@ def choose(
     known = gpu_of(device) if gpu is None else gpu
     free = USABLE * available_memory() if available is None else available
     plain = replace(config, micro_batch_size=None)
-    point = _point(plain, known, free, world_size, forecast)
+    (found,) = of_runs([plain], lambda configs: [forecast(one) for one in configs])
+    point = _point(plain, found, known, free, world_size)
     if point is None:
         raise ValueError(
             f"micro_batch_size=auto: by forecast not even the smallest one fits into {free / 2**30:.1f} GiB, as "
@@ -60,14 +65,14 @@ def choose(
         )
     # What is not in the data sheet is not expected: how fast an unknown GPU is, or processes that wait for each other.
     timed = known.name != "unknown" and world_size == 1
-    return Expected(point.micro_batch_size, point.times.step if timed else None, point.peak)
+    first = found.own_peak(point.micro_batch_size, point.accumulation > 1 or world_size > 1)
+    step, more = point.times.step if timed else None, point.peak if point.peak > first else None
+    return Expected(point.micro_batch_size, step, first, more)
 
 
-def _point(
-    config: Config, gpu: Gpu, available: float, world_size: int, forecast: Callable[[Config], Line]
-) -> Point | None:
+def _point(config: Config, found: Line, gpu: Gpu, available: float, world_size: int) -> Point | None:
     candidates = [way for way in ways(config) if way.compile == bool(config.compile)]
-    return fastest(config, of_run(config), forecast(config), candidates[0], gpu, available, world_size=world_size)
+    return fastest(config, of_run(config), found, candidates[0], gpu, available, world_size=world_size)
 
 
 def differences(expected: Expected, step: float, peak: int) -> list[str]:

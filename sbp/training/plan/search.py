@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Forecast
+from sbp.training.memory.phases import phases
 from sbp.training.plan.gpus import Gpu
 from sbp.training.plan.operators import Kernel
 from sbp.training.plan.settings import Setting, accuracy, is_transformer, settings
@@ -23,10 +25,14 @@ SIZES = {"classification": (32, 128), "detection": (1, 2)}  # micro batches of t
 
 @dataclass(frozen=True)
 class Line:
-    """What a step of any micro batch needs, from the fake steps with two."""
+    """What a step of any micro batch needs, from the fake steps with two.
+
+    later: the same of steps of the run's later phases, which have to fit into the memory as well.
+    """
 
     small: Step
     large: Step
+    later: tuple["Line", ...] = ()
 
     def times(
         self, micro_batch_size: int, gpu: Gpu, how: How, *, accumulation: int, recompute: bool, amp: str
@@ -60,8 +66,15 @@ class Line:
         return {}
 
     def peak(self, micro_batch_size: int, accumulates: bool) -> int:
-        """Bytes. Gradients that are there already when a pass starts are there at its peak as well; and however small
-        the batch, weights, gradients and the optimizer's state are there when it updates."""
+        """Bytes, of the phase whose steps need most."""
+        return max(one.own_peak(micro_batch_size, accumulates) for one in (self, *self.later))
+
+    def own_peak(self, micro_batch_size: int, accumulates: bool) -> int:
+        """Of the first phase's steps alone.
+
+        Gradients that are there already when a pass starts are there at its peak as well; and however small the batch,
+        weights, gradients and the optimizer's state are there when it updates.
+        """
         sizes = {part: self._between(micro_batch_size, *pair) for part, pair in _parts(self.small, self.large).items()}
         memory = Forecast(**{part: round(max(size, 0)) for part, size in sizes.items()})
         more = max(memory.weights - memory.gradients, 0) if accumulates else 0
@@ -69,12 +82,15 @@ class Line:
 
     def largest(self, available: float, accumulates: bool) -> int:
         """The largest micro batch whose peak is at most so many bytes; 0 where there is none."""
-        one, two = (self.peak(step.micro_batch_size, accumulates) for step in (self.small, self.large))
+        return min(one._largest(available, accumulates) for one in (self, *self.later))
+
+    def _largest(self, available: float, accumulates: bool) -> int:
+        one, two = (self.own_peak(step.micro_batch_size, accumulates) for step in (self.small, self.large))
         each = max((two - one) / (self.large.micro_batch_size - self.small.micro_batch_size), 1.0)
-        if self.peak(1, accumulates) > available:
+        if self.own_peak(1, accumulates) > available:
             return 0
         guess = int(self.small.micro_batch_size + (available - one) / each)
-        while guess > 1 and self.peak(guess, accumulates) > available:
+        while guess > 1 and self.own_peak(guess, accumulates) > available:
             guess -= 1
         return max(guess, 1)
 
@@ -88,7 +104,7 @@ def _parts(small: Step, large: Step) -> dict[str, tuple[int, int]]:
 
 
 def line(config: Config) -> Line:
-    """Raises ValueError for what a run with this config would raise it for, data sets aside."""
+    """Of a run of one phase. Raises ValueError for what a run with this config would raise it for, data sets aside."""
     small, large = (record(replace(config, global_batch_size=size), size) for size in SIZES[config.task])
     return Line(small, large)
 
@@ -105,6 +121,18 @@ def lines(configs: Sequence[Config]) -> list[Line]:
     forked = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
     with forked(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(line, configs))
+
+
+def of_runs(configs: Sequence[Config], forecast: Callable[[Sequence[Config]], list[Line]]) -> list[Line]:
+    """Of each config the line of its first phase, with those of its later ones. What is alike is forecast once."""
+    runs = [list(phases(config).values()) for config in configs]
+    different: list[Config] = []
+    for one in chain.from_iterable(runs):
+        if one not in different:
+            different.append(one)
+    found = forecast(different)
+    lines = [[found[different.index(one)] for one in run] for run in runs]
+    return [replace(first, later=tuple(later)) for first, *later in lines]
 
 
 @dataclass(frozen=True)
@@ -128,7 +156,7 @@ class Point:
             [f"compile={'blocks' if self.how.compile else 'false'}"] if config.task == "classification" else []
         )
         batches = [f"global_batch_size={config.global_batch_size}", f"micro_batch_size={self.micro_batch_size}"]
-        return [*self.setting.overrides(), *compile_key, *batches, f"amp={config.amp}"]
+        return [*self.setting.overrides(config), *compile_key, *batches, f"amp={config.amp}"]
 
 
 def micro_batches(config: Config, world_size: int = 1) -> list[int]:
@@ -195,7 +223,7 @@ def plan(
     transformer = is_transformer(config)
     chosen = list(settings(transformer))
     points = []
-    for setting, found in zip(chosen, forecast([one.applied(config) for one in chosen]), strict=True):
+    for setting, found in zip(chosen, of_runs([one.applied(config) for one in chosen], forecast), strict=True):
         for how in ways(config):
             if how.compile and setting.recompute == "cheap":  # torch.compile chooses that by itself
                 continue

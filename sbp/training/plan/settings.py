@@ -8,10 +8,13 @@ import torch
 from timm.models import VisionTransformer
 
 from sbp.settings import RECOMPUTE
+from sbp.training.config.keys import shown
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import TODAY, with_sbp
+from sbp.training.memory.phases import phases
 
 EXACT = "exact gradient"
+OF_EPOCHS = ("keep_ratio_end", "exact_epochs", "exact_recompute")  # keys of a run whose steps are not all alike
 _KNOWN = {  # by task, network, mhsa_drop and keep-ratio: the talk's, and those of results/laptop/digits-vit
     ("classification", "vit", "qkv", 0.5): "ImageNet as published -0.5 to -0.6; digits -8",
     ("classification", "vit", "qkv", 0.25): "digits -13",
@@ -45,18 +48,24 @@ class Setting:
         return "sbp_query" if named == ["query"] else "_".join(named)
 
     def applied(self, config: Config) -> Config:
-        if self.exact and self.recompute == "none":
-            return with_sbp(config, enabled=False)
-        how = {"keep_ratio": self.keep_ratio, "recompute": self.recompute, "exact_epochs": 0}
-        return with_sbp(config, enabled=True, mhsa_drop=self.mhsa_drop, **how)
+        """The config with this setting; what it says of epochs stays where the gradient is not exact in all of them."""
+        if self.exact:
+            config = with_sbp(config, keep_ratio_end=None, exact_epochs=0, exact_recompute=None)
+            if self.recompute == "none":
+                return with_sbp(config, enabled=False)
+        how = {"keep_ratio": self.keep_ratio, "recompute": self.recompute, "mhsa_drop": self.mhsa_drop}
+        return with_sbp(config, enabled=True, **how)
 
-    def overrides(self) -> list[str]:
+    def overrides(self, config: Config) -> list[str]:
+        """What to give `sbp train` for it, beside the config's other keys."""
         if self.exact and self.recompute == "none":
             return ["sbp=none"]
+        of_epochs = [] if self.exact else [key for key in OF_EPOCHS if getattr(config.sbp, key)]
         return [
             f"sbp.keep_ratio={self.keep_ratio:g}",
             f"sbp.mhsa_drop={self.mhsa_drop}",
             f"sbp.recompute={self.recompute}",
+            *(f"sbp.{key}={shown(getattr(config.sbp, key))}".replace(" ", "") for key in of_epochs),
         ]
 
 
@@ -86,9 +95,9 @@ def accuracy(config: Config, setting: Setting, transformer: bool) -> str:
 
 
 def of_run(config: Config) -> Setting:
-    """That of a run's config. A list of keep-ratios counts as its mean."""
-    sbp: Any = config.sbp
+    """That of the first steps of a run. A list of keep-ratios counts as its mean."""
+    sbp: Any = next(iter(phases(config).values())).sbp
     if not sbp.enabled:
         return Setting(1.0, "qkv", "none")
     ratio = sum(sbp.keep_ratio) / len(sbp.keep_ratio) if isinstance(sbp.keep_ratio, list) else sbp.keep_ratio
-    return Setting(1.0 if sbp.exact_epochs else ratio, sbp.mhsa_drop, sbp.recompute)
+    return Setting(ratio, sbp.mhsa_drop, sbp.recompute)

@@ -27,7 +27,7 @@ class Step:
 
 
 def record(config: Config, micro_batch_size: int, rules: Rules = TODAY, *, world_size: int = 1) -> Step:
-    """The kernels of one optimizer step with one micro batch, as the memory forecast runs it.
+    """The kernels of one optimizer step with one micro batch, as the memory forecast runs it; of a run of one phase.
 
     Raises ValueError for what a run with this config would raise it for, data sets aside.
     """

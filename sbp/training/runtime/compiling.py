@@ -11,24 +11,32 @@ from sbp.backbone import COMPILED
 HOW = ("blocks", "model")
 
 
-def compile_model(model: nn.Module, how: str, **options: Any) -> None:
+def compile_model(model: nn.Module, how: str, *, keep_ratios: int = 1, **options: Any) -> None:
     """Compiles in place; names of parameters stay. Call it when the model is on its device.
 
     how: "model", or "blocks": each block and downsampling layer by itself. A ViT has at most three kinds (without SBP,
-    with it, and the last one), a ConvNeXt two a stage and its downsampling layers. options: of torch.compile.
+    with it, and the last one), a ConvNeXt two a stage and its downsampling layers. keep_ratios: how many different ones
+    a run has, each of which is compiled anew, for shapes of its own. options: of torch.compile.
     """
     if how == "model":
+        if keep_ratios > 1:
+            _allow(torch._dynamo.config.recompile_limit + 2 * keep_ratios)  # exact epochs and probes beside them
+            options = {"dynamic": False} | options
         model.compile(**options)
         return
     layers = blocks_of(model)
     _share_drop_path(layers)
-    limits = torch._dynamo.config
-    limits.recompile_limit = max(
-        limits.recompile_limit, 2 * len(layers)
-    )  # heads are drawn for each block by its number
+    _allow(2 * len(layers) * keep_ratios)  # heads are drawn for each block by its number
     for layer in layers:
         method = getattr(layer, COMPILED, "forward")
         vars(layer)[method] = torch.compile(getattr(layer, method), dynamic=False, **options)
+
+
+def _allow(recompilations: int) -> None:
+    """Of one function, before torch.compile warns and leaves it as it is."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, recompilations)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

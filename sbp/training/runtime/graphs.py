@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sbp.recompute import has_dropout
+from sbp.settings import Settings
 from sbp.training.runtime import distributed, wrapping
 
 log = logging.getLogger(__name__)
@@ -218,7 +219,8 @@ def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool)
     if distributed.world_size() > 1 and any(True for _ in model.buffers()):
         return "the model has buffers, such as those of batch norms, which processes exchange in each pass"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
-    if any(block.sbp_state.settings.recompute != "none" for block in blocks) and has_dropout(*blocks):  # type: ignore[union-attr]
+    settings: list[Settings] = [block.sbp_state.settings for block in blocks]  # type: ignore[union-attr, misc]
+    if any((one.recompute, one.exact_recompute) != ("none", "none") for one in settings) and has_dropout(*blocks):
         return "dropout is computed again in the backward pass, and a replay cannot set the generator back"
     return None
 

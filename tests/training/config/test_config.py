@@ -114,10 +114,38 @@ def test_what_only_attention_has_is_refused_for_a_convnext():
         task_of(config).build_model(config)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("sbp.keep_ratio_end=0",), r"sbp\.keep_ratio_end must be a number in \(0, 1\], got 0"),
+        (("sbp.keep_ratio_end=[0.5,2]",), r"sbp\.keep_ratio_end must be a number in \(0, 1\], got 2"),
+        (("sbp.keep_ratio_end=half",), r"sbp\.keep_ratio_end must be a number in \(0, 1\], got 'half'"),
+        (("sbp=none", "sbp.keep_ratio_end=0.5"), r"sbp\.keep_ratio_end=0.5 needs sbp\.enabled=true"),
+        (
+            ("sbp.keep_ratio=[0.5,0.5]", "sbp.keep_ratio_end=[0.5]"),
+            r"sbp\.keep_ratio_end must be one number, or 2 as sbp\.keep_ratio, got a list of 1",
+        ),
+        (("sbp.keep_ratio_end=0.5", "recipe.epochs=1"), r"needs at least 2 epochs with SBP .*, got 1"),
+        (("sbp.keep_ratio_end=0.5", "sbp.exact_epochs=2"), r"needs at least 2 epochs with SBP .*, got 1"),
+        (("sbp.keep_ratio_end=0.5", "sbp.eval=published"), r"sbp\.keep_ratio_end=0.5 needs sbp\.eval=exact"),
+    ],
+)
+def test_a_keep_ratio_that_cannot_change_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        validate(small("recipe.epochs=3", *overrides))
+
+
 def test_exact_epochs_need_sbp_in_the_others():
     assert validate(small("sbp.exact_epochs=1")).sbp.exact_epochs == 1
     with pytest.raises(ValueError, match=r"sbp\.exact_epochs=1 needs sbp\.enabled=true"):
         validate(small("sbp=none", "sbp.exact_epochs=1"))
+    assert validate(small("sbp.exact_epochs=1", "sbp.exact_recompute=block")).sbp.exact_recompute == "block"
+    with pytest.raises(
+        ValueError, match=r"sbp\.exact_recompute=cheap is of exact epochs and needs sbp\.exact_epochs in"
+    ):
+        validate(small("sbp.exact_recompute=cheap"))
+    with pytest.raises(ValueError, match=r"sbp\.exact_recompute must be one of none, cheap, block, got 'all'"):
+        validate(small("sbp.exact_epochs=1", "sbp.exact_recompute=all"))
 
 
 @pytest.mark.parametrize("option", ["data=imagenet", "data=timm"])

@@ -44,15 +44,21 @@ def test_with_all_epochs_exact_the_run_is_the_plain_one_bitwise(tmp_path, backbo
 
 @pytest.fixture
 def steps(monkeypatch):
-    """For each step run whether SBP was on in it, in both passes."""
-    seen: dict[int, set[bool]] = {}
+    """For each step run whether SBP was on in it, in both passes, and what was recomputed."""
+    seen: dict[int, set[tuple[bool, str]]] = {}
     real_loss, real_update = Trainer._loss, Trainer.update
 
     def loss(self, images, labels):
         (state,) = sbp.state.states(self.model)
-        self.on = {state.enabled}
+
+        def now(*_):
+            with torch.enable_grad():
+                self.on.add((state.enabled, state.recomputes(self.model)))
+
+        self.on = set()
+        now()
         out = real_loss(self, images, labels)
-        out[0].register_hook(lambda _: self.on.add(state.enabled))
+        out[0].register_hook(now)
         return out
 
     def update(self, step):
@@ -68,14 +74,17 @@ class Interruption(BaseException):
     pass
 
 
-def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_path, monkeypatch, steps):
+@pytest.mark.parametrize("again", ["none", "block"])
+def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_path, monkeypatch, steps, again):
     overrides = ("recipe.epochs=3", "sbp.exact_epochs=2", "checkpoint.every_steps=1", "probe.every_steps=3")
-    config = small(*QUICK, *overrides, "checkpoint.keep=20")
+    more = () if again == "none" else (f"sbp.exact_recompute={again}",)
+    config = small(*QUICK, *overrides, "checkpoint.keep=20", *more)
+    expected = {step: {(True, "none") if step < 4 else (False, again)} for step in range(12)}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     train(config, whole)
-    assert steps == {step: {step < 4} for step in range(12)}
+    assert steps == expected
 
     real, stops = Checkpoints.save, {3, 6}
 
@@ -92,19 +101,24 @@ def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_pa
         with pytest.raises(Interruption):
             train(config, parts)
     train(config, parts)
-    assert steps == {step: {step < 4} for step in range(12)}
+    assert steps == expected
     assert_equal(find(whole)[1]["state_dict"], find(parts)[1]["state_dict"])
     assert record(whole) == record(parts)
     cosines = {line["step"]: line["gradient_cosine/total"] for line in record(whole) if "gradient_cosine/total" in line}
     assert cosines.keys() == {3, 6, 9, 12} and max(cosines.values()) < 0.999  # what SBP would give
 
 
-def test_exact_steps_of_a_compiled_model_are_exact(monkeypatch):
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend="eager"))
+@pytest.mark.parametrize(("how", "again"), [("true", "null"), ("blocks", "block"), ("blocks", "cheap")])
+def test_exact_steps_of_a_compiled_model_are_exact(monkeypatch, how, again):
+    real = torch.compile
+    eager = {"backend": "eager"}
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, **options | eager))
+    model = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: model(self, **options | eager))
     torch._dynamo.reset()
     gradients = []
-    for overrides in (("compile=true", "sbp.exact_epochs=1", "recipe.epochs=2"), ("sbp=none", "recipe.epochs=2")):
+    compiled = (f"compile={how}", "sbp.exact_epochs=1", f"sbp.exact_recompute={again}")
+    for overrides in ((*compiled, "recipe.epochs=2"), ("sbp=none", "recipe.epochs=2")):
         config = small(*QUICK, *overrides, "backbone.drop_path=0")
         images = setup.load_images(config, CPU)
         trainer = setup.build_trainer(config, images.order, CPU)

@@ -18,7 +18,7 @@ from sbp.training.memory import advice as advice_module
 from sbp.training.memory import allocations, detection
 from sbp.training.memory.advice import advice
 from sbp.training.memory.allocations import PARTS, CudaCasts
-from sbp.training.memory.forecast import RECOMPUTE, forecast, largest_micro_batch, with_sbp
+from sbp.training.memory.forecast import RECOMPUTE, forecast, forecast_phases, largest_micro_batch, with_sbp
 from sbp.training.memory.paper import PAPER
 from sbp.training.models.build import build_model
 from sbp.training.plan.arms import BenchmarkRules
@@ -52,6 +52,22 @@ def test_the_step_is_that_of_the_training_size_and_of_the_exact_epochs():
     assert forecast(smaller, 64).saved == forecast(small("data.image_size=16"), 64).saved < forecast(whole, 64).saved
     exact = forecast(small("sbp.exact_epochs=1"), 64).saved
     assert forecast(whole, 64).saved < exact == pytest.approx(forecast(small("sbp=none"), 64).saved, rel=1e-3)
+
+
+def test_the_peak_of_a_run_is_that_of_the_phase_that_needs_most():
+    config = small("recipe.epochs=3", "sbp.exact_epochs=1", "sbp.exact_recompute=block")
+    found = forecast_phases(config, 64)
+    assert list(found) == ["SBP", "exact epochs"] and found["exact epochs"].peak < found["SBP"].peak
+    assert forecast(config, 64) == found["SBP"]
+
+
+@pytest.mark.long
+def test_advice_names_the_recomputation_of_exact_epochs():
+    config = small("recipe.epochs=2", "sbp.exact_epochs=1", "global_batch_size=64")
+    found = forecast_phases(config, 64)
+    assert found["exact epochs"].peak > found["SBP"].peak
+    assert "sbp.exact_recompute=block" in advice(config, 64, found["SBP"].peak)
+    assert "sbp.exact_recompute" not in advice(small("global_batch_size=64"), 64, found["SBP"].peak)
 
 
 @pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])

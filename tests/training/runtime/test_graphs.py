@@ -73,7 +73,16 @@ def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, a
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{"exact_epochs": 2}, {"fixed_mask": True}, {"hold_mask": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exact_epochs": 2},
+        {"exact_epochs": 2, "exact_recompute": "block"},
+        {"fixed_mask": True},
+        {"hold_mask": True},
+    ],
+    ids=str,
+)
 def test_what_changes_from_step_to_step_changes_in_replays(tmp_path, device, recorder, settings):
     config = runs.configured(**RANDOM | {"sbp": settings | {"mask": "random"}}, device=device.type, micro_batch_size=8)
     config.deterministic = True
@@ -185,6 +194,8 @@ def test_reasons_against():
     assert graphs.reason_against(model, cuda, same_shapes=True) is None
     dropout = sbp.apply(small_vit(proj_drop_rate=0.1), recompute="block")
     assert "dropout" in graphs.reason_against(dropout, cuda, same_shapes=True)
+    sbp.remove(dropout)
+    assert "dropout" in graphs.reason_against(sbp.apply(dropout, exact_recompute="cheap"), cuda, same_shapes=True)
     sbp.remove(dropout)
     assert graphs.reason_against(sbp.apply(dropout), cuda, same_shapes=True) is None
     with pytest.raises(ValueError, match="cuda_graph=true is not possible here: the device is cpu"):
