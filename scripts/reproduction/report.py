@@ -10,7 +10,7 @@ import yaml
 
 from sbp.training.record.status import read_json
 from sbp.training.record.table import markdown
-from scripts.reproduction import verdicts
+from scripts.reproduction import beside, verdicts
 from scripts.reproduction.arms import ARMS, NULLS, PARTIAL
 from scripts.reproduction.claims import ANSWERED, CLAIMS, QUESTIONS, STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
@@ -59,6 +59,7 @@ def text(folder: Path) -> str:
             parts += [why[key].strip()]
         if key == "7":
             parts += list(table_2(folder))
+    parts += list(beside.sections(folder))
     return "\n\n".join(parts) + "\n"
 
 

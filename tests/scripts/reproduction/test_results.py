@@ -16,6 +16,7 @@ from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"
 TEXT = (ROOT / "RESULTS.md").read_text()
+STUDY, BESIDE = TEXT.split("## Beside the study", 1)
 LABELS = {arm.label: name for name, arm in ARMS.items()}
 LABELS |= {label: name for name, label in (NULLS | PARTIAL).items()}
 STAGES = ("early", "middle", "late")
@@ -39,7 +40,7 @@ def tables(text):
 
 def sections():
     """(claim's title, SCALE/SETTING, text) of every section of a setting."""
-    for chapter in re.split(r"^## ", TEXT, flags=re.M)[1:]:
+    for chapter in re.split(r"^## ", STUDY, flags=re.M)[1:]:
         title = chapter.splitlines()[0]
         for part in re.split(r"^### ", chapter, flags=re.M)[1:]:
             yield title, part.splitlines()[0].split(":")[0], part
@@ -176,9 +177,23 @@ def test_table_2_is_the_talks_and_the_forecasts():
         assert_forecast(name, forecast, cheap)
 
 
+def test_what_stands_beside_the_study_is_its_record():
+    record = json.loads((FOLDER / "gpu" / "h100-60167d7" / "cifar10.json").read_text())
+    assert record["device"] in BESIDE and record["settings"] in BESIDE
+    for (network, arms), (_, *rows) in zip(record["networks"].items(), tables(BESIDE), strict=True):
+        assert f"### {network}" in BESIDE
+        plain = arms["no SBP"]["top1"]
+        for (label, *top1, lost, loss), (arm, found) in zip(rows, arms.items(), strict=True):
+            assert label == arm and LABELS[label]
+            assert [float(cell) for cell in top1 if cell] == found["top1"]
+            same(loss, np.mean(found["train_loss"]))
+            if arm != "no SBP":
+                same(lost, np.mean(plain[: len(found["top1"])]) - np.mean(found["top1"]))
+
+
 def test_outside_of_the_tables_there_are_no_other_numbers():
     """Claims, rule and settings have their own; the records give versions and sizes. Nothing is left."""
-    rest = "\n".join(line for line in TEXT.splitlines() if not line.startswith(("|", "![")))
+    rest = "\n".join(line for line in STUDY.splitlines() if not line.startswith(("|", "![")))
     facts = []
     for name, one in report.evidence(FOLDER).items():
         facts += [one.setting.label, one.setting.label.capitalize(), name, one.setting.name]
