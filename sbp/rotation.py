@@ -15,8 +15,8 @@ def turned(x: Tensor, rope: Tensor, half: bool) -> Tensor:
     """x (B, h, n, d), whose last tokens are turned by the angles of `rope`, sine and cosine (..., n - P, 2 d).
 
     half: which channels are pairs, as timm's `rotate_half`. Angles that are learned need the tokens before they were
-    turned; these are had by turning them back, so that of x nothing is saved beside the result. torch.compile chooses by
-    itself what it saves.
+    turned; these are had by turning them back, so that of x nothing is saved beside the result. torch.compile chooses
+    by itself what it saves.
     """
     learned = rope.requires_grad and not torch.compiler.is_compiling()
     return _Turn.apply(x, rope, half) if learned else _turn(x, rope, half)
