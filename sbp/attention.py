@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from sbp import masks, recompute
 from sbp.functional import Streams, rescale_gradient
 from sbp.masks import Positions
+from sbp.rotation import turned
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Branch = tuple[Tensor, Callable[[], Tensor]]  # of the kept tokens; and of the dropped ones, computed when called
@@ -201,13 +201,8 @@ def _rotated(attn: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) ->
     """Turns queries and keys (B, h, n, d) by their tokens' angles, of which prefix tokens have none."""
     if rope is None:
         return q, k, v
-    prefix, half = q.shape[2] - rope.shape[-2], getattr(attn, "rotate_half", False)
-
-    def turned(x: Tensor) -> Tensor:
-        out = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
-        return torch.cat([x[:, :, :prefix], out], 2).type_as(v)
-
-    return turned(q), turned(k), v
+    half = getattr(attn, "rotate_half", False)
+    return turned(q, rope, half).type_as(v), turned(k, rope, half).type_as(v), v
 
 
 # -- attention, and from heads to tokens

@@ -10,7 +10,18 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import sbp
 from sbp.training.engine import setup
 from sbp.training.runtime.compiling import blocks_of, compile_model
-from tests.conftest import assert_same_gradients, gradients, images, others_long, small_convnext, small_vit
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    images,
+    others_long,
+    small_beit,
+    small_convnext,
+    small_eva,
+    small_hiera,
+    small_swin,
+    small_vit,
+)
 from tests.training import runs
 
 RATE = {"drop_path_rate": 0.3}
@@ -27,6 +38,20 @@ MODELS = {
     "convnext rescaled": lambda: sbp.apply(small_convnext(), rescale=True),
     "convnext, input": lambda: sbp.apply(small_convnext(**RATE), dropped="input"),
     "convnext, block": lambda: sbp.apply(small_convnext(**RATE), recompute="block"),
+}
+OTHERS = {  # a model, the pixels of an image, and how many kinds of blocks there may be
+    "plain eva": (lambda: small_eva(**RATE), 32, 3),
+    "eva": (lambda: sbp.apply(small_eva(**RATE)), 32, 3),
+    "dinov3 query, cheap": (
+        lambda: sbp.apply(small_eva("vit_small_patch16_dinov3", **RATE), mhsa_drop="query", recompute="cheap"),
+        32,
+        3,
+    ),
+    "beit": (lambda: sbp.apply(small_beit(**RATE)), 32, 3),
+    "swin": (lambda: sbp.apply(small_swin(**RATE)), 64, 2 * 4 + 3),
+    "swin padded": (lambda: sbp.apply(small_swin(strict_img_size=False, **RATE), mhsa_drop="query"), 72, 2 * 4 + 3),
+    "swin v2": (lambda: sbp.apply(small_swin("swinv2_tiny_window8_256", **RATE)), 64, 2 * 4 + 3),
+    "hiera query": (lambda: sbp.apply(small_hiera(**RATE), mhsa_drop="query"), 96, 2 * 4 + 3),
 }
 
 
@@ -63,6 +88,21 @@ def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
         with sbp.disabled(model), sbp.disabled(eager):
             assert_same_gradients(gradients(model, x), gradients(eager, x))
     assert list(model.state_dict()) == keys
+    model.eval(), eager.eval()
+    torch.testing.assert_close(model(x), eager(x))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_families(name):
+    make, size, kinds = OTHERS[name]
+    model = make()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compile_model(model, "blocks", backend=counter, fullgraph=True)
+    eager, x = eager_copy(model), images(size)
+    for _ in range(3):
+        assert_same_gradients(gradients(model, x), gradients(eager, x))
+    assert 0 < counter.frame_count <= kinds
     model.eval(), eager.eval()
     torch.testing.assert_close(model(x), eager(x))
 

@@ -21,6 +21,7 @@ from sbp.training.models.optim import build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.tasks.choice import task_of
+from sbp.training.tasks.detection import synthetic
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.tasks.detection.coco_files import coco_folder, one_class
@@ -67,6 +68,38 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
     body = {name: value for name, value in body.items() if name.split(".")[0] in ("stem", "stages")}
     plain = timm.create_model("convnext_tiny", num_classes=0, dims=[16, 32, 64, 64], depths=[1, 1, 3, 1], patch_size=4)
     assert plain.load_state_dict(body, strict=False).missing_keys == ["head.norm.weight", "head.norm.bias"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sbp", ["sbp=default", "sbp.recompute=cheap"])
+def test_a_detector_on_a_swin_learns_its_images(tmp_path, sbp):
+    """On a backbone of the configs; images of 64 px leave maps that windows of 4 x 4 do not divide."""
+    options = [
+        one for one in FOUR_IMAGES if not one.startswith(("backbone.kwargs", "+backbone.kwargs", "recipe.epochs"))
+    ]
+    swin = ("backbone=swin_demo", "backbone.kwargs.embed_dim=16", "sbp.mhsa_drop=query", sbp, "recipe.epochs=30")
+    config = composed(*options, *swin, "eval_every_epochs=30", "logger=none")
+    summary = train(config, tmp_path)
+    assert summary["effective_keep_ratio"] == 0.5 and 0.3 < summary["gradient_cosine"] < 1
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert losses[-1] < losses[0] / 1.5
+    result = evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path)), tmp_path)
+    assert result["box_ap"] == pytest.approx(summary["box_ap"])
+
+
+@pytest.mark.long
+def test_mask_rcnn_on_swin_t_as_its_config_has_it():
+    """A step of the published network with weights of its own, on an image of a size that pads all of its maps."""
+    config = validate(composed("experiment=detection/mask_rcnn_swin_tiny_sbp", "data.root=/coco"))
+    assert (config.task, config.sbp.mhsa_drop, config.recipe.lr) == ("detection", "query", 1e-4)
+    model = task_of(config).build_model(config).train()
+    synthetic.propose_objects(model)
+    images, targets = synthetic.random(160, 224, 1, config.data.num_classes)
+    sum(model(images, targets).values()).backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    for stage in model.backbone.body.layers:
+        assert [block.window_size for block in stage.blocks] == [(7, 7)] * len(stage.blocks)
+        assert [block.shift_size for block in stage.blocks[:2]] == [(0, 0), (3, 3)]
 
 
 @pytest.mark.parametrize("name", DETECTORS)
