@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sbp.training.benchmark.arms import ARMS
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.benchmark.runner import Runner, make_batch
 from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.runtime import distributed, environment
@@ -54,7 +54,7 @@ def main(folder: Path, networks: list[str], device: torch.device) -> None:
             "versions": environment.versions(),
             "arms": {name: operators(config, name, device) for name in arms},
         }
-        write_json(record, folder / f"operators-{network}.json")
+        write_record(record, folder / f"operators-{network}.json")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from time import perf_counter
 from sbp.training.benchmark import report as benchmark_report
 from sbp.training.benchmark.arms import ARMS
 from sbp.training.benchmark.benchmark import benchmark
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig, DetectorConfig, SbpConfig
 from sbp.training.config.recipe import RecipeConfig
@@ -107,7 +107,7 @@ def run_tests(seconds: float, path: Path) -> None:
     print(f"GPU tests: {last}, see {output}", flush=True)
     if code != 0:
         sys.exit(1)
-    write_json({"summary": last, "seconds": perf_counter() - begin, "versions": environment.versions()}, path)
+    write_record({"summary": last, "seconds": perf_counter() - begin, "versions": environment.versions()}, path)
 
 
 def compare(config: BenchmarkConfig, path: Path) -> None:
@@ -139,7 +139,7 @@ def check_forecast(eager: str, path: Path) -> None:
         peak = forecast(config, result["batch_size"], rules=BenchmarkRules()).peak
         found[name] = {"label": arm.label, "forecast": peak, "measured": record.get("peak_allocated")}
     keep = ("network", "device", "versions", "amp", "batch_size")
-    write_json({key: result[key] for key in keep} | {"arms": found}, path)
+    write_record({key: result[key] for key in keep} | {"arms": found}, path)
     rows = [["arm", "forecast MiB", "measured MiB", "deviation"]]
     for figures in found.values():
         if figures["measured"]:
