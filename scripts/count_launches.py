@@ -16,7 +16,7 @@ from sbp.training.benchmark.benchmark import benchmark
 from sbp.training.record.files import read_json, write_text
 from sbp.training.record.table import markdown
 from sbp.training.runtime import environment
-from scripts.gpu_results import NETWORKS, benchmark_config
+from scripts.gpu.networks import NETWORKS, benchmark_config
 
 NARROW: dict[str, dict[str, Any]] = {
     "vit": {"img_size": 64, "embed_dim": 48, "num_heads": 12},

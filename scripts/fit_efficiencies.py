@@ -20,7 +20,7 @@ from sbp.training.plan.gpus import find
 from sbp.training.plan.operators import PASSES, Kernel
 from sbp.training.plan.roofline import DATA, FITTED_ON, serial
 from sbp.training.record.files import read_json, write_json
-from scripts.gpu_results import NETWORKS
+from scripts.gpu.networks import NETWORKS
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 RECORDS = {  # of which network

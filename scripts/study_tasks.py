@@ -13,7 +13,7 @@ import torch
 
 from sbp.cli.compose import composed
 from sbp.cli.torchrun import quoted
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.config.run import Config
 from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import is_taken, read_json
@@ -152,7 +152,7 @@ def train(experiment: Experiment, arm: str, jobs: Jobs) -> str | None:
         }.items():
             facts[several] = sorted({*before.get(several, []), *values})
         command = shell("train.py -m", [*given, f"seed={','.join(map(str, of_seed))}"])
-        write_json({"arm": arm, "command": command, **facts, "runs": runs}, experiment.file("training", arm))
+        write_record({"arm": arm, "command": command, **facts, "runs": runs}, experiment.file("training", arm))
     losses = [run["val_loss"] for run in runs]
     return f"validation loss {fmean(losses):.4f} in {len(runs)} runs, {min(losses):.4f} to {max(losses):.4f}"
 
@@ -192,7 +192,7 @@ def similarity(experiment: Experiment, name: str, jobs: Jobs) -> str | None:
     record = json.loads(out.read_text())
     runs = [one | {"stage": stage} for one, (stage, _) in zip(record.pop("checkpoints"), checkpoints, strict=True)]
     told = {"command": shell("-m scripts.gradient_similarity CHECKPOINTS", options)}
-    write_json(told | record | {"runs": runs}, experiment.file("gradients", name))
+    write_record(told | record | {"runs": runs}, experiment.file("gradients", name))
     late = [one["found"] for one in runs if one["stage"] in ("late", "own")]
     return ", ".join(f"cosine {fmean(one[key]['cosine'] for one in late):.3f} ({key})" for key in late[0]) + ", late"
 
@@ -228,7 +228,7 @@ def evaluate_as_published(experiment: Experiment, jobs: Jobs) -> str | None:
     found = {seed: json.loads((folder / str(seed) / "eval.json").read_text()) for seed in checkpoints}
     runs = [{"seed": seed, "top1": one["top1"], "val_loss": one["loss"]} for seed, one in found.items()]
     facts = {"command": shell("eval.py checkpoint=FILE", given), "device": environment.device_name(experiment.device)}
-    write_json(facts | {"versions": environment.versions(), "runs": runs}, experiment.file("published", "sbp"))
+    write_record(facts | {"versions": environment.versions(), "runs": runs}, experiment.file("published", "sbp"))
     return f"validation loss {fmean(run['val_loss'] for run in runs):.4f} with partial attention in evaluation too"
 
 
@@ -256,7 +256,7 @@ def measure_costs(experiment: Experiment, arms: list[str], rounds: int, jobs: Jo
             "versions": environment.versions(),
             "rounds": rounds,
         }
-        write_json({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
+        write_record({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
 
 
 def arm_config(experiment: Experiment, arm: str) -> Config:

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
 from scripts.reproduction.arms import ARMS, sbp_arguments
@@ -84,5 +84,5 @@ def test_seed_by_seed_a_study_can_end_at_any_time(tmp_path):
     with ThreadPoolExecutor(4) as pool:  # as the tasks ask for them
         list(pool.map(lambda experiment: arm_config(experiment, "plain"), 4 * experiments))
     record = {"runs": [{"seed": 1, "val_loss": 1.0}]}
-    write_json(record, experiments[0].file("training", "query"))
+    write_record(record, experiments[0].file("training", "query"))
     assert set(names) - set(by_seed(experiments, claims)) == {"small-vit, query, seed 1"}

@@ -22,10 +22,11 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_report(result, folder, name)
-    write_json(result, folder / f"{name}.json")
+    write_record(result, folder / f"{name}.json")
 
 
-def write_json(values: dict[str, Any], path: Path) -> None:
+def write_record(values: dict[str, Any], path: Path) -> None:
+    """What was measured, as JSON, with the folder that it lies in; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=1) + "\n")
 
