@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sbp.cli.torchrun import ROOT
 from sbp.training.config.describe import as_text
+from sbp.training.config.model import SbpConfig
 from sbp.training.config.requests import BenchmarkConfig, CalibrateConfig, EvalConfig, ExportConfig
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
@@ -53,3 +54,11 @@ def all_keys(*, _root_: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("all_keys", all_keys, replace=True)
 OmegaConf.register_new_resolver("or_one", lambda number: number or 1, replace=True)
+
+
+def for_attention(name: str, mhsa_drop: str) -> str:
+    """sbp.mhsa_drop of a timm model of this name: the published one where there is no attention."""
+    return SbpConfig.mhsa_drop if name.startswith("convnext") else mhsa_drop
+
+
+OmegaConf.register_new_resolver("for_attention", for_attention, replace=True)

@@ -18,7 +18,8 @@ class Arm:
     opposite. many_epochs: needs more than one.
 
     same_as: the arm with the very same gradients, whose accuracy is taken: only what a step costs is measured.
-    parts: of an arm with several kinds of steps, those of which arms they are, and their share.
+    parts: of an arm with several kinds of steps, those of which arms they are, and their share: its step takes their
+    mean time, and its peak is the largest of theirs.
     """
 
     label: str
@@ -79,8 +80,8 @@ def half_batches(setting: Setting) -> list[str]:
     return [NONE, f"micro_batch_size={setting.batch_size // 2}"]
 
 
-def exact_end(setting: Setting) -> list[str]:
-    return [f"sbp.exact_epochs={max(1, setting.epochs // 10)}"]
+def exact_end(share: float) -> Callable[[Setting], list[str]]:
+    return lambda setting: [f"sbp.exact_epochs={max(1, int(share * setting.epochs))}"]
 
 
 def query(keep_ratio: float) -> Callable[[Setting], list[str]]:
@@ -99,8 +100,8 @@ ARMS = {
     "ratio_0.125": Arm("keep-ratio 0.125", fixed("sbp.keep_ratio=0.125")),
     "ratio_0.25": Arm("keep-ratio 0.25", fixed("sbp.keep_ratio=0.25")),
     "ratio_0.75": Arm("keep-ratio 0.75", fixed("sbp.keep_ratio=0.75")),
-    "rising": Arm("keep-ratio rising, 0.25 to 0.75", ratios(0.25, 0.75)),
-    "falling": Arm("keep-ratio falling, 0.75 to 0.25", ratios(0.75, 0.25)),
+    "rising": Arm("keep-ratio rising with depth, 0.25 to 0.75", ratios(0.25, 0.75)),
+    "falling": Arm("keep-ratio falling with depth, 0.75 to 0.25", ratios(0.75, 0.25)),
     "query": Arm("drop on queries", fixed("sbp.mhsa_drop=query"), vit_only=True),
     "query_0.25": Arm("drop on queries, keep-ratio 0.25", query(0.25), vit_only=True),
     "query_0.125": Arm("drop on queries, keep-ratio 0.125", query(0.125), vit_only=True),
@@ -131,7 +132,24 @@ ARMS = {
     "per_half": Arm("complementary masks for two halves", fixed("sbp.mask_per=half")),
     "fixed": Arm("one mask for the whole run", fixed("sbp.fixed_mask=true")),
     "rescale": Arm("branch gradients rescaled", fixed("sbp.rescale=true")),
-    "exact_end": Arm("exact backpropagation at the end", exact_end, many_epochs=True),
+    "exact_end": Arm(
+        "exact backpropagation in the last 10 % of epochs",
+        exact_end(0.1),
+        many_epochs=True,
+        parts={"sbp": 0.9, "plain": 0.1},
+    ),
+    "exact_end_20": Arm(
+        "exact backpropagation in the last 20 % of epochs",
+        exact_end(0.2),
+        many_epochs=True,
+        parts={"sbp": 0.8, "plain": 0.2},
+    ),
+    "rising_epochs": Arm(
+        "keep-ratio rising over the epochs, 0.25 to 0.75",
+        fixed("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.75"),
+        many_epochs=True,
+        parts={"ratio_0.25": 0.25, "sbp": 0.5, "ratio_0.75": 0.25},
+    ),
     # what else one could do
     "patch_dropout": Arm("PatchDropout 0.5", fixed(NONE, HALF_TOKENS), vit_only=True),
     "low_resolution": Arm("lower resolution in training", low_resolution),

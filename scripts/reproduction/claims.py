@@ -116,9 +116,12 @@ QUESTIONS = {  # ours, answered in the same way
         ),
     ),
     "gradients": Claim(
-        "Does it help to rescale the gradients of the branches, or to back-propagate in full at the end?",
+        "Does it help to rescale the gradients of the branches, or to back-propagate in full or more at the end?",
         "Not in the talk.",
-        (Comparison("rescale", "sbp"), Comparison("rescale", "sbp", "cosine"), Comparison("exact_end", "sbp")),
+        (
+            *(Comparison("rescale", "sbp"), Comparison("rescale", "sbp", "cosine")),
+            *(Comparison(arm, "sbp") for arm in ("exact_end", "exact_end_20", "rising_epochs")),
+        ),
     ),
     "alternatives": Claim(
         "At the same memory or the same time, is SBP better than what else one could do?",

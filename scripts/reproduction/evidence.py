@@ -81,12 +81,24 @@ class Evidence:
 
     def cost(self, arm: str) -> Cost | None:
         """Of a whole training; None where it was not measured."""
-        found = self.costs.get("arms", {}).get(arm)
         record = self.training.get(ARMS[arm].same_as or arm) if arm in ARMS else None
-        if found is None or record is None:
+        if record is None:
             return None
-        steps = record["epochs"] * record["steps_per_epoch"]
-        return Cost(found.get("peak_allocated", found["memory"]), found["step_ms"] / 1000 * steps)
+        shares = ARMS[arm].parts or {arm: 1.0}
+        found = {part: self.costs.get("arms", {}).get(part) for part in shares}
+        if None in found.values():
+            return None
+        memory = max(one.get("peak_allocated", one["memory"]) for one in found.values())
+        step_ms = sum(share * found[part]["step_ms"] for part, share in shares.items())
+        return Cost(memory, step_ms / 1000 * self._steps(record))
+
+    def step_ms(self, arm: str) -> float | None:
+        """Of one training step, mean over a run; None where it was not measured."""
+        cost = self.cost(arm)
+        return None if cost is None else 1000 * cost.time / self._steps(self.training[ARMS[arm].same_as or arm])
+
+    def _steps(self, record: dict[str, Any]) -> int:
+        return record["epochs"] * record["steps_per_epoch"]
 
     @property
     def on_cuda(self) -> bool:

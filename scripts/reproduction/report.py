@@ -123,8 +123,8 @@ def arms_table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
         cost = one.cost(arm)
         if not losses:
             continue
-        step = one.costs["arms"][arm]["step_ms"] if cost else 0
-        figures = [f"{cost.memory / MIB:.1f}", f"{step:.1f}", f"{cost.time:.0f}"] if cost else ["", "", ""]
+        step = one.step_ms(arm)
+        figures = [f"{cost.memory / MIB:.1f}", f"{step:.1f}", f"{cost.time:.0f}"] if cost and step else ["", "", ""]
         model = "sbp" if arm in PARTIAL else ARMS[arm].same_as
         runs = str(len(losses)) if model is None else f"as {label(model)}"
         shown = [spread(losses, 4), spread(top1, 2)]

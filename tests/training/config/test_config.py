@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -203,3 +203,14 @@ def test_an_evaluation_changes_what_it_names_and_nothing_else():
 def test_no_config_names_a_place_on_a_machine():
     for path in Path(ROOT / "configs").rglob("*.yaml"):
         assert "/home" not in path.read_text() and "/work" not in path.read_text()
+
+
+def test_presets_of_sbp():
+    """The default is the published setting; recommended differs in what attention drops, where there is attention."""
+    published = composed("data=digits", "sbp=published").sbp
+    assert published == composed("data=digits").sbp == composed("data=digits", "sbp=default").sbp
+    for backbone, mhsa_drop in {"vit_base": "query", "swin_tiny": "query", "convnext_tiny": "qkv"}.items():
+        recommended = composed("data=digits", "sbp=recommended", f"backbone={backbone}").sbp
+        assert recommended == replace(published, mhsa_drop=mhsa_drop)
+    detector = composed("task=detection", "sbp=recommended", "sbp.recompute=cheap").sbp
+    assert detector == replace(published, recompute="cheap")

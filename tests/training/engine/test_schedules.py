@@ -44,7 +44,7 @@ def test_with_all_epochs_exact_the_run_is_the_plain_one_bitwise(tmp_path, backbo
 
 @pytest.fixture
 def steps(monkeypatch):
-    """For each step run whether SBP was on in it, in both passes, and what was recomputed."""
+    """For each step run, by whichever run, whether SBP was on in it, in both passes, and what was recomputed."""
     seen: dict[int, set[tuple[bool, str]]] = {}
     real_loss, real_update = Trainer._loss, Trainer.update
 
@@ -62,7 +62,7 @@ def steps(monkeypatch):
         return out
 
     def update(self, step):
-        seen[step] = self.on
+        seen.setdefault(step, set()).update(self.on)
         return real_update(self, step)
 
     monkeypatch.setattr(Trainer, "_loss", loss)
@@ -74,19 +74,13 @@ class Interruption(BaseException):
     pass
 
 
-@pytest.mark.parametrize("again", ["none", "block"])
-def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_path, monkeypatch, steps, again):
-    overrides = ("recipe.epochs=3", "sbp.exact_epochs=2", "checkpoint.every_steps=1", "probe.every_steps=3")
-    more = () if again == "none" else (f"sbp.exact_recompute={again}",)
-    config = small(*QUICK, *overrides, "checkpoint.keep=20", *more)
-    expected = {step: {(True, "none") if step < 4 else (False, again)} for step in range(12)}
+def run_in_parts(config, tmp_path, monkeypatch, stops):
+    """Two folders: of the run, and of the same one interrupted after the checkpoints of these steps."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
     train(config, whole)
-    assert steps == expected
-
-    real, stops = Checkpoints.save, {3, 6}
+    real, stops = Checkpoints.save, {*stops}
 
     def save(self, step, content):
         path = real(self, step, content)
@@ -96,11 +90,50 @@ def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_pa
         return path
 
     monkeypatch.setattr(Checkpoints, "save", save)
-    steps.clear()
-    for _ in range(2):
+    while stops:
         with pytest.raises(Interruption):
             train(config, parts)
     train(config, parts)
+    return whole, parts
+
+
+@pytest.mark.parametrize(
+    ("keys", "ratios"),
+    [
+        (("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.75"), (0.25, 0.5, 0.75)),
+        (("sbp.keep_ratio=1", "sbp.keep_ratio_end=[0.25,0.5]", "sbp.layers=all"), (1, 0.6875, 0.375)),
+        (("sbp.keep_ratio=0.75", "sbp.keep_ratio_end=0.3", "sbp.exact_epochs=1"), (0.75, 0.3, 1)),
+    ],
+    ids=str,
+)
+def test_a_keep_ratio_changes_over_the_epochs_also_after_interruptions(tmp_path, monkeypatch, keys, ratios):
+    more = ("recipe.epochs=3", "checkpoint.every_steps=1", "checkpoint.keep=20", "probe.every_steps=3")
+    kept: dict[int, tuple[list[float], float]] = {}
+    real = Trainer.update
+
+    def update(self, step):
+        (state,) = sbp.state.states(self.model)
+        share = 1.0 if self.is_exact(step) else sbp.effective_keep_ratio(self.model)
+        kept[step] = (state.keep_ratios, share)
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "update", update)
+    config = small(*QUICK, *more, "log_every_steps=1", *keys)
+    whole, parts = run_in_parts(config, tmp_path, monkeypatch, {3, 4, 6})
+    assert_equal(find(whole)[1]["state_dict"], find(parts)[1]["state_dict"])
+    assert record(whole) == record(parts)
+    logged = {line["step"]: line["keep_ratio"] for line in record(whole) if "keep_ratio" in line}
+    assert logged == {step + 1: pytest.approx(ratios[step // 4]) for step in range(12)}
+    assert [kept[step][1] for step in range(12)] == pytest.approx([ratios[step // 4] for step in range(12)], abs=0.03)
+
+
+@pytest.mark.parametrize("again", ["none", "block"])
+def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_path, monkeypatch, steps, again):
+    overrides = ("recipe.epochs=3", "sbp.exact_epochs=2", "checkpoint.every_steps=1", "probe.every_steps=3")
+    more = () if again == "none" else (f"sbp.exact_recompute={again}",)
+    config = small(*QUICK, *overrides, "checkpoint.keep=20", *more)
+    expected = {step: {(True, "none") if step < 4 else (False, again)} for step in range(12)}
+    whole, parts = run_in_parts(config, tmp_path, monkeypatch, {3, 6})
     assert steps == expected
     assert_equal(find(whole)[1]["state_dict"], find(parts)[1]["state_dict"])
     assert record(whole) == record(parts)
@@ -197,3 +230,9 @@ def test_training_images_may_be_smaller_than_those_of_evaluation(tmp_path, monke
     summary = train(small(*QUICK, *more, "probe.every_steps=3", backbone=backbone), tmp_path)
     assert sizes == {True: {(sides[1],) * 2}, False: {(sides[0],) * 2}}
     assert 0 < summary["gradient_cosine"] < 1 and summary["preprocessing"]["image_size"] == sides[0]
+
+
+def test_a_list_that_does_not_fit_the_network_is_refused_before_anything_is_trained(tmp_path):
+    keys = ("recipe.epochs=2", "sbp.layers=all", "sbp.keep_ratio_end=[0.5,0.25,0.25]")
+    with pytest.raises(ValueError, match=r"sbp\.keep_ratio_end has 3 values for 2 SBP layers: blocks.0, blocks.1"):
+        train(small(*QUICK, *keys), tmp_path)

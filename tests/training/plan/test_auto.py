@@ -8,7 +8,7 @@ from sbp.training.config.batches import plan_batches
 from sbp.training.config.rules import validate
 from sbp.training.engine import planned
 from sbp.training.engine.train import train
-from sbp.training.memory.forecast import forecast
+from sbp.training.memory.forecast import forecast, forecast_phases
 from sbp.training.plan import auto
 from sbp.training.plan.auto import Expected, FirstSteps, choose, differences
 from sbp.training.plan.gpus import find
@@ -28,6 +28,20 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
     assert choose(config, CPU, 2, gpu=H100, available=2 * whole).step is None  # what processes exchange is not known
     with pytest.raises(ValueError, match="micro_batch_size=auto: by forecast not even the smallest one fits"):
         choose(config, CPU, 1, gpu=H100, available=1e3)
+
+
+@pytest.mark.long
+def test_the_micro_batch_fits_every_phase_of_the_run():
+    keys = ("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.5", "sbp.exact_epochs=1", "recipe.epochs=4")
+    config = small("micro_batch_size=auto", "global_batch_size=64", *keys)
+    needed = {name: one.peak for name, one in forecast_phases(config, 64).items()}
+    assert list(needed) == ["keep_ratio 0.25", "keep_ratio 0.5", "exact epochs"]
+    assert sorted(needed.values()) == list(needed.values())
+    found = choose(config, CPU, 1, gpu=H100, available=1.03 * needed["exact epochs"])
+    assert found.micro_batch_size == 64
+    assert found.peak == pytest.approx(needed["keep_ratio 0.25"], rel=0.03)  # what the first steps are compared with
+    assert found.run_peak == pytest.approx(needed["exact epochs"], rel=0.03)
+    assert choose(config, CPU, 1, gpu=H100, available=needed["keep_ratio 0.5"]).micro_batch_size < 64
 
 
 def test_without_a_gpu_it_is_the_whole_share():

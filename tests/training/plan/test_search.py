@@ -4,7 +4,8 @@ from statistics import fmean
 
 import pytest
 
-from sbp.training.memory.forecast import forecast
+from sbp.training.memory.forecast import forecast, with_sbp
+from sbp.training.memory.phases import phases
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
 from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
@@ -71,6 +72,48 @@ def test_the_largest_batch_is_the_last_that_fits(tiny):
     largest = found.largest(64 * MIB, accumulates=False)
     assert found.peak(largest, False) <= 64 * MIB < found.peak(largest + 1, False)
     assert found.largest(1.0, accumulates=False) == 0
+
+
+def test_a_setting_keeps_what_a_run_says_of_epochs_unless_all_are_exact():
+    config = small("recipe.epochs=4", "sbp.keep_ratio_end=0.75", "sbp.exact_epochs=1", "sbp.exact_recompute=block")
+    quarter, exact = Setting(0.25, "query", "none"), Setting(1.0, "qkv", "cheap")
+    assert quarter.overrides(config)[3:] == [
+        "sbp.keep_ratio_end=0.75",
+        "sbp.exact_epochs=1",
+        "sbp.exact_recompute=block",
+    ]
+    assert list(phases(quarter.applied(config))) == ["keep_ratio 0.25", "keep_ratio 0.75", "exact epochs"]
+    assert exact.overrides(config)[3:] == [] and list(phases(exact.applied(config))) == ["all epochs"]
+
+
+def test_phases_that_runs_share_are_forecast_once(tiny):
+    config, found = tiny
+    asked = []
+
+    def forecast(configs):
+        asked.extend(configs)
+        return [replace(found) for _ in configs]
+
+    sbp = replace(config, sbp=replace(config.sbp, enabled=True), recipe=replace(config.recipe, epochs=2))
+    run = with_sbp(sbp, exact_epochs=1, exact_recompute="block")
+    one, other, alike = search.of_runs([run, with_sbp(run, mhsa_drop="query"), sbp], forecast)
+    assert len(asked) == 3 and [len(each.later) for each in (one, other, alike)] == [1, 1, 0]
+    assert one.later[0] is other.later[0]
+
+
+def test_the_peak_of_a_line_is_that_of_its_phases(tiny):
+    _, found = tiny
+    more = replace(found, small=_heavier(found.small), large=_heavier(found.large))
+    for first, later in ((found, more), (more, found)):
+        run = replace(first, later=(later,))
+        assert run.peak(64, False) == more.peak(64, False) > found.peak(64, False)
+        assert run.own_peak(64, False) == first.peak(64, False)
+        assert run.largest(64 * MIB, False) == more.largest(64 * MIB, False)
+
+
+def _heavier(step):
+    memory = replace(step.memory, activations=2 * step.memory.activations + 2**20)
+    return replace(step, memory=memory)
 
 
 def test_micro_batches_divide_the_share():

@@ -1,6 +1,7 @@
 """Compiled blocks: few kinds of them, and the losses and gradients of eager mode."""
 
 import copy
+import logging
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sbp
+from sbp.schedule import keep_ratio_at
 from sbp.training.engine import setup
 from sbp.training.runtime.compiling import blocks_of, compile_model
 from tests.conftest import (
@@ -105,6 +107,32 @@ def test_the_other_families(name):
     assert 0 < counter.frame_count <= kinds
     model.eval(), eager.eval()
     torch.testing.assert_close(model(x), eager(x))
+
+
+@torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256)  # the defaults, set back in the end
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["blocks vit", "blocks convnext", "model vit"])
+def test_each_keep_ratio_of_a_run_is_compiled_once_and_without_warning(case, caplog):
+    how, name = case.split()
+    model = sbp.apply(small_vit() if name == "vit" else small_convnext())
+    x = images(32 if name == "vit" else 64)
+    ratios = [keep_ratio_at(epoch, 12, 0.125, 1.0) for epoch in range(12)]
+    different = len(set(ratios))
+    assert different == 8  # as many as torch compiles by default; a block's code has several kinds of them
+    counter = CompileCounterWithBackend("eager")
+    eager = copy.deepcopy(model)
+    compile_model(model, how, keep_ratios=different, backend=counter)
+    counts = []
+    for _ in range(2):
+        for ratio in ratios:
+            for one in (model, eager):
+                sbp.set_keep_ratio(one, ratio)
+                sbp.set_draw(one, 0)
+            assert_same_gradients(gradients(model, x), gradients(eager, x))
+        counts.append(counter.frame_count)
+    kinds = {"vit": 3, "convnext": 2 * 4 + 3}[name] if how == "blocks" else 1
+    assert different <= counts[0] <= kinds * different and counts[1] == counts[0]
+    assert [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.slow
