@@ -7,6 +7,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,17 +111,25 @@ def line(config: Config) -> Line:
 
 
 def lines(configs: Sequence[Config]) -> list[Line]:
-    """Of each config, in two processes where that is possible.
-
-    Each sets its threads before it does anything: torch's pool does not survive a fork, and the first threads of a
-    backward pass would race for who makes it anew.
-    """
+    """Of each config, in two processes where that is possible."""
     processes = min(2, os.cpu_count() or 1, len(configs))
-    if processes < 2 or torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods():
+    if processes < 2:
         return [line(config) for config in configs]
-    forked = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("fork"))
-    with forked(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    start = multiprocessing.get_context("fork" if _can_fork() else "spawn")
+    with ProcessPoolExecutor(processes, start, torch.set_num_threads, (1,)) as pool:
         return list(pool.map(line, configs))
+
+
+def _can_fork() -> bool:
+    """Whether a backward pass works in a fork of this process, which starts ten seconds sooner than a new one.
+
+    It does not once autograd has started threads, or CUDA has.
+    """
+    try:
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    except OSError:  # one has ended meanwhile
+        return False
+    return bool(threads) and not torch.cuda.is_initialized() and not any("autograd" in name for name in threads)
 
 
 def of_runs(configs: Sequence[Config], forecast: Callable[[Sequence[Config]], list[Line]]) -> list[Line]:

@@ -162,3 +162,9 @@ def test_overrides_make_the_run_that_was_forecast(tiny):
 def test_settings_of_a_run():
     assert search.attends(small()) and not search.attends(small(backbone="convnext"))
     assert search.attends(composed("task=detection", "backbone=swin_demo"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="what threads there are is not known here")
+def test_nothing_is_forked_once_autograd_has_threads():
+    line(small())
+    assert not search._can_fork()
