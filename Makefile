@@ -64,8 +64,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(call install,$(VENV),cat constraints.txt)
 
-$(LOWEST)/ready: pyproject.toml constraints.txt scripts/lowest_versions.py
-	$(call install,$(LOWEST),$(PYTHON) scripts/lowest_versions.py)
+$(LOWEST)/ready: pyproject.toml constraints.txt .ci/lowest_versions.py
+	$(call install,$(LOWEST),$(PYTHON) .ci/lowest_versions.py)
 
   # Into the environment $(1), with the constraints that the command $(2) prints.
 define install

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from sbp import masks, recompute
 from sbp.functional import Streams, rescale_gradient
 from sbp.masks import Positions
+from sbp.rotation import turned
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Branch = tuple[Tensor, Callable[[], Tensor]]  # of the kept tokens; and of the dropped ones, computed when called
@@ -33,11 +33,14 @@ class Places(NamedTuple):
     rope: rows of sine and cosine for the kept tokens but prefix tokens, and for the dropped ones, each (n, 2 d), with
     heads in front (h, n, 2 d), or images and heads, (B, 1, n, 2 d) or (B, h, n, 2 d).
     bias: what the network adds to the attention of all its blocks, (1, h, N, N).
+    real: which of the kept and of the dropped tokens are no padding, bool (B, n, 1), where there is padding. To
+    attention that is zero behind the norm.
     """
 
     where: Positions | None = None
     rope: Streams | None = None
     bias: Tensor | None = None
+    real: Streams | None = None
 
 
 NOWHERE = Places()
@@ -53,12 +56,13 @@ def attend(block: Any, x: Streams, read: int | None, places: Places = NOWHERE) -
     to_heads = _to_heads(block)
     project = _projection(block)
     rope = places.rope or Streams(None, None)  # type: ignore[arg-type]
+    real = places.real or Streams(None, None)  # type: ignore[arg-type]
     bias = _bias(block, x.dropped is not None, places, method, read)
-    q, k, v = to_heads(x.kept, rope.kept)
+    q, k, v = to_heads(x.kept, rope.kept, real.kept)
     dropped = x.dropped
     if dropped is not None:
         with nullcontext() if method == "query" else torch.no_grad():
-            q_dropped, k_dropped, v_dropped = to_heads(dropped, rope.dropped)
+            q_dropped, k_dropped, v_dropped = to_heads(dropped, rope.dropped, real.dropped)
         with torch.no_grad() if method == "qkv" else nullcontext():
             all_k, all_v = torch.cat([k, k_dropped], 2), torch.cat([v, v_dropped], 2)
         if method != "qkv":
@@ -133,8 +137,8 @@ def heads_are_separate(attn: Any) -> bool:
 # -- from tokens to heads
 
 
-def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
-    """The function from tokens (B, n, C) and their rope to q, k and v, each (B, h, n, d)."""
+def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None, Tensor | None], QKV]:
+    """The function from tokens (B, n, C), their rope and which are no padding to q, k and v, each (B, h, n, d)."""
     attn = block.attn
     if attn.qkv is not None:
         bias = None if getattr(attn, "q_bias", None) is None else _packed(attn)[1]
@@ -144,8 +148,12 @@ def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None], QKV]:
         to_qkv = _three_layers(block)
         sizes = [attn.num_heads] + [getattr(attn, "num_kv_heads", attn.num_heads)] * 2
 
-    def to_heads(tokens: Tensor, rope: Tensor | None) -> QKV:
-        qkv = to_qkv(tokens).unflatten(2, (sum(sizes), -1))  # (B, n, all heads, d)
+    def to_heads(tokens: Tensor, rope: Tensor | None, real: Tensor | None) -> QKV:
+        qkv = to_qkv(tokens)
+        if real is not None:
+            of_zero = _packed(attn)[1]
+            qkv = torch.where(real, qkv, 0 if of_zero is None else of_zero.to(qkv.dtype))
+        qkv = qkv.unflatten(2, (sum(sizes), -1))  # (B, n, all heads, d)
         q, k, v = (one.transpose(1, 2) for one in qkv.split(sizes, 2))
         q, k, v = _rotated(attn, *_normed(attn, q, k, v), rope)
         if sizes[1] < sizes[0]:
@@ -193,13 +201,8 @@ def _rotated(attn: Any, q: Tensor, k: Tensor, v: Tensor, rope: Tensor | None) ->
     """Turns queries and keys (B, h, n, d) by their tokens' angles, of which prefix tokens have none."""
     if rope is None:
         return q, k, v
-    prefix, half = q.shape[2] - rope.shape[-2], getattr(attn, "rotate_half", False)
-
-    def turned(x: Tensor) -> Tensor:
-        out = apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)
-        return torch.cat([x[:, :, :prefix], out], 2).type_as(v)
-
-    return turned(q), turned(k), v
+    half = getattr(attn, "rotate_half", False)
+    return turned(q, rope, half).type_as(v), turned(k, rope, half).type_as(v), v
 
 
 # -- attention, and from heads to tokens

@@ -114,7 +114,9 @@ def _whole(gradient: Tensor) -> Tensor:
 
 
 def _plain_names(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """timm's own names, without what wrappers put in front of them."""
+    """timm's own names, without what wrappers put in front of them; timm's `clean_state_dict` leaves that of a compiled
+    block, which stands within a name.
+    """
     for name, parameter in model.named_parameters():
         yield name.replace("_orig_mod.", "").removeprefix("module."), parameter
 

@@ -31,12 +31,29 @@ _REASONS = {
 }
 REASONS = {module: reason for reason, modules in _REASONS.items() for module in modules.split()}
 
+_WRAPPER = "TimmWrapperModel or TimmWrapperForImageClassification"
 # Other libraries: what the module of a class starts with, and what is to be used.
 _OTHERS = {
     "torchvision.models.vision_transformer": "use timm.create_model('vit_base_patch16_224') and so on",
     "torchvision.models.convnext": "use timm.create_model('convnext_tiny') and so on",
     "torchvision.models.swin_transformer": "use timm.create_model('swin_tiny_patch4_window7_224') and so on",
-    "transformers.models": "load a timm network through TimmWrapperModel or TimmWrapperForImageClassification",
+    **{
+        f"transformers.models.{own}": f"load {timms} of timm through {_WRAPPER}"
+        for own, timms in {
+            "vit": "vit_base_patch16_224 or another ViT",
+            "dinov2": "vit_base_patch14_dinov2 or another ViT",
+            "dinov2_with_registers": "vit_base_patch14_reg4_dinov2 or another ViT",
+            "dinov3_vit": "vit_base_patch16_dinov3 or another EVA",
+            "dinov3_convnext": "convnext_tiny or another ConvNeXt",
+            "convnext": "convnext_tiny or another ConvNeXt",
+            "convnextv2": "convnextv2_tiny or another ConvNeXt",
+            "swin": "swin_tiny_patch4_window7_224 or another Swin",
+            "swinv2": "swinv2_tiny_window8_256 or another Swin",
+            "beit": "beit_base_patch16_224 or another BEiT",
+            "hiera": "hiera_tiny_224 or another Hiera",
+        }.items()
+    },
+    "transformers.models": f"load a network of timm through {_WRAPPER}",
 }
 
 
@@ -50,7 +67,7 @@ def why_not(model: nn.Module, supported: str) -> str:
     for module in model.modules():
         where = f"{type(module).__module__}."
         library = next((one for one in _OTHERS if where.startswith(f"{one}.")), None)
-        if library is not None and "timm_wrapper" not in where:
+        if library is not None and ".timm_" not in where:  # its wrappers of timm's networks are no reason
             owner = "torchvision" if library.startswith("torchvision") else "Hugging Face"
             own = f"{type(module).__name__} is {owner}'s own and not timm's"
             return f"{own}: {_OTHERS[library]}; supported are {supported}"

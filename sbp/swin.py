@@ -5,6 +5,10 @@ Shapes: maps (B, H, W, C); W_n windows of w_h x w_w positions, K of which are ke
 The mask is one of a window's positions, and tiles the map: each window, shifted or not, then has each residue once, and
 so the same number of kept positions. The mask grid is the smallest window of the network, which has to divide the
 others. All parts but attention are position-wise. A block splits its map window by window, and joins it at its end.
+
+A map that is no multiple of its windows is padded below and at its right, as timm does for attention, so that these
+windows keep as many positions as all others, padding among them. timm shifts the map before it pads it: the first rows
+and columns of a shifted map, which stand behind its last ones then, have another part of the mask than elsewhere.
 """
 
 from collections.abc import Callable
@@ -30,16 +34,16 @@ SUPPORTED = "timm's Swin v1 and v2 (`SwinTransformerBlock`, `SwinTransformerV2Bl
 
 def find(model: nn.Module) -> Backbone | None:
     """The Swin in `model`, or None. Raises ValueError where SBP cannot train it."""
-    found: Any = only(model, v1.SwinTransformer) or only(model, v2.SwinTransformerV2)
-    if found is None:
+    for kind in (v1.SwinTransformer, v2.SwinTransformerV2):
+        only(model, kind)  # of several it says what to do
+    kinds = v1.SwinTransformerStage, v2.SwinTransformerV2Stage
+    stages: dict[str, Any] = {name: stage for name, stage in model.named_modules() if isinstance(stage, kinds)}
+    if not stages:
         return None
-    name, swin = found
-    name = f"{name}." if name else ""
     layers: dict[str, nn.Module] = {}
     stage_of: dict[str, int] = {}
     published: list[str] = []
-    for index, stage in enumerate(swin.layers):
-        own = f"{name}layers.{index}"
+    for index, (own, stage) in enumerate(stages.items()):
         before = {} if isinstance(stage.downsample, nn.Identity) else {f"{own}.downsample": stage.downsample}
         blocks = {f"{own}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
         for layer, block in blocks.items():
@@ -53,6 +57,8 @@ def find(model: nn.Module) -> Backbone | None:
         depth = len(blocks) if index < 2 else round(len(blocks) * 2 / 3)
         published += [*before, *list(blocks)[:depth]] if index < 3 else []
 
+    network = list(stages.values())
+
     def state(names: list[str], keep_ratios: list[float], settings: Settings, **kwargs: Any) -> SwinState:
         if settings.mask_per != "batch":
             raise ValueError(
@@ -60,12 +66,12 @@ def find(model: nn.Module) -> Backbone | None:
                 "takes more memory than SBP saves: a Swin takes mask_per='batch'"
             )
         own = [stage_of[name] for name in names]
-        return SwinState(names, keep_ratios, settings, stages=own, network=list(swin.layers), **kwargs)
+        return SwinState(names, keep_ratios, settings, stages=own, network=network, **kwargs)
 
     return Backbone(
         layers=layers,
         published=published,
-        hooks=[(swin.layers[0], "enter_first_stage")],
+        hooks=[(network[0], "enter_first_stage")],
         state=state,
         mhsa_drops=("qkv", "query", "qkv_exact"),
     )
@@ -85,18 +91,7 @@ class SwinState(State):
     def enter_first_stage(self, stage: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the first stage. Its input: (B, H, W, C)."""
         (x,) = args
-        height, width = x.shape[1:3]
-        windows: list[Grid] = []
-        for index, one in enumerate(self.network):
-            if not isinstance(one.downsample, nn.Identity):
-                height, width = (height + 1) // 2, (width + 1) // 2
-            windows.append(tuple(one.blocks[0].window_size))
-            if index in self.stages and not _fits((height, width), windows[index]):
-                raise ValueError(
-                    f"the map of stage {index}, {height} x {width}, is no multiple of its windows "
-                    f"({windows[index][0]} x {windows[index][1]}), so that they would keep different numbers of "
-                    "positions: take another image size, or leave the stage out of `layers`"
-                )
+        windows: list[Grid] = [tuple(one.blocks[0].window_size) for one in self.network]
         own = [windows[index] for index in self.stages]
         grid = min(height for height, _ in own), min(width for _, width in own)
         if not all(_fits(window, grid) for window in own):
@@ -121,12 +116,35 @@ def in_shifted_window(index: Tensor, window: Grid, shift: Grid) -> Tensor:
     return rows * window[1] + columns
 
 
+def padded_size(size: Grid, window: Grid) -> Grid:
+    """The least size of whole windows that a map of `size` fits into."""
+    return -(-size[0] // window[0]) * window[0], -(-size[1] // window[1]) * window[1]
+
+
+def padded(x: Tensor, size: Grid) -> Tensor:
+    """A map (B, H, W, C) with zeros below and at its right, (B, *size, C)."""
+    down, across = size[0] - x.shape[1], size[1] - x.shape[2]
+    return nn.functional.pad(x, (0, 0, 0, across, 0, down)) if down or across else x
+
+
 def on_map(index: Tensor, window: Grid, shift: Grid, size: Grid) -> Tensor:
-    """Flat indices (W_n * n,) on a map of `size`, window by window, of positions (n,) within each shifted window."""
-    device = index.device
-    rows = torch.arange(0, size[0], window[0], device=device)[:, None, None] + index // window[1] + shift[0]
-    columns = torch.arange(0, size[1], window[1], device=device)[None, :, None] + index % window[1] + shift[1]
-    return (rows % size[0] * size[1] + columns % size[1]).flatten()
+    """Flat indices (W_n * n,) on a padded map, window by window, of positions (n,) within each shifted window.
+
+    size: of the map before it is padded to whole windows; padding stays where it is when the map is shifted.
+    """
+    height, width = padded_size(size, window)
+    rows = torch.arange(0, height, window[0], device=index.device)[:, None, None] + index // window[1]
+    columns = torch.arange(0, width, window[1], device=index.device)[None, :, None] + index % window[1]
+    return (_unshifted(rows, shift[0], size[0]) * width + _unshifted(columns, shift[1], size[1])).flatten()
+
+
+def _unshifted(place: Tensor, shift: int, side: int) -> Tensor:
+    return torch.where(place < side, (place + shift) % side, place)
+
+
+def is_real(index: Tensor, size: Grid, width: int) -> Tensor:
+    """Which flat indices (n,) on a padded map of this width are no padding of a map of `size`: bool (n,)."""
+    return (index // width < size[0]) & (index % width < size[1])
 
 
 class WindowBlock(TokenBlock):
@@ -144,8 +162,7 @@ class WindowBlock(TokenBlock):
         size, window, shift = (height, width), self.window_size, self.shift_size
         if where is None:
             compiled = "run" in vars(self)
-            recomputes = self.sbp_state.recomputes(self) != "none" or compiled
-            if not self.training or not recomputes or not _fits(size, window):
+            if not self.training or not (self.sbp_state.recomputes(self) != "none" or compiled):
                 return plain(x)
             everything = torch.arange(window[0] * window[1], device=x.device)
             flat = Positions(on_map(everything, window, shift, size), everything[:0])
@@ -153,11 +170,15 @@ class WindowBlock(TokenBlock):
         else:
             within = Positions(*(in_shifted_window(index, window, shift) for index in where))
             flat = Positions(*(on_map(index, window, shift, size) for index in within))
+        whole = padded_size(size, window)
+        x = padded(x, whole)
         streams = split(x.flatten(1, 2), *flat)
         mask = self.get_attn_mask(x) if getattr(self, "dynamic_mask", False) else self.attn_mask
-        streams = Streams(streams.kept, streams.dropped if where is not None else None)
-        streams = self.run(streams, scale=self.sbp_scale(), places=Places(within, bias=mask))
-        out = join(streams, *flat).view(x.shape)
+        real = None if whole == size else Streams(*(is_real(index, size, whole[1]) for index in flat))
+        if where is None:
+            streams = Streams(streams.kept, None)
+        streams = self.run(streams, scale=self.sbp_scale(), places=Places(within, bias=mask, real=real))
+        out = join(streams, *flat).view(x.shape)[:, :height, :width]
         self.sbp_state.watch(out)
         return out
 
@@ -165,10 +186,19 @@ class WindowBlock(TokenBlock):
         """x: streams (B, W_n * n, C), whose windows are images to attention."""
         area = self.window_size[0] * self.window_size[1]
         kept = area if places.where is None else len(places.where.keep)
-        dropped = None if x.dropped is None else x.dropped.reshape(-1, area - kept, x.dropped.shape[-1])
-        branch, dropped_branch = attend(
-            self, Streams(x.kept.reshape(-1, kept, x.kept.shape[-1]), dropped), read, places
-        )
+        real = places.real
+
+        def windows(x: Tensor, count: int) -> Tensor:
+            return x.reshape(-1, count, x.shape[-1])
+
+        def flags(real: Tensor, count: int) -> Tensor:
+            return windows(real.expand(len(x.kept), -1)[..., None], count)
+
+        streams = Streams(windows(x.kept, kept), None if x.dropped is None else windows(x.dropped, area - kept))
+        if real is not None:
+            of_dropped = None if x.dropped is None or real.dropped is None else flags(real.dropped, area - kept)
+            real = Streams(flags(real.kept, kept), of_dropped)
+        branch, dropped_branch = attend(self, streams, read, Places(places.where, None, places.bias, real))
         return branch.reshape(x.kept.shape), lambda: dropped_branch().reshape(len(x.kept), -1, x.kept.shape[-1])
 
     def sbp_bias(self, shared: Tensor | None) -> Tensor:
@@ -223,23 +253,30 @@ class Merging(nn.Module):
         where, again = state.positions(self, self.sbp_index), state.recomputes(self)
         if where is None and again == "none":
             return plain(x)
-        x = nn.functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-        height, width = x.shape[1] // 2, x.shape[2] // 2
+        size = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+        window = (1, 1) if where is None else self.sbp_window()
+        height, width = padded_size(size, window)
+        x = padded(x, (2 * height, 2 * width))
         x = x.unflatten(2, (width, 2)).unflatten(1, (height, 2))  # (B, H / 2, 2, W / 2, 2, C)
         x = x.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2)  # (B, H / 2 * W / 2, 4 C)
         linear = partial(recompute.linear, self.reduction, cheap=again != "none")
         norm = self.norm
         reduce = linear(norm) if self.sbp_norm_first else linear()
         to_output = reduce if self.sbp_norm_first else lambda positions: norm(reduce(positions))
-        if where is None or self.sbp_index is None:
+        if where is None:
             return to_output(x).unflatten(1, (height, width))
-        window = state.running.shape.maps[self.sbp_index][:2]
-        flat = Positions(*(on_map(index, window, (0, 0), (height, width)) for index in where))
+        flat = Positions(*(on_map(index, window, (0, 0), size) for index in where))
         kept, dropped = kept_gradient(to_output, split(x, *flat))
         scale = state.gradient_scale(self, self.sbp_index)
         out = join(Streams(rescale_gradient(kept, scale), dropped), *flat).unflatten(1, (height, width))
+        out = out[:, : size[0], : size[1]]
         state.watch(out)
         return out
+
+    def sbp_window(self) -> Grid:
+        """The window of the blocks behind it."""
+        assert self.sbp_index is not None
+        return self.sbp_state.running.shape.maps[self.sbp_index][:2]
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)

@@ -16,7 +16,7 @@ from sbp.training.benchmark.benchmark import benchmark
 from sbp.training.record.files import read_json, write_text
 from sbp.training.record.table import markdown
 from sbp.training.runtime import environment
-from scripts.gpu_results import NETWORKS, benchmark_config
+from scripts.gpu.networks import NETWORKS, benchmark_config
 
 NARROW: dict[str, dict[str, Any]] = {
     "vit": {"img_size": 64, "embed_dim": 48, "num_heads": 12},
@@ -33,8 +33,12 @@ def compared(name: str, seen: dict[str, int]) -> list[list[str]]:
     counted = {arm: record["launches"] for arm, record in benchmark(config)["arms"].items()}
     return [
         [
-            *(NETWORKS[name].backbone.name, ARMS[arm].label, str(counted[arm]), str(there)),
-            *(f"{counted[arm] / counted['plain']:.3f}", f"{there / seen['plain']:.3f}"),
+            NETWORKS[name].backbone.name,
+            ARMS[arm].label,
+            str(counted[arm]),
+            str(there),
+            f"{counted[arm] / counted['plain']:.3f}",
+            f"{there / seen['plain']:.3f}",
         ]
         for arm, there in seen.items()
     ]

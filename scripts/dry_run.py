@@ -22,7 +22,7 @@ from timm.layers import DropPath
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sbp
-from sbp.cli.launch import composed
+from sbp.cli.compose import composed
 from sbp.training.config.batches import BatchPlan, plan_batches
 from sbp.training.config.run import Config
 from sbp.training.data.loading import TrainSampler

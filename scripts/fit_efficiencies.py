@@ -20,7 +20,7 @@ from sbp.training.plan.gpus import find
 from sbp.training.plan.operators import PASSES, Kernel
 from sbp.training.plan.roofline import DATA, FITTED_ON, serial
 from sbp.training.record.files import read_json, write_json
-from scripts.gpu_results import NETWORKS
+from scripts.gpu.networks import NETWORKS
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 RECORDS = {  # of which network
@@ -32,16 +32,16 @@ EAGER = "h100-a7a1e7c/vit_base-graph_cheap.json"
 HOST = (("plain", "sbp"), ("cheap", "sbp_cheap"))  # arms whose steps took as long as their launches
 START_US = 2.0  # of a fused kernel, as of an element-wise one
 COMPUTES = (
-    *("product", "attention", "attention_backward", "convolution", "convolution_backward", "stem", "stem_backward"),
-    *("depthwise", "depthwise_backward"),
-)
+    "product", "attention", "attention_backward", "convolution", "convolution_backward", "stem", "stem_backward",
+    "depthwise", "depthwise_backward",
+)  # fmt: skip
 OVERLAP = {"product": 2.0, "convolution": 2.0, "convolution_backward": 2.0}  # others: 1
 SERIAL = ("norm", "norm_weights", "sum")
 KINDS = (
     *COMPUTES,
-    *("elementwise", "broadcast", "permuted", "cat", "move", "norm", "norm_backward", "norm_weights", "sum"),
+    "elementwise", "broadcast", "permuted", "cat", "move", "norm", "norm_backward", "norm_weights", "sum",
     "optimizer",
-)
+)  # fmt: skip
 _CUDA = {  # operators that CUDA, or an in-place addition, has under another name
     "_to_copy": "copy",
     "copy_": "copy",

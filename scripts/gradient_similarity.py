@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.record.table import markdown
 from sbp.training.runtime import distributed, environment
 from scripts.reproduction.similarity import of_checkpoint
@@ -48,7 +48,7 @@ def main() -> None:
     if options.out:
         facts = {"device": environment.device_name(device), "versions": environment.versions()}
         facts |= {"images": options.images, "draws": options.draws, "methods": options.methods}
-        write_json(facts | {"checkpoints": records}, options.out)
+        write_record(facts | {"checkpoints": records}, options.out)
 
 
 def table(paths: list[Path], records: list[dict]) -> list[list[str]]:

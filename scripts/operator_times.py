@@ -1,6 +1,6 @@
 """Times of a training step's operators on a GPU, by shapes: python -m scripts.operator_times FOLDER [NETWORK ...]
 
-Writes FOLDER/operators-NETWORK.json for networks of scripts/gpu_results.py: what the efficiencies of the time forecast
+Writes FOLDER/operators-NETWORK.json for networks of scripts/gpu/networks.py: what the efficiencies of the time forecast
 are fitted to.
 """
 
@@ -13,11 +13,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sbp.training.benchmark.arms import ARMS
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.benchmark.runner import Runner, make_batch
 from sbp.training.config.requests import BenchmarkConfig
 from sbp.training.runtime import distributed, environment
-from scripts.gpu_results import benchmark_config
+from scripts.gpu.networks import benchmark_config
 
 TIMED = ("plain", "sbp", "sbp_cheap", "sbp_query")
 
@@ -54,7 +54,7 @@ def main(folder: Path, networks: list[str], device: torch.device) -> None:
             "versions": environment.versions(),
             "arms": {name: operators(config, name, device) for name in arms},
         }
-        write_json(record, folder / f"operators-{network}.json")
+        write_record(record, folder / f"operators-{network}.json")
 
 
 if __name__ == "__main__":

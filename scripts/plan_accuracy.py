@@ -13,7 +13,7 @@ from sbp.training.benchmark.arms import ARMS
 from sbp.training.config.model import BackboneConfig
 from sbp.training.plan.arms import arm_config, arm_times, recorded
 from sbp.training.plan.gpus import find
-from sbp.training.plan.operators import Step
+from sbp.training.plan.steps import Step
 from sbp.training.record.files import write_text
 from sbp.training.record.table import markdown
 
@@ -78,9 +78,9 @@ def rows(path: Path) -> Iterator[Row]:
 def table() -> str:
     """One line for each arm; steps of captured arms alone, as those of eager ones were the records' CPU's."""
     headings = [
-        *("network, batch", "arm", "kernels ms", "forecast", "off", "step ms", "forecast", "launches", "forecast"),
-        *("peak MiB", "forecast", "off"),
-    ]
+        "network, batch", "arm", "kernels ms", "forecast", "off", "step ms", "forecast", "launches", "forecast",
+        "peak MiB", "forecast", "off",
+    ]  # fmt: skip
     known = {(row.network, row.arm): row for path in files() for row in rows(path)}
     lines = [headings]
     for row in sorted(known.values(), key=lambda row: (row.network not in FITTED, row.network)):

@@ -35,7 +35,7 @@ from scripts import dry_run
 from scripts.jobs import Jobs
 from scripts.reproduction.claims import ANSWERED, Claim, arms_of
 from scripts.reproduction.settings import SCALES, Scale, Setting
-from scripts.study_tasks import Place, arm_config, by_seed, measure_costs, tasks
+from scripts.study_tasks import Experiment, arm_config, by_seed, measure_costs, tasks
 
 
 @dataclass
@@ -74,21 +74,23 @@ def main() -> None:
     device = distributed.pick_device(config.device or scale.device)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     folders = config.run_dir, config.results, config.data_root
-    places = [Place.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
-    for here in places:
-        check_images(here)
+    experiments = [Experiment.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
+    for experiment in experiments:
+        check_images(experiment)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:
         if scale.by_seed:
-            places = [at_measured_time(here, claims, scale, jobs) for here in places]
-            jobs.do("training", {} if jobs.stopping else by_seed(places, claims))
-        for here in places:
-            here = here if scale.by_seed else at_measured_time(here, claims, scale, jobs)
-            for kind, todo in {} if jobs.stopping else tasks(here, claims).items():
-                jobs.do(f"{here.setting.name}, {kind}", todo)
-            if not here.setting.gradients_only:
-                arms = arms_of(claims, here.setting)
-                jobs.do(f"{here.setting.name}, costs", {"all": partial(measure_costs, here, arms, scale.rounds)})
+            experiments = [at_measured_time(experiment, claims, scale, jobs) for experiment in experiments]
+            jobs.do("training", {} if jobs.stopping else by_seed(experiments, claims))
+        for experiment in experiments:
+            experiment = experiment if scale.by_seed else at_measured_time(experiment, claims, scale, jobs)
+            for kind, todo in {} if jobs.stopping else tasks(experiment, claims).items():
+                jobs.do(f"{experiment.setting.name}, {kind}", todo)
+            if not experiment.setting.gradients_only:
+                arms = arms_of(claims, experiment.setting)
+                jobs.do(
+                    f"{experiment.setting.name}, costs", {"all": partial(measure_costs, experiment, arms, scale.rounds)}
+                )
     write_results(Path(config.results))
     if jobs.failed:
         sys.exit("error: failed:\n  " + "\n  ".join(jobs.failed))
@@ -97,13 +99,13 @@ def main() -> None:
         sys.exit(EXIT_PREEMPTED)
 
 
-def at_measured_time(here: Place, claims: list[Claim], scale: Scale, jobs: Jobs) -> Place:
+def at_measured_time(experiment: Experiment, claims: list[Claim], scale: Scale, jobs: Jobs) -> Experiment:
     """With the time that a step with SBP takes, where arms are to be trained for as long as others."""
-    if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, here.setting)):
-        return here
-    arms = arms_of(claims, here.setting) if scale.by_seed else []  # it may end before all are trained
-    jobs.do(f"{here.setting.name}, time", {"of a step": partial(measure_costs, here, arms, scale.rounds)})
-    return here if jobs.stopping else here.with_measured_time()
+    if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, experiment.setting)):
+        return experiment
+    arms = arms_of(claims, experiment.setting) if scale.by_seed else []  # it may end before all are trained
+    jobs.do(f"{experiment.setting.name}, time", {"of a step": partial(measure_costs, experiment, arms, scale.rounds)})
+    return experiment if jobs.stopping else experiment.with_measured_time()
 
 
 def read_config(arguments: list[str]) -> StudyConfig:
@@ -151,14 +153,14 @@ def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
     return settings
 
 
-def check_images(here: Place) -> None:
+def check_images(experiment: Experiment) -> None:
     """Before anything runs. Ends the program with one line for a folder that is not as the setting needs it."""
-    if here.setting.needs_root:
-        config = arm_config(here, "plain")
+    if experiment.setting.needs_root:
+        config = arm_config(experiment, "plain")
         try:
             build_datasets(config.data, config.recipe)
         except ValueError as error:
-            sys.exit(f"error: data_root={config.data.root} does not fit setting={here.setting.name}: {error}")
+            sys.exit(f"error: data_root={config.data.root} does not fit setting={experiment.setting.name}: {error}")
 
 
 def write_results(folder: Path) -> None:

@@ -11,17 +11,19 @@ from threading import Lock
 
 import torch
 
-from sbp.cli.launch import composed
+from sbp.cli.compose import composed
 from sbp.cli.torchrun import quoted
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.config.run import Config
 from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import is_taken, read_json
 from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import environment
 from scripts.jobs import Jobs
-from scripts.reproduction.claims import ARMS, PARTIAL, STAGES, Claim, Setting, arms_of, gradients_of, sbp_arguments
+from scripts.reproduction.arms import ARMS, PARTIAL, sbp_arguments
+from scripts.reproduction.claims import STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.costs import step_costs
+from scripts.reproduction.settings import Setting
 
 Task = Callable[[Jobs], str | None]
 
@@ -34,7 +36,7 @@ COMMON = ("logger=none", "probe.every_steps=null", "eval_every_epochs=1000000") 
 
 
 @dataclass(frozen=True)
-class Place:
+class Experiment:
     """A setting, the folder of its runs and that of its results. common: overrides of all of its runs."""
 
     setting: Setting
@@ -54,7 +56,7 @@ class Place:
         results: str,
         root: str | None,
         seeds: int | None,
-    ) -> "Place":
+    ) -> "Experiment":
         """root: of the images. seeds: null for the setting's own number."""
         common = [*setting.overrides, *setting.schedule, *COMMON, f"device={device.type}"]
         if setting.needs_root:
@@ -71,7 +73,7 @@ class Place:
         record = read_json(self.file(kind, name))
         return {one["seed"] for one in record.get("runs", [])} >= set(self.seeds)
 
-    def with_measured_time(self) -> "Place":
+    def with_measured_time(self) -> "Experiment":
         """With the time of a step with SBP, relative to one without, that costs.json has."""
         costs = read_json(self.results / "costs.json")["arms"]
         ratio = costs["sbp"]["step_ms"] / costs["plain"]["step_ms"]
@@ -83,57 +85,63 @@ class Place:
         return {seed: found[seed] for seed in self.seeds if seed in found}
 
 
-def tasks(here: Place, claims: list[Claim]) -> dict[str, dict[str, Task]]:
+def tasks(experiment: Experiment, claims: list[Claim]) -> dict[str, dict[str, Task]]:
     """What is left to be done in a setting, by kind and name."""
-    setting = here.setting
+    setting = experiment.setting
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
-    gradients = [name for name in gradients_of(claims, setting) if not here.has("gradients", name)]
+    gradients = [name for name in gradients_of(claims, setting) if not experiment.has("gradients", name)]
     partially = any(pair.better in PARTIAL for claim in claims for pair in claim.comparisons)
-    published = ["sbp"] if setting.is_vit and partially and not here.has("published", "sbp") else []
+    published = ["sbp"] if setting.is_vit and partially and not experiment.has("published", "sbp") else []
     read = {"plain": bool(gradients), "sbp": bool(published) or "own" in gradients}  # whose checkpoints others need
-    lacking = [arm for arm, needed in read.items() if needed and len(here.finished(arm)) < len(here.seeds)]
+    lacking = [arm for arm, needed in read.items() if needed and len(experiment.finished(arm)) < len(experiment.seeds)]
     return {
         "training": {
-            arm: partial(train, here, arm) for arm in trained if arm in lacking or not here.has("training", arm)
+            arm: partial(train, experiment, arm)
+            for arm in trained
+            if arm in lacking or not experiment.has("training", arm)
         },
-        "gradients": {name: partial(similarity, here, name) for name in gradients},
-        "published": {name: partial(evaluate_as_published, here) for name in published},
+        "gradients": {name: partial(similarity, experiment, name) for name in gradients},
+        "published": {name: partial(evaluate_as_published, experiment) for name in published},
     }
 
 
-def by_seed(places: list[Place], claims: list[Claim]) -> dict[str, Task]:
+def by_seed(experiments: list[Experiment], claims: list[Claim]) -> dict[str, Task]:
     """What is left to be trained in several settings: claim by claim, and of each claim all arms of a seed, in their
     order, before any of the next.
     """
     found: list[tuple[tuple[int, int, float], str, Task]] = []
-    for here in places:
-        arms = [arm for arm in arms_of(claims, here.setting) if ARMS[arm].same_as is None]
-        first = {arm: next(i for i, one in enumerate(claims) if arm in arms_of([one], here.setting)) for arm in arms}
-        for seed in here.seeds:
-            one = replace(here, seeds=[seed])
+    for experiment in experiments:
+        arms = [arm for arm in arms_of(claims, experiment.setting) if ARMS[arm].same_as is None]
+        first = {
+            arm: next(i for i, one in enumerate(claims) if arm in arms_of([one], experiment.setting)) for arm in arms
+        }
+        for seed in experiment.seeds:
+            one = replace(experiment, seeds=[seed])
             for arm in tasks(one, claims)["training"]:
-                place = first[arm], seed, arms.index(arm) / len(arms)
-                found.append((place, f"{here.setting.name}, {arm}, seed {seed}", partial(train, one, arm)))
+                rank = first[arm], seed, arms.index(arm) / len(arms)
+                found.append((rank, f"{experiment.setting.name}, {arm}, seed {seed}", partial(train, one, arm)))
     return {name: task for _, name, task in sorted(found, key=lambda one: one[0])}
 
 
-def train(here: Place, arm: str, jobs: Jobs) -> str | None:
+def train(experiment: Experiment, arm: str, jobs: Jobs) -> str | None:
     """A sweep over the seeds, or the run of one."""
     saved = ["checkpoint.keep=1"]
     if arm == "plain":  # the checkpoints that gradients are compared on, and no others that would push them out
         saved = ["checkpoint.keep=1000", "checkpoint.every_epochs=1000000"]
-        saved.append(f"checkpoint.every_steps={max(1, total_steps(here) // 10)}")
-    given = [*here.common, *ARMS[arm].overrides(here.setting), *saved]
-    folder, seeds = here.runs / arm, ",".join(map(str, here.seeds))
-    sweep, own = (["-m"], folder) if len(here.seeds) > 1 else ([], folder / f"seed-{seeds}")  # as a sweep names it
+        saved.append(f"checkpoint.every_steps={max(1, total_steps(experiment) // 10)}")
+    given = [*experiment.common, *ARMS[arm].overrides(experiment.setting), *saved]
+    folder, seeds = experiment.runs / arm, ",".join(map(str, experiment.seeds))
+    sweep, own = (
+        (["-m"], folder) if len(experiment.seeds) > 1 else ([], folder / f"seed-{seeds}")
+    )  # as a sweep names it
     while is_taken(own) and not jobs.stopping:  # by a run whose study was killed
         time.sleep(5)
     jobs.run(["train.py", *sweep, *given, f"seed={seeds}", f"run_dir={quoted(own)}"], folder / "log.txt")
-    summaries = [json.loads((run / SUMMARY).read_text()) for run in here.finished(arm).values()]
+    summaries = [json.loads((run / SUMMARY).read_text()) for run in experiment.finished(arm).values()]
     if not summaries:
         return None
     with _writing:  # another seed of the arm may end at the same time
-        before = read_json(here.file("training", arm))  # of other seeds, too, perhaps
+        before = read_json(experiment.file("training", arm))  # of other seeds, too, perhaps
         of_seed = {run["seed"]: run for run in before.get("runs", [])}
         of_seed |= {one["seed"]: {key: one.get(key) for key in RUN_FIGURES} for one in summaries}
         runs = [of_seed[seed] for seed in sorted(of_seed)]
@@ -144,43 +152,47 @@ def train(here: Place, arm: str, jobs: Jobs) -> str | None:
         }.items():
             facts[several] = sorted({*before.get(several, []), *values})
         command = shell("train.py -m", [*given, f"seed={','.join(map(str, of_seed))}"])
-        write_json({"arm": arm, "command": command, **facts, "runs": runs}, here.file("training", arm))
+        write_record({"arm": arm, "command": command, **facts, "runs": runs}, experiment.file("training", arm))
     losses = [run["val_loss"] for run in runs]
     return f"validation loss {fmean(losses):.4f} in {len(runs)} runs, {min(losses):.4f} to {max(losses):.4f}"
 
 
-def total_steps(here: Place) -> int:
+def total_steps(experiment: Experiment) -> int:
     """Of a run without SBP."""
-    config = arm_config(here, "plain")
+    config = arm_config(experiment, "plain")
     generated = config.data.source in ("cluttered_digits", "synthetic")
     images = config.data.train_images if generated else len(build_datasets(config.data, config.recipe)[0])  # type: ignore[arg-type]
     return config.recipe.epochs * (images // config.global_batch_size)
 
 
-def similarity(here: Place, name: str, jobs: Jobs) -> str | None:
+def similarity(experiment: Experiment, name: str, jobs: Jobs) -> str | None:
     """The gradients of an arm, or of parts of the batch ("nulls"), on checkpoints of the runs without SBP.
 
     "own": those of published SBP, and of parts of the batch, on the last checkpoints of its own runs.
     """
     arm = "sbp" if name == "own" else "plain"
-    runs_of_it = here.finished(arm)
-    if len(runs_of_it) < len(here.seeds):
+    runs_of_it = experiment.finished(arm)
+    if len(runs_of_it) < len(experiment.seeds):
         raise ValueError(f"the runs of {arm} are not complete, on whose checkpoints gradients are compared")
     staged = {"own": last_checkpoint}.get(name, staged_checkpoints)
     checkpoints = [pair for run in runs_of_it.values() for pair in staged(run).items()]
     nulls = name not in ARMS
     method = "sbp" if name == "own" else name
-    methods = {} if name == "nulls" else {method: sbp_arguments(method, here.setting)}
-    options = [f"--methods={json.dumps(methods)}", f"--images={here.setting.images}", f"--draws={here.setting.draws}"]
-    options += [f"--device={here.device.type}", "--threads=1", *([] if nulls else ["--no-nulls"])]
-    out = here.runs / "gradients" / f"{name}.json"
+    methods = {} if name == "nulls" else {method: sbp_arguments(method, experiment.setting)}
+    options = [
+        f"--methods={json.dumps(methods)}",
+        f"--images={experiment.setting.images}",
+        f"--draws={experiment.setting.draws}",
+    ]
+    options += [f"--device={experiment.device.type}", "--threads=1", *([] if nulls else ["--no-nulls"])]
+    out = experiment.runs / "gradients" / f"{name}.json"
     command = ["-m", "scripts.gradient_similarity", *(str(path) for _, path in checkpoints), *options, f"--out={out}"]
     if not jobs.run(command, out.with_suffix(".txt")):
         return None
     record = json.loads(out.read_text())
     runs = [one | {"stage": stage} for one, (stage, _) in zip(record.pop("checkpoints"), checkpoints, strict=True)]
     told = {"command": shell("-m scripts.gradient_similarity CHECKPOINTS", options)}
-    write_json(told | record | {"runs": runs}, here.file("gradients", name))
+    write_record(told | record | {"runs": runs}, experiment.file("gradients", name))
     late = [one["found"] for one in runs if one["stage"] in ("late", "own")]
     return ", ".join(f"cosine {fmean(one[key]['cosine'] for one in late):.3f} ({key})" for key in late[0]) + ", late"
 
@@ -202,49 +214,55 @@ def staged_checkpoints(run: Path) -> dict[str, Path]:
     return found
 
 
-def evaluate_as_published(here: Place, jobs: Jobs) -> str | None:
+def evaluate_as_published(experiment: Experiment, jobs: Jobs) -> str | None:
     """The accuracy of the arm "sbp" with partial attention in evaluation too, as the authors' code has it."""
-    folder = here.runs / "published"
-    checkpoints = {seed: next((run / "checkpoints").glob("step-*.pt")) for seed, run in here.finished("sbp").items()}
-    given = ["sbp.eval=published", f"device={here.device.type}"]
+    folder = experiment.runs / "published"
+    checkpoints = {
+        seed: next((run / "checkpoints").glob("step-*.pt")) for seed, run in experiment.finished("sbp").items()
+    }
+    given = ["sbp.eval=published", f"device={experiment.device.type}"]
     for seed, path in checkpoints.items():
         command = ["eval.py", f"checkpoint={quoted(path)}", *given, f"run_dir={quoted(folder / str(seed))}"]
         if not jobs.run(command, folder / "log.txt"):
             return None
     found = {seed: json.loads((folder / str(seed) / "eval.json").read_text()) for seed in checkpoints}
     runs = [{"seed": seed, "top1": one["top1"], "val_loss": one["loss"]} for seed, one in found.items()]
-    facts = {"command": shell("eval.py checkpoint=FILE", given), "device": environment.device_name(here.device)}
-    write_json(facts | {"versions": environment.versions(), "runs": runs}, here.file("published", "sbp"))
+    facts = {"command": shell("eval.py checkpoint=FILE", given), "device": environment.device_name(experiment.device)}
+    write_record(facts | {"versions": environment.versions(), "runs": runs}, experiment.file("published", "sbp"))
     return f"validation loss {fmean(run['val_loss'] for run in runs):.4f} with partial attention in evaluation too"
 
 
-def measure_costs(here: Place, arms: list[str], rounds: int, jobs: Jobs) -> None:
+def measure_costs(experiment: Experiment, arms: list[str], rounds: int, jobs: Jobs) -> None:
     """What a step of each arm costs, in groups that take turns with plain training; on a GPU nothing else may run then.
 
     What is known stays: later arms are set in relation to the plain arm's time of before.
     """
-    path = here.results / "costs.json"
+    path = experiment.results / "costs.json"
     known = read_json(path).get("arms", {})
-    configs = {arm: arm_config(here, arm) for arm in dict.fromkeys(["plain", "sbp", *arms])}
+    configs = {arm: arm_config(experiment, arm) for arm in dict.fromkeys(["plain", "sbp", *arms])}
     new = [arm for arm in configs if arm not in known and (arm not in ARMS or ARMS[arm].parts is None)]
-    if here.device.type == "cpu":
+    if experiment.device.type == "cpu":
         torch.set_num_threads(1)
         environment.keep_freed_memory()
     for group in (new[first : first + 3] for first in range(0, len(new), 3)):  # all at once might not fit into memory
-        together = {arm: configs[arm] for arm in dict.fromkeys(["plain", *group])}
-        found = step_costs(together, rounds=rounds, device=here.device, stopping=lambda: jobs.stopping)
+        taking_turns = {arm: configs[arm] for arm in dict.fromkeys(["plain", *group])}
+        found = step_costs(taking_turns, rounds=rounds, device=experiment.device, stopping=lambda: jobs.stopping)
         if not found:
             return
         scale = known["plain"]["step_ms"] / found["plain"]["step_ms"] if "plain" in known else 1.0
         known |= {arm: found[arm] | {"step_ms": scale * found[arm]["step_ms"]} for arm in group}
-        facts = {"device": environment.device_name(here.device), "versions": environment.versions(), "rounds": rounds}
-        write_json({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
+        facts = {
+            "device": environment.device_name(experiment.device),
+            "versions": environment.versions(),
+            "rounds": rounds,
+        }
+        write_record({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
 
 
-def arm_config(here: Place, arm: str) -> Config:
+def arm_config(experiment: Experiment, arm: str) -> Config:
     """Of one run, as train.py gets it."""
     with _composing:
-        return composed([*here.common, *ARMS[arm].overrides(here.setting)])
+        return composed([*experiment.common, *ARMS[arm].overrides(experiment.setting)])
 
 
 def shell(command: str, arguments: list[str]) -> str:

@@ -100,9 +100,18 @@ def beit_block(
 def swin_block(block: nn.Module, x: Tensor, tile: Tensor, mhsa_drop: str, rescale: bool = False) -> Tensor:
     """One of timm's Swin blocks of either version on a map (B, H, W, C), window by window. tile: bool (w, w)."""
     attn, (height, width), (w_h, w_w), (s_h, s_w) = block.attn, x.shape[1:3], block.window_size, block.shift_size
-    mask = torch.tensor([[tile[i % tile.shape[0], j % tile.shape[1]] for j in range(width)] for i in range(height)])
+    down, across = (-(-side // window) * window for side, window in ((height, w_h), (width, w_w)))  # with padding
+    # Where the positions of the padded map stand once it is shifted, and which are kept there.
+    there = [[((i - s_h) % height, (j - s_w) % width) for j in range(width)] for i in range(height)]
+    whole = torch.tensor(
+        [[tile[(i + s_h) % tile.shape[0], (j + s_w) % tile.shape[1]] for j in range(across)] for i in range(down)]
+    )
+    mask = torch.stack([torch.stack([whole[place] for place in row]) for row in there])
     post_norm = hasattr(attn, "logit_scale")
     y = x if post_norm else block.norm1(x)
+    shifted_y = torch.zeros(len(x), down, across, x.shape[-1], dtype=x.dtype)
+    rows, columns = torch.tensor(there).unbind(-1)
+    y = shifted_y.index_put((torch.arange(len(x))[:, None, None], rows, columns), y)
     if post_norm:
         y = attn.qkv(y) + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         table = attn.cpb_mlp(attn.relative_coords_table).view(-1, attn.num_heads)
@@ -113,23 +122,19 @@ def swin_block(block: nn.Module, x: Tensor, tile: Tensor, mhsa_drop: str, rescal
         bias = bias.permute(2, 0, 1)
     q, k, v = y.unflatten(3, (3, attn.num_heads, -1)).permute(3, 0, 4, 1, 2, 5)  # (B, h, H, W, d)
     if post_norm:
-        q, k = (one / one.norm(dim=-1, keepdim=True) for one in (q, k))
+        q, k = (one / one.norm(dim=-1, keepdim=True).clamp(min=1e-12) for one in (q, k))  # padding may be zero
         q = q * attn.logit_scale.clamp(max=torch.tensor(100.0).log()).exp()[:, None]
     else:
         q = q * attn.scale
     out = torch.zeros_like(q)
-    shifted = block.get_attn_mask(x) if block.dynamic_mask else block.attn_mask
+    shifted = block.get_attn_mask(shifted_y) if block.dynamic_mask else block.attn_mask
     window = 0
-    for i in range(0, height, w_h):
-        for j in range(0, width, w_w):
-            at = [((i + a + s_h) % height, (j + b + s_w) % width) for a in range(w_h) for b in range(w_w)]
-            rows, columns = (torch.tensor(one) for one in zip(*at, strict=True))
-            qw, kw, vw, kept = (
-                q[:, :, rows, columns],
-                k[:, :, rows, columns],
-                v[:, :, rows, columns],
-                mask[rows, columns],
-            )
+    for i in range(0, down, w_h):
+        for j in range(0, across, w_w):
+            at = [(i + a, j + b) for a in range(w_h) for b in range(w_w)]
+            within = [torch.tensor(one) for one in zip(*at, strict=True)]
+            qw, kw, vw, kept = (one[..., within[0], within[1], :] for one in (q, k, v, whole[..., None]))
+            kept = kept[..., 0]
             if mhsa_drop == "qkv_exact":
                 kw, vw = only_kept(kw, kept[:, None]), only_kept(vw, kept[:, None])
             scores = qw @ kw.transpose(-2, -1) + bias
@@ -137,11 +142,11 @@ def swin_block(block: nn.Module, x: Tensor, tile: Tensor, mhsa_drop: str, rescal
                 scores = scores + torch.where(kept[:, None] & ~kept, -torch.inf, 0.0).to(x)
             if shifted is not None:
                 scores = scores + shifted[window]
-            each = torch.arange(len(x))[:, None, None], torch.arange(q.shape[1])[:, None], rows, columns
+            each = torch.arange(len(x))[:, None, None], torch.arange(q.shape[1])[:, None], *within
             out = out.index_put(each, scores.softmax(-1) @ vw)
             window += 1
-    out = attn.proj(out.permute(0, 2, 3, 1, 4).flatten(3))
-    scale = mask.numel() / int(mask.sum()) if rescale else 1.0
+    out = attn.proj(out.permute(0, 2, 3, 1, 4).flatten(3))[:, rows, columns]
+    scale = tile.numel() / int(tile.sum()) if rescale else 1.0
     norm1, norm2 = (block.norm1, block.norm2) if post_norm else (lambda y: y, lambda y: y)
     x = x + block.drop_path1(only_kept(norm1(out), mask[..., None], scale))
     y = block.mlp(x if post_norm else block.norm2(x))
@@ -153,7 +158,7 @@ def swin_merging(merging: nn.Module, x: Tensor, tile: Tensor, rescale: bool = Fa
     y = type(merging).forward(merging, x)
     height, width = y.shape[1:3]
     mask = torch.tensor([[tile[i % tile.shape[0], j % tile.shape[1]] for j in range(width)] for i in range(height)])
-    return only_kept(y, mask[..., None], mask.numel() / int(mask.sum()) if rescale else 1.0)
+    return only_kept(y, mask[..., None], tile.numel() / int(tile.sum()) if rescale else 1.0)
 
 
 def hiera_block(block: nn.Module, x: Tensor, units: Tensor, mhsa_drop: str, rescale: bool = False) -> Tensor:

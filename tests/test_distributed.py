@@ -3,19 +3,29 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from timm.models.convnext import ConvNeXtBlock
-from timm.models.vision_transformer import Block
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sbp
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from sbp.training.runtime.compiling import blocks_of
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    images,
+    small_beit,
+    small_convnext,
+    small_eva,
+    small_hiera,
+    small_swin,
+    small_vit,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +50,15 @@ def main() -> None:
         contexts_and_diagnostics_take_the_wrapped_model(make, size)
         cosines_of_a_sharded_model_are_those_of_one_process(make, size)
         wrapped_models_are_refused(make)
+    for make, size, grid in (
+        (small_eva, 32, 4),
+        (small_beit, 32, 4),
+        (partial(small_swin, drop_path_rate=0), 64, 4),
+        (partial(small_swin, drop_path_rate=0, strict_img_size=False), 72, 4),  # with padding
+        (partial(small_hiera, drop_path_rate=0), 96, 3),
+    ):
+        for recompute in ("none", "cheap"):
+            wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute, grid)
     print("all is well")
     dist.destroy_process_group()
 
@@ -58,9 +77,9 @@ def each_rank_draws_its_own_masks(make, size, rank):
     assert not torch.equal(*gathered) and not torch.equal(*kept)
 
 
-def wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute):
+def wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute, grid=4):
     x = images(size, batch=4)
-    mask = sbp.masks.random_mask(4, 4, 0.5, torch.Generator().manual_seed(0))
+    mask = sbp.masks.random_mask(grid, grid, 0.5, torch.Generator().manual_seed(0))
     one = sbp.apply(make())
 
     def gradient(model, x):
@@ -77,9 +96,8 @@ def wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute
 
 def sharded(model):
     """FSDP, block by block."""
-    for layer in model.modules():
-        if isinstance(layer, (Block, ConvNeXtBlock)):
-            fully_shard(layer)
+    for layer in blocks_of(model):
+        fully_shard(layer)
     return fully_shard(model)
 
 

@@ -64,8 +64,8 @@ USUAL = ("vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224", "regist
 CASES = [(name, mhsa_drop) for name in MODELS for mhsa_drop in METHODS if takes(name, mhsa_drop)]
 TOLERANCE = {"vit_small_patch16_rope_mixed_224": 1e-6}  # timm computes these angles in float32
 each_case = pytest.mark.parametrize(("name", "mhsa_drop"), CASES)
-each_case_some_long = pytest.mark.parametrize(
-    ("name", "mhsa_drop"), [pytest.param(*case, marks=() if case[0] in USUAL else pytest.mark.long) for case in CASES]
+each_case_some_slow = pytest.mark.parametrize(
+    ("name", "mhsa_drop"), [pytest.param(*case, marks=() if case[0] in USUAL else pytest.mark.slow) for case in CASES]
 )
 
 
@@ -81,7 +81,7 @@ def test_gradients_equal_the_oracle(name, mhsa_drop, rescale, monkeypatch):
 
 
 @pytest.mark.parametrize("mask_per", ["half", "sample"])
-@each_case_some_long
+@each_case_some_slow
 def test_images_with_masks_of_their_own(name, mhsa_drop, mask_per, monkeypatch):
     monkeypatch.setattr("sbp.masks.draw_key", lambda seed, rank, draw: torch.tensor(5))  # of the heads
     model = sbp.apply(MODELS[name](), mhsa_drop=mhsa_drop, mask="random", mask_per=mask_per)
@@ -94,7 +94,7 @@ def test_images_with_masks_of_their_own(name, mhsa_drop, mask_per, monkeypatch):
 
 @pytest.mark.parametrize("recompute", ["cheap", "block"])
 @pytest.mark.parametrize("mask_per", ["batch", "sample"])
-@each_case_some_long
+@each_case_some_slow
 def test_recomputation_changes_no_gradient(name, mhsa_drop, recompute, mask_per):
     settings = {"mhsa_drop": mhsa_drop, "mask_per": mask_per, "mask": "random", "rescale": True}
     expected = gradients(sbp.apply(MODELS[name](), **settings), images())
@@ -124,7 +124,7 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
     [
         {"mask_per": "sample", "rescale": True},
         {"keep_ratio": [0.75, 0.5, 0.5, 0.25]},
-        pytest.param({"keep_ratio": [0.25, 0.5, 1.0, 0.5]}, marks=pytest.mark.long),
+        pytest.param({"keep_ratio": [0.25, 0.5, 1.0, 0.5]}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -223,7 +223,7 @@ def test_cheap_saves_what_is_read_and_nothing_else():
     [
         ("vit_tiny_patch16_224", False),
         *(pytest.param(name, False, marks=pytest.mark.long) for name in LIMITS if name != "vit_tiny_patch16_224"),
-        ("convnext_tiny", True),
+        pytest.param("convnext_tiny", True, marks=pytest.mark.long),
     ],
 )
 def test_saved_memory_of_the_published_networks(name, cuda):

@@ -65,7 +65,12 @@ def test_blocks_outside_of_a_transformer():
 
 
 @pytest.mark.parametrize(
-    ("make", "instead"), [("vit_b_16", "vit_base_patch16_224"), ("convnext_tiny", "convnext_tiny")]
+    ("make", "instead"),
+    [
+        ("vit_b_16", "vit_base_patch16_224"),
+        ("convnext_tiny", "convnext_tiny"),
+        ("swin_t", "swin_tiny_patch4_window7_224"),
+    ],
 )
 def test_torchvisions_own(make, instead):
     torchvision = pytest.importorskip("torchvision")
@@ -77,9 +82,10 @@ def test_torchvisions_own(make, instead):
 
 def test_hugging_faces_own():
     own = type("ViTModel", (nn.Linear,), {"__module__": "transformers.models.vit.modeling_vit"})
-    assert (
-        "Hugging Face's own and not timm's: load a timm network through TimmWrapper" in sbp.supports(own(2, 2)).reason
-    )
+    reason = sbp.supports(own(2, 2)).reason
+    assert "Hugging Face's own and not timm's: load vit_base_patch16_224 or another ViT of timm through Timm" in reason
+    own.__module__ = "transformers.models.mask2former.modeling_mask2former"
+    assert "load a network of timm through TimmWrapperModel" in sbp.supports(own(2, 2)).reason
     wrapper = type("TimmWrapperModel", (nn.Sequential,), {"__module__": "transformers.models.timm_wrapper.modeling"})
     assert sbp.supports(wrapper(small_vit())).layers[0] == "0.blocks.0"
     assert "ResNet has no SBP form" in sbp.supports(wrapper(on_meta("resnet18"))).reason

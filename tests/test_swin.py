@@ -23,6 +23,10 @@ MODELS = {
 }
 
 
+def odd_images():
+    return images(72, 92, batch=2)
+
+
 def oracle(model, mhsa_drop, tile=TILE, rescale=False):
     model = oracles.install(copy.deepcopy(model), BLOCKS, oracles.swin_block, tile, mhsa_drop, rescale)
     return oracles.install(model, MERGING, oracles.swin_merging, tile, rescale)
@@ -49,6 +53,45 @@ def test_windows_of_different_sizes(name):
     sbp.apply(model, mhsa_drop="query")
     with sbp.fixed_mask(model, TILE):
         assert_same_gradients(gradients(model, images(64)), expected)
+
+
+@pytest.mark.parametrize("mhsa_drop", METHODS)
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_maps_that_are_no_multiple_of_their_windows(name, mhsa_drop):
+    """18 x 23, 9 x 12, 5 x 6 and 3 x 3 in windows of 4 x 4 and one of 2 x 2: padding, shifts and odd halves."""
+    model, x = small_swin(*([V2] if name == "v2" else []), strict_img_size=False), odd_images()
+    expected = gradients(oracle(model, mhsa_drop, rescale=True), x)
+    for recompute in ("none", "cheap", "block"):
+        patched = sbp.apply(copy.deepcopy(model), mhsa_drop=mhsa_drop, rescale=True, recompute=recompute)
+        with sbp.fixed_mask(patched, TILE):
+            assert_same_gradients(gradients(patched, x), expected)
+    plain = gradients(model, x)
+    for recompute in ("none", "cheap", "block"):
+        exact = sbp.apply(copy.deepcopy(model), keep_ratio=1, mhsa_drop=mhsa_drop, recompute=recompute)
+        assert_same_gradients(gradients(exact, x), plain, tolerance=0 if recompute == "none" else 1e-10)
+    assert mhsa_drop == "qkv" or torch.allclose(expected[0], plain[0], rtol=1e-10)
+    assert not torch.allclose(expected[1]["input"], plain[1]["input"])
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", V2])
+def test_as_the_encoder_of_a_segmentation_network(name):
+    """features_only takes timm's network apart: its stages are what is looked for."""
+    whole, apart = (small_swin(name, strict_img_size=False, features_only=only) for only in (False, True))
+    weights = {key.replace("layers.", "layers_"): value for key, value in whole.state_dict().items()}
+    assert not apart.load_state_dict(weights, strict=False).missing_keys
+    found = []
+    for model in (whole, apart):
+        sbp.apply(model, mhsa_drop="query")
+        torch.manual_seed(3)  # drop path
+        with sbp.fixed_mask(model, TILE):
+            if model is whole:
+                maps = model.forward_intermediates(odd_images(), intermediates_only=True)
+            else:
+                maps = [one.permute(0, 3, 1, 2) for one in model(odd_images())]
+        sum((one * torch.linspace(-1, 2, one.numel(), dtype=one.dtype).view_as(one)).sum() for one in maps).backward()
+        found.append({key.replace("layers_", "layers."): p.grad for key, p in model.named_parameters()})
+    for key, gradient in found[1].items():
+        torch.testing.assert_close(gradient, found[0][key], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
@@ -97,6 +140,3 @@ def test_what_is_refused():
         sbp.apply(small_swin(), mask_per="sample")
     with pytest.raises(ValueError, match="mhsa_drop must be one of qkv, query, qkv_exact for this model, got 'head'"):
         sbp.apply(small_swin(), mhsa_drop="head")
-    model = sbp.apply(small_swin(strict_img_size=False))
-    with pytest.raises(ValueError, match="the map of stage 0, 18 x 18, is no multiple of its windows"):
-        model(images(72))

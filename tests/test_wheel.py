@@ -39,7 +39,7 @@ def test_it_trains_evaluates_sweeps_and_exports(installed, tmp_path):
         return done.stdout
 
     assert all(f"sbp {name}" in sbp() for name in ("train", "eval", "export", "forecast", "check-data"))
-    code = "import sbp, sbp.cli.launch as launch; print(sbp.__file__, launch.CONFIGS)"
+    code = "import sbp, sbp.cli.compose as compose; print(sbp.__file__, compose.CONFIGS)"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert where.stdout.count(str(installed)) == 2

@@ -12,7 +12,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from sbp.cli.launch import command, register
+from sbp.cli.compose import register
+from sbp.cli.launch import command
 from sbp.training.checks import findings
 from sbp.training.checks.inspection import loading_speed, open_splits, read
 from sbp.training.config.keys import key

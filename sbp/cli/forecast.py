@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sbp.cli.launch import command, register
+from sbp.cli.compose import register
+from sbp.cli.launch import command
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.keys import check_limits, key
 from sbp.training.config.run import Config

@@ -16,7 +16,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from sbp.cli.launch import command, register
+from sbp.cli.compose import register
+from sbp.cli.launch import command
 from sbp.training.config.keys import check_limits
 from sbp.training.config.requests import CalibrateConfig, PlanConfig
 from sbp.training.config.run import Config

@@ -1,4 +1,8 @@
-"""A run in processes of its own: one torchrun for each job that wants several devices."""
+"""A run in processes of its own: one torchrun for each job that wants several devices.
+
+A process of its own, not torch's `elastic_launch` within this one: that leaves its signal handlers behind, which raise
+in whatever runs after it, where a sweep has to remember a signal and submitit to queue the job again.
+"""
 
 import json
 import os

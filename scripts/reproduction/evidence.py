@@ -10,8 +10,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from sbp.training.record.status import read_json
-from scripts.reproduction.claims import ARMS, NULLS, PARTIAL, Claim, Setting, exists
-from scripts.reproduction.verdicts import NOT_RUN, Cost, Difference, difference, needs_more, not_dominated, together
+from scripts.reproduction.arms import ARMS, NULLS, PARTIAL, exists
+from scripts.reproduction.claims import Claim
+from scripts.reproduction.settings import Setting
+from scripts.reproduction.verdicts import NOT_RUN, Cost, Difference, combined, difference, needs_more, not_dominated
 
 BySeed = Mapping[int, float]
 
@@ -137,7 +139,7 @@ class Evidence:
     def verdict(self, claim: Claim) -> str:
         """ "" where the claim says nothing of such a setting."""
         findings = self.findings(claim)
-        return together([one.verdict for one in findings]) if findings else ""
+        return combined([one.verdict for one in findings]) if findings else ""
 
 
 def label(arm: str) -> str:

@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from scripts.reproduction.claims import ARMS, NULLS, STAGES, Claim, arms_of, gradients_of
+from scripts.reproduction.arms import ARMS, NULLS
+from scripts.reproduction.claims import STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
 from scripts.reproduction.verdicts import NOT_RUN
 

@@ -10,20 +10,11 @@ import yaml
 
 from sbp.training.record.status import read_json
 from sbp.training.record.table import markdown
-from scripts.reproduction import verdicts
-from scripts.reproduction.claims import (
-    ANSWERED,
-    ARMS,
-    CLAIMS,
-    NULLS,
-    PARTIAL,
-    QUESTIONS,
-    STAGES,
-    Claim,
-    arms_of,
-    gradients_of,
-)
+from scripts.reproduction import beside, verdicts
+from scripts.reproduction.arms import ARMS, NULLS, PARTIAL
+from scripts.reproduction.claims import ANSWERED, CLAIMS, QUESTIONS, STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
+from scripts.reproduction.published import TABLE_1, TABLE_2
 from scripts.reproduction.settings import SCALES
 
 MIB = 2**20
@@ -44,17 +35,6 @@ time of the other.
 
 Fixed before the runs ([verdicts.py](scripts/reproduction/verdicts.py))."""
 
-TABLE_1 = {  # the talk's: MiB without and with SBP, top-1 in percent without and with SBP
-    "vit_tiny": ("ViT-Tiny", 256, 8248, 5587, 73.68, 73.09),
-    "vit_base": ("ViT-Base", 64, 10083, 7436, 81.22, 80.62),
-    "convnext_tiny": ("ConvNeXt-Tiny", 128, 12134, 7059, 82.1, 81.61),
-    "convnext_base": ("ConvNeXt-Base", 64, 14130, 8758, 83.8, 83.27),
-}
-TABLE_2 = {  # GB without and with SBP, box AP without and with it, mask AP likewise; two images
-    "mask_rcnn_convnext_tiny": ("Mask R-CNN, ConvNeXt-Tiny", 8.6, 5.9, 46.2, 45.5, 41.7, 41.1),
-    "cascade_mask_rcnn_convnext_base": ("Cascade Mask R-CNN, ConvNeXt-Base", 17.4, 12.5, 52.7, 52.5, 45.6, 45.4),
-}
-
 
 def evidence(folder: Path) -> dict[str, Evidence]:
     """All that there is, under SCALE/SETTING."""
@@ -65,8 +45,7 @@ def evidence(folder: Path) -> dict[str, Evidence]:
 def text(folder: Path) -> str:
     """RESULTS.md from the records in the folder `results`."""
     known, why = evidence(folder), yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
-    rule = [line.strip() for line in (verdicts.__doc__ or "").splitlines()[2:]]
-    parts = [INTRODUCTION, as_list(rule), "## In short", markdown(list(overview(known)))]
+    parts = [INTRODUCTION, verdicts.RULE, "## In short", markdown(list(overview(known)))]
     parts += [f"Claim 7, Table 1: memory {memory_of_table_1(folder)}, accuracy not run."]
     parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(known)))]
     for key, claim in ANSWERED.items():
@@ -80,15 +59,8 @@ def text(folder: Path) -> str:
             parts += [why[key].strip()]
         if key == "7":
             parts += list(table_2(folder))
+    parts += list(beside.sections(folder))
     return "\n\n".join(parts) + "\n"
-
-
-def as_list(rule: list[str]) -> str:
-    lines = []
-    for line in rule:
-        name, _, meaning = line.partition("  ")
-        lines.append(f"- **{name}**: {meaning.strip()}" if meaning else line)
-    return "\n".join(lines)
 
 
 def overview(known: dict[str, Evidence]) -> Iterator[list[str]]:

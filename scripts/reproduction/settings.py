@@ -3,7 +3,43 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scripts.reproduction.claims import Setting
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and its images. Arms are trained in each setting.
+
+    overrides: of train.py. sbp_layers: how many layers are SBP as published. other_layers: as many at the other end of
+    the network.
+    epochs, lr, batch_size: of the full schedule. seeds: runs of each arm; those of one seed share initial weights, the
+    order of the images and the augmentation. image_size, small_size: of the images, and in the arms of lower
+    resolution, in pixels.
+    sbp_time: how long a step with SBP takes, relative to one without, for the arms at equal time; measured before they
+    are trained.
+    images, draws: of the gradient similarity: images in the batch, and masks of each method. needs_root: the images lie
+    in a folder. gradients_only: nothing is trained but the network without SBP.
+    """
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+    sbp_layers: int
+    other_layers: tuple[str, ...]
+    epochs: int
+    lr: float
+    batch_size: int
+    seeds: int
+    image_size: int
+    small_size: int
+    sbp_time: float = 0.7
+    is_vit: bool = True
+    needs_root: bool = False
+    images: int = 128
+    draws: int = 8
+    gradients_only: bool = False
+
+    @property
+    def schedule(self) -> list[str]:
+        return [f"recipe.epochs={self.epochs}", f"recipe.lr={self.lr:g}", f"global_batch_size={self.batch_size}"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +64,13 @@ class Scale:
 
 # As the published ViTs are, in small: a class token, SBP in the last two thirds of the blocks, no drop path.
 SMALL_VIT = (
-    *("backbone=vit_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=4", "backbone.kwargs.embed_dim=64"),
-    *("backbone.kwargs.num_heads=4", "backbone.kwargs.class_token=true", "backbone.kwargs.global_pool=token"),
+    "backbone=vit_demo",
+    "backbone.drop_path=0",
+    "backbone.kwargs.patch_size=4",
+    "backbone.kwargs.embed_dim=64",
+    "backbone.kwargs.num_heads=4",
+    "backbone.kwargs.class_token=true",
+    "backbone.kwargs.global_pool=token",
 )
 PLAIN_RECIPE = ("recipe=demo", "recipe.label_smoothing=0", "threads=1")  # no augmentation either
 
@@ -57,9 +98,18 @@ CIFAR_SMALL_VIT = replace(
 )
 # The choice between settings, on photographs with two small networks: a run is a quarter of an hour on one core.
 SMALL_ON_PHOTOGRAPHS = (
-    *("data=cifar10", "data.workers=0", "data.cache=true", "recipe=short", "amp=off", "threads=1"),
-    *("recipe.crop_padding=4", "recipe.label_smoothing=0", "recipe.warmup_epochs=0", "recipe.warmup_steps=300"),
-    *("recipe.lr_base_batch_size=null", "eval_batch_size=100"),
+    "data=cifar10",
+    "data.workers=0",
+    "data.cache=true",
+    "recipe=short",
+    "amp=off",
+    "threads=1",
+    "recipe.crop_padding=4",
+    "recipe.label_smoothing=0",
+    "recipe.warmup_epochs=0",
+    "recipe.warmup_steps=300",
+    "recipe.lr_base_batch_size=null",
+    "eval_batch_size=100",
 )
 SMALL_VIT_ON_PHOTOGRAPHS = Setting(
     name="small-vit",
@@ -77,8 +127,11 @@ SMALL_VIT_ON_PHOTOGRAPHS = Setting(
 )
 # A stem of stride 1, for the mask's grid to be 8 x 8; a third of ConvNeXt-Tiny's blocks, and as many of them SBP.
 SMALL_CONVNEXT = (
-    *("backbone=convnext_demo", "backbone.drop_path=0", "backbone.kwargs.patch_size=1"),
-    *("backbone.kwargs.dims=[16,32,64,128]", "+backbone.kwargs.ls_init_value=0.1"),
+    "backbone=convnext_demo",
+    "backbone.drop_path=0",
+    "backbone.kwargs.patch_size=1",
+    "backbone.kwargs.dims=[16,32,64,128]",
+    "+backbone.kwargs.ls_init_value=0.1",
 )
 SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     SMALL_VIT_ON_PHOTOGRAPHS,
@@ -87,8 +140,12 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     overrides=(*SMALL_CONVNEXT, *SMALL_ON_PHOTOGRAPHS),
     sbp_layers=6,
     other_layers=(
-        *("stages.2.downsample", "stages.2.blocks.0", "stages.2.blocks.1", "stages.2.blocks.2"),
-        *("stages.3.downsample", "stages.3.blocks.0"),
+        "stages.2.downsample",
+        "stages.2.blocks.0",
+        "stages.2.blocks.1",
+        "stages.2.blocks.2",
+        "stages.3.downsample",
+        "stages.3.blocks.0",
     ),
     epochs=5,
     is_vit=False,
@@ -144,9 +201,12 @@ CIFAR_VIT_224 = replace(
 )
 CONVNEXT_LAYERS = (
     *(f"stages.0.blocks.{i}" for i in range(3)),
-    *("stages.1.downsample", *(f"stages.1.blocks.{i}" for i in range(3))),
-    *("stages.2.downsample", *(f"stages.2.blocks.{i}" for i in range(9))),
-    *("stages.3.downsample", *(f"stages.3.blocks.{i}" for i in range(3))),
+    "stages.1.downsample",
+    *(f"stages.1.blocks.{i}" for i in range(3)),
+    "stages.2.downsample",
+    *(f"stages.2.blocks.{i}" for i in range(9)),
+    "stages.3.downsample",
+    *(f"stages.3.blocks.{i}" for i in range(3)),
 )
 CIFAR_CONVNEXT_224 = replace(
     CIFAR_VIT_224,
@@ -159,8 +219,13 @@ CIFAR_CONVNEXT_224 = replace(
 )
 # Only gradients are looked at, so that the images of ImageNet's validation folder, or a part of it, will do.
 PHOTOGRAPHS = (
-    *("data=imagenet", "data.train_split=val", "recipe=short", "recipe.warmup_epochs=1", "amp=off"),
-    *("recipe.lr_base_batch_size=null", "recipe.label_smoothing=0"),
+    "data=imagenet",
+    "data.train_split=val",
+    "recipe=short",
+    "recipe.warmup_epochs=1",
+    "amp=off",
+    "recipe.lr_base_batch_size=null",
+    "recipe.label_smoothing=0",
 )
 GRADIENTS_ONLY: dict[str, Any] = {"batch_size": 50, "images": 64, "draws": 4, "gradients_only": True}
 PHOTOGRAPHS_VIT = replace(

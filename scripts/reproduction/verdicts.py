@@ -1,14 +1,22 @@
-"""The rule that decides a claim, fixed before the runs.
+"""The rule that decides a claim, fixed before the runs, and what it says of differences and costs."""
 
-    Runs are paired by their seed. For each comparison the differences of the pairs have a mean with a 95 % interval
-    (Student's t). The measure is the validation loss after the last epoch, or the cosine similarity of gradients, mean
-    over the checkpoints from the middle and the end of training. No epoch is chosen, and intervals are not corrected
-    for their number.
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from statistics import fmean
 
-    reproduced      the whole interval lies on the side that is claimed
-    opposite        the whole interval lies on the other side
-    not separated   zero is within it
-    not run         fewer than three pairs
+from scipy.stats import ttest_1samp
+
+RULE = """\
+Runs are paired by their seed. For each comparison the differences of the pairs have a mean with a 95 % interval
+(Student's t). The measure is the validation loss after the last epoch, or the cosine similarity of gradients, mean
+over the checkpoints from the middle and the end of training. No epoch is chosen, and intervals are not corrected
+for their number.
+
+- **reproduced**: the whole interval lies on the side that is claimed
+- **opposite**: the whole interval lies on the other side
+- **not separated**: zero is within it
+- **not run**: fewer than three pairs
 
 That 0.5 is the sweet spot is compared with every other ratio and way to train: reproduced where the other needs more
 memory in a step or, by more than two in a hundred, more time in all; else by the difference of the losses.
@@ -16,15 +24,7 @@ Table 1's memory is one measurement on a GPU: reproduced when SBP takes at most 
 takes, for all four networks.
 
 A claim with several comparisons is reproduced when all of them are, opposite when one is opposite, not run when one has
-not run, and else not separated.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import inf, sqrt
-from statistics import fmean, stdev
-
-from scipy.stats import t
+not run, and else not separated."""
 
 REPRODUCED, OPPOSITE, NOT_SEPARATED, NOT_RUN = "reproduced", "opposite", "not separated", "not run"
 CONFIDENCE = 0.95
@@ -64,11 +64,11 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
     values = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
     if len(values) < 2:
         return Difference(fmean(values) if values else 0.0, -inf, inf, len(values))
-    half = t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * stdev(values) / sqrt(len(values))
-    return Difference(fmean(values), fmean(values) - half, fmean(values) + half, len(values))
+    interval = ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
+    return Difference(fmean(values), float(interval.low), float(interval.high), len(values))
 
 
-def together(verdicts: Sequence[str]) -> str:
+def combined(verdicts: Sequence[str]) -> str:
     """Of a claim, from those of its comparisons."""
     for decisive in (OPPOSITE, NOT_RUN, NOT_SEPARATED):
         if decisive in verdicts:

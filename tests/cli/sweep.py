@@ -13,7 +13,8 @@ from pathlib import Path
 import hydra
 import torch
 
-from sbp.cli.launch import join_processes, run_job
+from sbp.cli.job import run_job
+from sbp.cli.launch import join_processes
 from sbp.training.config.run import Config
 from sbp.training.record.status import Preempted, write_status
 from sbp.training.runtime import signals

@@ -4,19 +4,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sbp.training.benchmark.report import write_json
+from sbp.training.benchmark.report import write_record
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
-from scripts.reproduction.claims import ANSWERED, ARMS, Setting, arms_of, gradients_of, sbp_arguments
-from scripts.reproduction.settings import SCALES
-from scripts.study_tasks import Place, arm_config, by_seed
+from scripts.reproduction.arms import ARMS, sbp_arguments
+from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
+from scripts.reproduction.settings import SCALES, Setting
+from scripts.study_tasks import Experiment, arm_config, by_seed
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
 
 
-def place(name, tmp_path):
+def experiment_of(name, tmp_path):
     scale, setting = SETTINGS[name]
-    return Place.of(scale, setting, torch.device("cpu"), str(tmp_path), str(tmp_path), str(tmp_path), None)
+    return Experiment.of(scale, setting, torch.device("cpu"), str(tmp_path), str(tmp_path), str(tmp_path), None)
 
 
 def known(setting: Setting) -> list[str]:
@@ -27,10 +28,10 @@ def known(setting: Setting) -> list[str]:
 @pytest.mark.long
 def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     """Each differs from the others, and has as many SBP layers as the setting says."""
-    here = place(name, tmp_path)
-    configs = {arm: arm_config(here, arm) for arm in known(here.setting)}
+    experiment = experiment_of(name, tmp_path)
+    configs = {arm: arm_config(experiment, arm) for arm in known(experiment.setting)}
     assert len({str(config) for config in configs.values()}) == len(configs)
-    if here.setting.gradients_only:
+    if experiment.setting.gradients_only:
         assert list(configs) == ["plain"]
         return
     with torch.device("meta"):
@@ -39,16 +40,16 @@ def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
             sizes = config.data.num_classes, config.data.image_size
             model = build_model(config.backbone, config.sbp, *sizes)
             states = {module.sbp_state for module in model.modules() if hasattr(module, "sbp_state")}
-            assert [len(state.layers) for state in states] == [here.setting.sbp_layers]
+            assert [len(state.layers) for state in states] == [experiment.setting.sbp_layers]
     rising = configs["rising"].sbp.keep_ratio
-    assert len(rising) == here.setting.sbp_layers and sum(rising) / len(rising) == pytest.approx(0.5, abs=1e-3)
+    assert len(rising) == experiment.setting.sbp_layers and sum(rising) / len(rising) == pytest.approx(0.5, abs=1e-3)
 
 
 @pytest.mark.long
 def test_runs_of_one_seed_start_alike(tmp_path):
     """With the same weights, and with the same images in the same order."""
-    here = place("digits-vit", tmp_path)
-    configs = {arm: arm_config(here, arm) for arm in known(here.setting)}
+    experiment = experiment_of("digits-vit", tmp_path)
+    configs = {arm: arm_config(experiment, arm) for arm in known(experiment.setting)}
     models = {}
     for arm, config in configs.items():
         seeding.seed_everything(config.seed, seeding.WEIGHTS)
@@ -70,18 +71,18 @@ def test_gradients_are_made_by_arguments_of_apply():
 
 def test_seed_by_seed_a_study_can_end_at_any_time(tmp_path):
     """The arms of the first claim in their order, in all settings; a seed is whole before the next one begins."""
-    places = [replace(place(name, tmp_path), seeds=[1, 2]) for name in ("small-vit", "small-convnext")]
+    experiments = [replace(experiment_of(name, tmp_path), seeds=[1, 2]) for name in ("small-vit", "small-convnext")]
     claims = [ANSWERED["choice"], ANSWERED["2"]]
-    names = list(by_seed(places, claims))
+    names = list(by_seed(experiments, claims))
     assert names[:4] == [f"{net}, {arm}, seed 1" for arm in ("plain", "sbp") for net in ("small-vit", "small-convnext")]
     assert [name.partition(", ")[2] for name in names[-4:]] == [f"random, seed {seed}" for seed in (1, 1, 2, 2)]
     of_choice = [name.rpartition(" ")[2] for name in names[:-4]]
     assert of_choice == sorted(of_choice) and len(set(names)) == len(names)
     order = [name.split(", ")[1] for name in names if name.startswith("small-vit") and name.endswith("seed 1")]
-    assert order == [*arms_of(claims[:1], places[0].setting)[: len(order) - 1], "random"]
+    assert order == [*arms_of(claims[:1], experiments[0].setting)[: len(order) - 1], "random"]
 
     with ThreadPoolExecutor(4) as pool:  # as the tasks ask for them
-        list(pool.map(lambda here: arm_config(here, "plain"), 4 * places))
+        list(pool.map(lambda experiment: arm_config(experiment, "plain"), 4 * experiments))
     record = {"runs": [{"seed": 1, "val_loss": 1.0}]}
-    write_json(record, places[0].file("training", "query"))
-    assert set(names) - set(by_seed(places, claims)) == {"small-vit, query, seed 1"}
+    write_record(record, experiments[0].file("training", "query"))
+    assert set(names) - set(by_seed(experiments, claims)) == {"small-vit, query, seed 1"}

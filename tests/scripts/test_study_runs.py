@@ -9,10 +9,11 @@ import torch
 from scripts import results, study_tasks
 from scripts.jobs import Jobs
 from scripts.reproduction import report
-from scripts.reproduction.claims import ARMS, CLAIMS, Claim
+from scripts.reproduction.arms import ARMS
+from scripts.reproduction.claims import CLAIMS, Claim
 from scripts.reproduction.evidence import Evidence
 from scripts.reproduction.settings import DIGITS_VIT
-from scripts.study_tasks import Place, by_seed, measure_costs, tasks
+from scripts.study_tasks import Experiment, by_seed, measure_costs, tasks
 
 pytestmark = [pytest.mark.survival, pytest.mark.multiprocess]
 
@@ -27,8 +28,10 @@ CLAIM = [replace(CLAIMS["1"], context=("fixed",))]
 
 
 def test_runs_records_and_report(tmp_path, monkeypatch):
-    place = Place.of("laptop", TINY, torch.device("cpu"), str(tmp_path / "runs"), str(tmp_path / "results"), None, 3)
-    todo = tasks(place, CLAIM)
+    experiment = Experiment.of(
+        "laptop", TINY, torch.device("cpu"), str(tmp_path / "runs"), str(tmp_path / "results"), None, 3
+    )
+    todo = tasks(experiment, CLAIM)
     assert {kind: list(names) for kind, names in todo.items()} == {
         "training": ["plain", "sbp", "fixed"],
         "gradients": ["nulls", "own", "sbp"],
@@ -38,9 +41,9 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
         for kind, some in todo.items():
             jobs.do(kind, some)
     assert not jobs.failed
-    measure_costs(place, ["fixed"], 1, jobs)
+    measure_costs(experiment, ["fixed"], 1, jobs)
 
-    one = Evidence(TINY, place.results)
+    one = Evidence(TINY, experiment.results)
     assert set(one.trained("fixed", "val_loss")) == {1, 2, 3} != set(one.trained("fixed", "val_loss").values())
     stages = [(run["seed"], run["stage"], run["step"]) for run in one.gradients["nulls"]["runs"]]
     assert stages == [(seed, *at) for seed in (1, 2, 3) for at in (("early", 1), ("middle", 2), ("late", 4))]
@@ -51,19 +54,19 @@ def test_runs_records_and_report(tmp_path, monkeypatch):
 
     results.write(tmp_path / "results")
     assert (tmp_path / "RESULTS.md").read_text() == report.text(tmp_path / "results")
-    assert (place.results / "claim-1.png").read_bytes().startswith(b"\x89PNG")
+    assert (experiment.results / "claim-1.png").read_bytes().startswith(b"\x89PNG")
 
-    assert not any(tasks(place, CLAIM).values())  # nothing is done twice
+    assert not any(tasks(experiment, CLAIM).values())  # nothing is done twice
     monkeypatch.setattr(study_tasks, "step_costs", None)
-    measure_costs(place, ["fixed"], 1, jobs)
-    assert list(tasks(replace(place, seeds=[1, 2, 3, 4]), CLAIM)["training"]) == ["plain", "sbp", "fixed"]
+    measure_costs(experiment, ["fixed"], 1, jobs)
+    assert list(tasks(replace(experiment, seeds=[1, 2, 3, 4]), CLAIM)["training"]) == ["plain", "sbp", "fixed"]
 
     with Jobs(2) as jobs:  # a run by itself, and a second seed beside it
-        jobs.do("more", by_seed([replace(place, seeds=[4, 5])], [Claim("", "", against_plain=("fixed",))]))
+        jobs.do("more", by_seed([replace(experiment, seeds=[4, 5])], [Claim("", "", against_plain=("fixed",))]))
     assert not jobs.failed
-    record = Evidence(TINY, place.results).training["fixed"]
+    record = Evidence(TINY, experiment.results).training["fixed"]
     assert [run["seed"] for run in record["runs"]] == [1, 2, 3, 4, 5] and record["command"].endswith("seed=1,2,3,4,5")
-    again = ["train.py", *place.common, *ARMS["fixed"].overrides(TINY), "seed=4", f"run_dir={tmp_path / 'again'}"]
+    again = ["train.py", *experiment.common, *ARMS["fixed"].overrides(TINY), "seed=4", f"run_dir={tmp_path / 'again'}"]
     assert Jobs(1).run([*again, "checkpoint.keep=1"], tmp_path / "log.txt")
-    of_sweep = json.loads((place.runs / "fixed" / "seed-4" / "summary.json").read_text())
+    of_sweep = json.loads((experiment.runs / "fixed" / "seed-4" / "summary.json").read_text())
     assert json.loads((tmp_path / "again" / "summary.json").read_text())["val_loss"] == of_sweep["val_loss"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from sbp.cli.launch import typed
+from sbp.cli.compose import typed
 from sbp.training.config.run import Config
 
 ROOT = Path(__file__).parents[2]

@@ -30,10 +30,10 @@ from tests.training.again import Again
 from tests.training.configs import BACKBONES, small
 
 OVERRIDES = (
-    *("data=synthetic", "data.image_size=32", "data.num_classes=10", "data.val_images=101", "recipe.ema_decay=0.9"),
-    *("sbp.mask=random", "sbp.shared_mask=true", "sbp.hold_mask=true", "backbone.drop_path=0"),
+    "data=synthetic", "data.image_size=32", "data.num_classes=10", "data.val_images=101", "recipe.ema_decay=0.9",
+    "sbp.mask=random", "sbp.shared_mask=true", "sbp.hold_mask=true", "backbone.drop_path=0",
     "recipe.layer_decay=0.7",
-)
+)  # fmt: skip
 GLOBAL_BATCH, STEPS, CHECKPOINT = 24, 4, 2
 CPU = torch.device("cpu")
 

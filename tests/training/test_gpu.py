@@ -111,6 +111,7 @@ def test_with_deterministic_algorithms_a_resumed_run_is_bitwise_the_same(tmp_pat
 
 @pytest.mark.gpu
 @pytest.mark.multiprocess
+@pytest.mark.long
 def test_one_process_shards_as_it_trains_alone(tmp_path, device):
     """FSDP, on CUDA over NCCL, with float16's scaler, clipping and averages."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]

@@ -25,10 +25,10 @@ MOMENTS = ROOT / "tests" / "training" / "moments.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # 3 epochs of 11 steps, with all that draws random numbers, and a checkpoint every 4 steps.
 RUN = (
-    *("logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=3", "recipe.warmup_epochs=1"),
-    *("recipe.augment=true", "recipe.mixup=0.8", "recipe.ema_decay=0.9", "sbp.mask=random", "global_batch_size=128"),
-    *("checkpoint.every_steps=4", "log_every_steps=3", "probe.every_steps=10", "probe.images=8", "eval_batch_size=64"),
-)
+    "logger=none", "data=digits", "recipe=demo", *BACKBONES["vit"], "recipe.epochs=3", "recipe.warmup_epochs=1",
+    "recipe.augment=true", "recipe.mixup=0.8", "recipe.ema_decay=0.9", "sbp.mask=random", "global_batch_size=128",
+    "checkpoint.every_steps=4", "log_every_steps=3", "probe.every_steps=10", "probe.images=8", "eval_batch_size=64",
+)  # fmt: skip
 
 pytestmark = [pytest.mark.survival, pytest.mark.multiprocess]
 

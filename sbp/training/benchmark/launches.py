@@ -14,13 +14,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NOTHING = {  # views, and memory that nobody fills
-    *("alias", "as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "lift", "lift_fresh", "movedim"),
-    *("narrow", "permute", "reshape", "_reshape_alias", "select", "slice", "split", "split_with_sizes", "squeeze"),
-    *("swapaxes", "t", "transpose", "unbind", "unfold", "unsafe_split", "unsafe_chunk", "unsqueeze", "view"),
-    *("view_as", "_unsafe_view", "view_as_complex", "view_as_real"),
-    *("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"),
-    *("is_nonzero", "set_", "resize_", "sym_size", "sym_numel", "sym_stride", "record_stream"),
-}
+    "alias", "as_strided", "chunk", "detach", "diagonal", "expand", "expand_as", "lift", "lift_fresh", "movedim",
+    "narrow", "permute", "reshape", "_reshape_alias", "select", "slice", "split", "split_with_sizes", "squeeze",
+    "swapaxes", "t", "transpose", "unbind", "unfold", "unsafe_split", "unsafe_chunk", "unsqueeze", "view",
+    "view_as", "_unsafe_view", "view_as_complex", "view_as_real",
+    "empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided",
+    "is_nonzero", "set_", "resize_", "sym_size", "sym_numel", "sym_stride", "record_stream",
+}  # fmt: skip
 SEVERAL = {  # operator -> its kernels on CUDA, where it is not one
     "native_layer_norm_backward": 2,  # of the input; of weight and bias
     "native_group_norm_backward": 3,

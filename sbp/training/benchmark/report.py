@@ -22,10 +22,11 @@ def write(result: dict[str, Any], folder: Path, name: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_report(result, folder, name)
-    write_json(result, folder / f"{name}.json")
+    write_record(result, folder / f"{name}.json")
 
 
-def write_json(values: dict[str, Any], path: Path) -> None:
+def write_record(values: dict[str, Any], path: Path) -> None:
+    """What was measured, as JSON, with the folder that it lies in; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=1) + "\n")
 
@@ -163,7 +164,10 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 def _label(
     axis: Any, points: list[tuple[float, float]], texts: list[str], colors: list[str], front: list[tuple[float, float]]
 ) -> None:
-    """Writes each text beside its point, where it overlaps least with points, frontier and the texts before it."""
+    """Writes each text beside its point, where it overlaps least with points, frontier and the texts before it.
+
+    adjustText 1.4 is alive, but left texts on the frontier and on markers that it was told to avoid, in these figures.
+    """
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 

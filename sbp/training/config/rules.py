@@ -185,8 +185,10 @@ def _check_task(config: Config) -> None:
     detector, data, recipe = config.detector, config.data, config.recipe
     if min(detector.anchor_sizes) < 1:
         raise ValueError(f"detector.anchor_sizes must be 5 sizes in pixels, got {detector.anchor_sizes}")
-    if not config.backbone.name.startswith("convnext"):
-        raise ValueError(f"backbone.name must be a timm ConvNeXt with task=detection, got {config.backbone.name}")
+    if not config.backbone.name.startswith(("convnext", "swin_", "swinv2_")):
+        raise ValueError(
+            f"backbone.name must be a timm ConvNeXt or Swin with task=detection, got {config.backbone.name}"
+        )
     if data.background and data.source != "coco":
         raise ValueError(f"data.background=true needs data.source=coco, got {data.source}")
     if data.source == "coco" and data.root is None:

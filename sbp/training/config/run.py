@@ -16,9 +16,9 @@ LOGGERS = ("wandb", "none")
 DEVICES = ("auto", "cpu", "cuda")
 PARALLEL = ("ddp", "fsdp")
 OBJECTIVES = (
-    *("top1", "top5", "top1_ema", "val_loss", "box_ap", "mask_ap"),
-    *("images_per_second", "saved_bytes_per_image", "peak_allocated"),
-)
+    "top1", "top5", "top1_ema", "val_loss", "box_ap", "mask_ap",
+    "images_per_second", "saved_bytes_per_image", "peak_allocated",
+)  # fmt: skip
 
 
 @dataclass

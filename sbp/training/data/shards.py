@@ -189,8 +189,13 @@ def _read_headers(shards: list[Path], label: str, stamps: np.ndarray) -> Index:
     shard_number, offset, size, labels = np.array(found, dtype=np.int64).reshape(-1, 4).T
     counts, examples = [len(names) for names in unused], [names[0] if names else "" for names in unused]
     return Index(
-        *(shard_number.astype(np.int32), offset, size, labels.astype(np.int32), stamps),
-        *(np.array(counts, dtype=np.int64), np.array(examples)),
+        shard_number.astype(np.int32),
+        offset,
+        size,
+        labels.astype(np.int32),
+        stamps,
+        np.array(counts, dtype=np.int64),
+        np.array(examples),
     )
 
 

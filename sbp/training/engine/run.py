@@ -100,7 +100,10 @@ class Run:
         epoch, epochs = self.epoch, self.config.recipe.epochs
         self.images.order.start_at(epoch, self.step % self.steps_per_epoch)
         steps = train_epoch(
-            *(self.trainer, self.images, self.progress, self.incidents),
+            self.trainer,
+            self.images,
+            self.progress,
+            self.incidents,
             first_step=self.step,
             report_at=self.when.report,
         )

@@ -30,15 +30,15 @@ class CudaCasts(TorchFunctionMode):
 
     # These see their inputs as float32, so that autograd may save a copy ...
     float32_inputs: frozenset[Callable] = frozenset({
-        *(F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.cross_entropy, F.nll_loss, F.kl_div),
-        *(F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.interpolate),
-        *(torch.layer_norm, torch.group_norm, torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp),
-        *(torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal),
+        F.layer_norm, F.group_norm, F.cosine_similarity, F.softplus, F.cross_entropy, F.nll_loss, F.kl_div,
+        F.binary_cross_entropy_with_logits, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.interpolate,
+        torch.layer_norm, torch.group_norm, torch.pow, Tensor.pow, Tensor.__pow__, torch.exp, Tensor.exp,
+        torch.log, Tensor.log, torch.rsqrt, Tensor.rsqrt, torch.reciprocal, Tensor.reciprocal,
     })  # fmt: skip
     # ... and these read what they get and return float32.
     float32_result: frozenset[Callable] = frozenset({
-        *(torch.sum, Tensor.sum, torch.norm, Tensor.norm, torch.linalg.vector_norm, torch.prod, Tensor.prod),
-        *(torch.cumsum, Tensor.cumsum, F.log_softmax, torch.log_softmax, Tensor.log_softmax),
+        torch.sum, Tensor.sum, torch.norm, Tensor.norm, torch.linalg.vector_norm, torch.prod, Tensor.prod,
+        torch.cumsum, Tensor.cumsum, F.log_softmax, torch.log_softmax, Tensor.log_softmax,
     })  # fmt: skip
     softmax: frozenset[Callable] = frozenset({F.softmax, torch.softmax, Tensor.softmax})
 

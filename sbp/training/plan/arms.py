@@ -8,7 +8,7 @@ from sbp.training.config.model import BackboneConfig, SbpConfig
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Rules
 from sbp.training.plan.gpus import Gpu
-from sbp.training.plan.operators import Step, record
+from sbp.training.plan.steps import Step, record
 from sbp.training.plan.times import How, Times, forecast_times
 
 

@@ -1,28 +1,22 @@
-"""The kernels of one training step, from the fake step of the memory forecast: their operations and their bytes.
+"""The kernels that CUDA runs for each operator: their operations and their bytes.
 
-Nothing is computed. Each operator that the step calls is written down as the kernels that CUDA runs for it, with
-floating-point operations (a multiplication with addition is 2), the bytes they read once and write once, and a kind,
-whose efficiency `roofline.py` knows.
+What runs within a `Recorder` is written down as kernels, with floating-point operations (a multiplication with addition
+is 2), the bytes they read once and write once, and a kind, whose efficiency `roofline.py` knows.
 """
 
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import weight_init
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sbp.training.benchmark import launches
-from sbp.training.config.run import Config
-from sbp.training.memory.allocations import CudaCasts
-from sbp.training.memory.forecast import TODAY, Forecast, Rules, forecast
 
 _CPU = torch.device("cpu")
 
@@ -32,14 +26,14 @@ ONCE = ("clipping", "optimizer", "average")  # a step, however many micro batche
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"}
 SUMS = {
-    *("sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "prod", "var_mean", "any", "all"),
-    *("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum", "argmax"),
-}
+    "sum", "mean", "amax", "amin", "max", "min", "norm", "linalg_vector_norm", "prod", "var_mean", "any", "all",
+    "_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data", "cumsum", "argmax",
+}  # fmt: skip
 MOVES = {  # positions to other places
-    *("cat", "stack", "gather", "index_select", "index", "index_copy", "index_copy_", "index_add", "index_add_"),
-    *("scatter", "scatter_", "scatter_add", "scatter_add_", "index_put", "index_put_", "_index_put_impl_"),
-    *("embedding", "flip", "roll", "constant_pad_nd", "repeat", "upsample_nearest2d", "upsample_bicubic2d"),
-}
+    "cat", "stack", "gather", "index_select", "index", "index_copy", "index_copy_", "index_add", "index_add_",
+    "scatter", "scatter_", "scatter_add", "scatter_add_", "index_put", "index_put_", "_index_put_impl_",
+    "embedding", "flip", "roll", "constant_pad_nd", "repeat", "upsample_nearest2d", "upsample_bicubic2d",
+}  # fmt: skip
 _WRITES_SOURCE = {"index_copy_", "index_add_", "scatter_", "scatter_add_", "index_put_", "_index_put_impl_"}
 _SILENT = {"device", "_record_function_enter_new", "_record_function_exit", "_local_scalar_dense", "item"}
 
@@ -72,15 +66,6 @@ class Kernel:
     @property
     def bytes(self) -> float:
         return self.read + self.written
-
-
-@dataclass(frozen=True)
-class Step:
-    """The kernels of a step with a micro batch of so many images, and the forecast of its memory."""
-
-    micro_batch_size: int
-    kernels: tuple[Kernel, ...]
-    memory: Forecast
 
 
 class Recorder(TorchDispatchMode):
@@ -284,101 +269,3 @@ def _bytes(tensor: Tensor) -> float:
     """Bytes of memory that the tensor's elements lie in: an expanded one is smaller than its shape."""
     apart = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return float(math.prod(apart) * tensor.itemsize)
-
-
-# -- the fake step
-
-
-def record(config: Config, micro_batch_size: int, rules: Rules = TODAY, *, world_size: int = 1) -> Step:
-    """The kernels of one optimizer step with one micro batch, as the memory forecast runs it; of a run of one phase.
-
-    Raises ValueError for what a run with this config would raise it for, data sets aside.
-    """
-    recorder = Recorder()
-
-    class Recording(rules.casts):  # type: ignore[name-defined, misc]
-        """Enters the recorder within the fake mode."""
-
-        def __enter__(self) -> CudaCasts:
-            entered = super().__enter__()
-            recorder.__enter__()
-            return entered
-
-        def __exit__(self, *error: Any) -> None:
-            recorder.__exit__(*error)
-            super().__exit__(*error)
-
-    class Recorded(type(rules)):  # type: ignore[misc]
-        casts = Recording
-
-        def begins(self, part: str) -> None:
-            recorder.part = part
-
-        def build(self, config: Config) -> Any:
-            with _uninitialised():
-                model = super().build(config)
-            recorder.weights |= {tuple(p.shape) for p in model.parameters()}
-            return model
-
-    memory = forecast(config, micro_batch_size, world_size=world_size, rules=Recorded())
-    return Step(micro_batch_size, tuple(recorder.kernels), memory)
-
-
-@contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Leaves out what takes longest of building a model on the meta device, where weights have no values anyway."""
-    normal = nn.init.trunc_normal_, weight_init._trunc_normal_
-    nn.init.trunc_normal_ = lambda tensor, *args, **kwargs: tensor
-    weight_init._trunc_normal_ = nn.init.trunc_normal_
-    try:
-        yield
-    finally:
-        nn.init.trunc_normal_, weight_init._trunc_normal_ = normal
-
-
-def alike(small: Sequence[Kernel], large: Sequence[Kernel]) -> tuple[list[Kernel], list[Kernel]]:
-    """The kernels of two steps, with one in the place of those whose figures agree in both."""
-    pairs: dict[Any, list[Any]] = {}
-    for pair in zip(small, large, strict=True):
-        figures = tuple((k.flops, k.read, k.written, k.launches, k.rows, k.columns) for k in pair)
-        key = pair[0].name, pair[0].kind, pair[0].part, pair[0].cast, figures
-        pairs.setdefault(key, [*pair, 0])[2] += pair[0].count
-    bare = {"shapes": (), "inputs": (), "outputs": ()}
-    first, second = ([replace(one[i], count=one[2], **bare) for one in pairs.values()] for i in (0, 1))
-    return first, second
-
-
-def extrapolated(small: Step, large: Step, micro_batch_size: int) -> Step:
-    """The step at any batch size, from those at two: what each kernel does is affine in the number of images.
-
-    Raises ValueError where the two do not run the same kernels.
-    """
-    if [one.name for one in small.kernels] != [one.name for one in large.kernels]:
-        raise ValueError(
-            f"steps of {small.micro_batch_size} and {large.micro_batch_size} images run different operators; no "
-            "forecast of other batch sizes"
-        )
-    share = (micro_batch_size - small.micro_batch_size) / (large.micro_batch_size - small.micro_batch_size)
-
-    def between(one: float, other: float) -> float:
-        return max(one + (other - one) * share, 0.0)
-
-    def sizes(one: Any, other: Any) -> tuple[tuple[int, float], ...]:
-        pairs = zip(one, other, strict=True)
-        return tuple((number, between(size, larger)) for (number, size), (_, larger) in pairs)
-
-    kernels = tuple(
-        replace(
-            one,
-            flops=between(one.flops, other.flops),
-            read=between(one.read, other.read),
-            written=between(one.written, other.written),
-            rows=between(one.rows, other.rows),
-            inputs=sizes(one.inputs, other.inputs),
-            outputs=sizes(one.outputs, other.outputs),
-        )
-        for one, other in zip(small.kernels, large.kernels, strict=True)
-    )
-    parts = vars(small.memory)
-    memory = Forecast(**{part: round(between(size, vars(large.memory)[part])) for part, size in parts.items()})
-    return Step(micro_batch_size, kernels, memory)

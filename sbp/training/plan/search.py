@@ -15,8 +15,9 @@ from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Forecast
 from sbp.training.memory.phases import phases
 from sbp.training.plan.gpus import Gpu
-from sbp.training.plan.operators import Kernel, Step, alike, extrapolated, record
-from sbp.training.plan.settings import Setting, accuracy, is_transformer, settings
+from sbp.training.plan.operators import Kernel
+from sbp.training.plan.settings import Setting, accuracy, attends, settings
+from sbp.training.plan.steps import Step, alike, extrapolated, record
 from sbp.training.plan.times import How, Times, times_of, transformed
 
 SIZES = {"classification": (32, 128), "detection": (1, 2)}  # micro batches of the fake steps
@@ -187,7 +188,7 @@ def fastest(
         if peak > available:
             continue
         times = found.times(
-            *(size, gpu, how), accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
+            size, gpu, how, accumulation=accumulation, recompute=setting.recompute != "none", amp=config.amp
         )
         if best is None or times.step < 0.99 * best.times.step:
             name = f"{setting.name}{'_compile' if how.compile else ''}"
@@ -219,8 +220,7 @@ def plan(
 
     Raises ValueError for a network or batches that cannot be trained with.
     """
-    transformer = is_transformer(config)
-    chosen = list(settings(transformer))
+    chosen = list(settings(attends(config)))
     points = []
     for setting, found in zip(chosen, of_runs([one.applied(config) for one in chosen], forecast), strict=True):
         for how in ways(config):
@@ -228,7 +228,7 @@ def plan(
                 continue
             point = fastest(config, setting, found, how, gpu, available, world_size=world_size)
             if point is not None:
-                points.append(replace(point, accuracy=accuracy(config, setting, transformer)))
+                points.append(replace(point, accuracy=accuracy(config, setting)))
     return sorted(points, key=lambda point: point.times.step)
 
 

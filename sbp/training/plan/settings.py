@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 
+import sbp
 from sbp.settings import RECOMPUTE
 from sbp.training.config.keys import shown
 from sbp.training.config.run import Config
@@ -27,7 +27,7 @@ NOT_STUDIED = "not studied"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to train. keep_ratio: 1 for exact gradients; mhsa_drop: of a vision transformer, else "qkv"."""
+    """One way to train. keep_ratio: 1 for exact gradients; mhsa_drop: where there is attention, else "qkv"."""
 
     keep_ratio: float
     mhsa_drop: str
@@ -69,28 +69,31 @@ class Setting:
         ]
 
 
-def is_transformer(config: Config) -> bool:
-    """Builds the model, on no device. Raises ValueError for one that cannot be built."""
+def attends(config: Config) -> bool:
+    """Whether the network has attention, which SBP can drop in other ways than `qkv`.
+
+    Builds it, on no device. Raises ValueError for one that cannot be built.
+    """
     with torch.device("meta"):
         model = TODAY.build(replace(config, sbp=replace(config.sbp, enabled=False)))
-    return any(isinstance(one, VisionTransformer) for one in model.modules())
+    return "query" in sbp.supports(model).mhsa_drops
 
 
-def settings(transformer: bool) -> Iterator[Setting]:
+def settings(attends: bool) -> Iterator[Setting]:
     """Exact gradients, and SBP with one half and one quarter kept, with each way to recompute."""
     for recompute in RECOMPUTE:
         yield Setting(1.0, "qkv", recompute)
-    for mhsa_drop in ("qkv", "query") if transformer else ("qkv",):
+    for mhsa_drop in ("qkv", "query") if attends else ("qkv",):
         for keep_ratio in (0.5, 0.25):
             for recompute in RECOMPUTE if (mhsa_drop, keep_ratio) == ("qkv", 0.5) else RECOMPUTE[:2]:
                 yield Setting(keep_ratio, mhsa_drop, recompute)
 
 
-def accuracy(config: Config, setting: Setting, transformer: bool) -> str:
+def accuracy(config: Config, setting: Setting) -> str:
     """What is known of it, in points of top-1 or AP against exact gradients."""
     if setting.exact:
         return EXACT
-    network = "vit" if transformer else "convnext" if config.backbone.name.startswith("convnext") else ""
+    network = next((one for one in ("vit", "convnext") if config.backbone.name.startswith(one)), "")
     return _KNOWN.get((config.task, network, setting.mhsa_drop, setting.keep_ratio), NOT_STUDIED)
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from sbp.training.plan import fusing
 from sbp.training.plan.gpus import Gpu
-from sbp.training.plan.operators import PASSES, Kernel, Step
+from sbp.training.plan.operators import PASSES, Kernel
 from sbp.training.plan.roofline import kernel_seconds, load
+from sbp.training.plan.steps import Step
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from sbp.training.runtime import distributed
 
 log = logging.getLogger(__name__)
 
-_PREFIXES = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of names
 _BROKEN = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -192,19 +192,9 @@ def choose_weights(path: Path, content: dict[str, Any], ema: bool | None) -> tup
     return averaged, content["state_dict_ema" if averaged else "state_dict"]
 
 
-def plain_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of DDP and torch.compile."""
-    plain = {}
-    for name, value in state.items():
-        for prefix in _PREFIXES:
-            name = name.replace(prefix, "") if prefix == "_orig_mod." else name.removeprefix(prefix)
-        plain[name] = value
-    return plain
-
-
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Loads strictly. Raises ValueError that says whether the classes or the network differ, and where."""
-    state = plain_names(state)
+    state = clean_state_dict(state)  # without the prefixes of DDP and torch.compile
     own = model.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unexpected:

@@ -112,7 +112,10 @@ class Tracker:
         except Exception as error:  # wandb raises anything from its own errors to ConnectionResetError
             log.warning(
                 "wandb could not %s (%s); going on without it. %s has everything; `%s` uploads what wandb has got",
-                *(what, error, self.path, _sync_command(self._run)),
+                what,
+                error,
+                self.path,
+                _sync_command(self._run),
             )
             self._run = None
 

@@ -202,7 +202,9 @@ class Graphs:
             culprit = ", ".join(obstacles(self.eager.forward)) or _innermost(cause)
             log.warning(
                 "cuda_graph    could not be captured (%s: %s); at %s. The run goes on without",
-                *(type(cause).__name__, reason, culprit),
+                type(cause).__name__,
+                reason,
+                culprit,
             )
 
 
@@ -241,10 +243,10 @@ class _Obstacles(TorchDispatchMode):
 
 
 _WAITING = {  # their results, or the shapes of them, are on the host
-    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"),
-    *("aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount"),
-    *("aten::lift_fresh",),  # a tensor made from Python's numbers
-}
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero",
+    "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::bincount",
+    "aten::lift_fresh",  # a tensor made from Python's numbers
+}  # fmt: skip
 _COPYING = {"aten::_to_copy", "aten::copy_", "aten::_copy_from"}
 
 

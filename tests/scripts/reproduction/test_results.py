@@ -9,28 +9,17 @@ from scipy.stats import ttest_rel
 
 from scripts import results
 from scripts.reproduction import report, verdicts
-from scripts.reproduction.claims import ANSWERED, ARMS, NULLS, PARTIAL
+from scripts.reproduction.arms import ARMS, NULLS, PARTIAL
+from scripts.reproduction.claims import ANSWERED
+from scripts.reproduction.published import TABLE_1, TABLE_2
 from tests.training.configs import ROOT
 
 FOLDER = ROOT / "results"
 TEXT = (ROOT / "RESULTS.md").read_text()
+STUDY, BESIDE = TEXT.split("## Beside the study", 1)
 LABELS = {arm.label: name for name, arm in ARMS.items()}
 LABELS |= {label: name for name, label in (NULLS | PARTIAL).items()}
 STAGES = ("early", "middle", "late")
-TALK = """
-ViT-Tiny	no SBP	256	8248	73.68
-ViT-Tiny	0.5	256	5587	73.09
-ViT-Base	no SBP	64	10083	81.22
-ViT-Base	0.5	64	7436	80.62
-ConvNeXt-Tiny	no SBP	128	12134	82.1
-ConvNeXt-Tiny	0.5	128	7059	81.61
-ConvNeXt-Base	no SBP	64	14130	83.8
-ConvNeXt-Base	0.5	64	8758	83.27
-"""  # its Table 1
-TALK_2 = (  # its Table 2: GB, box AP and mask AP, of each detector without SBP, and with it
-    ((8.6, 46.2, 41.7), (17.4, 52.7, 45.6)),
-    ((5.9, 45.5, 41.1), (12.5, 52.5, 45.4)),
-)
 
 
 def records(name, kind):
@@ -51,7 +40,7 @@ def tables(text):
 
 def sections():
     """(claim's title, SCALE/SETTING, text) of every section of a setting."""
-    for chapter in re.split(r"^## ", TEXT, flags=re.M)[1:]:
+    for chapter in re.split(r"^## ", STUDY, flags=re.M)[1:]:
         title = chapter.splitlines()[0]
         for part in re.split(r"^### ", chapter, flags=re.M)[1:]:
             yield title, part.splitlines()[0].split(":")[0], part
@@ -154,14 +143,19 @@ def check_comparison(title, training, gradients, costs, what, measure, advantage
 
 
 def test_table_1_is_the_talks_and_the_forecasts():
-    talk = [line.split("\t") for line in TALK.strip().splitlines()]
     (table,) = (one for one in tables(TEXT) if one[0][0] == "network")
-    for row, plain, sbp in zip(table[1:], talk[::2], talk[1::2], strict=True):
+    for row, key in zip(table[1:], TABLE_1, strict=True):
         network, batch, memory, forecast, cheap, _, top1 = row
-        assert network == plain[0] and batch == plain[2]
-        same(memory, *(float(one) for one in (plain[3], sbp[3])), float(sbp[3]) / float(plain[3]))
-        assert numbers(top1) == [float(plain[4]), float(sbp[4])]
-        assert_forecast(network.lower().replace("-", "_"), forecast, cheap)
+        name, of_a_gpu, plain, sbp, *accuracies = TABLE_1[key]
+        assert (network, batch) == (name, str(of_a_gpu))
+        same(memory, plain, sbp, sbp / plain)
+        assert numbers(top1) == accuracies
+        assert_forecast(key, forecast, cheap)
+
+
+def test_the_documents_repeat_table_1_as_it_is():
+    (row,) = re.findall(r"^\| published \| (.*) \|$", (ROOT / "docs" / "memory.md").read_text(), re.M)
+    assert row.split(" | ") == [f"{plain} → {sbp}" for _, _, plain, sbp, *_ in TABLE_1.values()]
 
 
 def assert_forecast(name, forecast, cheap):
@@ -174,18 +168,32 @@ def assert_forecast(name, forecast, cheap):
 
 def test_table_2_is_the_talks_and_the_forecasts():
     (table,) = (one for one in tables(TEXT) if one[0][0] == "detector")
-    names = ("mask_rcnn_convnext_tiny", "cascade_mask_rcnn_convnext_base")
-    for row, name, plain, sbp in zip(table[1:], names, *TALK_2, strict=True):
+    for row, name in zip(table[1:], TABLE_2, strict=True):
         detector, memory, forecast, cheap, _, box, mask = row
-        assert re.sub(r"\W+", "", detector).lower() == re.sub("_", "", name)
-        same(memory, plain[0], sbp[0], sbp[0] / plain[0])
-        assert numbers(box) == [plain[1], sbp[1]] and numbers(mask) == [plain[2], sbp[2]]
+        words, plain, sbp, *accuracies = TABLE_2[name]
+        assert detector == words and re.sub(r"\W+", "", detector).lower() == re.sub("_", "", name)
+        same(memory, plain, sbp, sbp / plain)
+        assert numbers(box) + numbers(mask) == accuracies
         assert_forecast(name, forecast, cheap)
+
+
+def test_what_stands_beside_the_study_is_its_record():
+    record = json.loads((FOLDER / "gpu" / "h100-60167d7" / "cifar10.json").read_text())
+    assert record["device"] in BESIDE and record["settings"] in BESIDE
+    for (network, arms), (_, *rows) in zip(record["networks"].items(), tables(BESIDE), strict=True):
+        assert f"### {network}" in BESIDE
+        plain = arms["no SBP"]["top1"]
+        for (label, *top1, lost, loss), (arm, found) in zip(rows, arms.items(), strict=True):
+            assert label == arm and LABELS[label]
+            assert [float(cell) for cell in top1 if cell] == found["top1"]
+            same(loss, np.mean(found["train_loss"]))
+            if arm != "no SBP":
+                same(lost, np.mean(plain[: len(found["top1"])]) - np.mean(found["top1"]))
 
 
 def test_outside_of_the_tables_there_are_no_other_numbers():
     """Claims, rule and settings have their own; the records give versions and sizes. Nothing is left."""
-    rest = "\n".join(line for line in TEXT.splitlines() if not line.startswith(("|", "![")))
+    rest = "\n".join(line for line in STUDY.splitlines() if not line.startswith(("|", "![")))
     facts = []
     for name, one in report.evidence(FOLDER).items():
         facts += [one.setting.label, one.setting.label.capitalize(), name, one.setting.name]
@@ -195,10 +203,9 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
             facts += [*versions, sizes, record["device"], *record.get("devices", []), *record.get("commits", [])]
             facts.append(record["versions"]["commit"])
     texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
-    rule = [re.sub(r"  +", "", line.strip()) for line in verdicts.__doc__.splitlines()]
     facts += [line[1:] for line in facts]  # the first letter is a capital
     flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
-    for known in sorted((*facts, *texts, *verdicts.__doc__.splitlines(), *rule), key=len, reverse=True):
+    for known in sorted((*facts, *texts, *verdicts.RULE.splitlines()), key=len, reverse=True):
         flat = flat.replace(re.sub(r"`[^`]*`", "", known.strip()), "")
     rest_of_it = (
         r"## \d\.|keep-ratio 0\.5|\(300 epochs of ImageNet each\)|\(\d of \d networks take|Claim 7, Table 1:"

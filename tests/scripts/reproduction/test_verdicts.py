@@ -11,9 +11,9 @@ from scripts.reproduction.verdicts import (
     REPRODUCED,
     Cost,
     Difference,
+    combined,
     difference,
     not_dominated,
-    together,
 )
 
 CLEAR = Difference(0.1, 0.05, 0.15, 6)
@@ -57,7 +57,7 @@ def test_a_comparison(gap, verdict):
     ],
 )
 def test_a_claim_of_several_comparisons(verdicts, one):
-    assert together(verdicts) == one
+    assert combined(verdicts) == one
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ CPU = pick_device("cpu")
 @pytest.mark.long
 def test_a_short_training_learns_and_records_it(tmp_path):
     config = small(
-        *("recipe.epochs=6", "recipe.lr=2e-3", "global_batch_size=16", "recipe.ema_decay=0.99", "probe.every_steps=89")
+        "recipe.epochs=6", "recipe.lr=2e-3", "global_batch_size=16", "recipe.ema_decay=0.99", "probe.every_steps=89"
     )
     summary = train(config, tmp_path)
     assert summary["top1"] > 65 and summary["top1_ema"] > 65
@@ -94,12 +94,12 @@ def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
 
 # Everything that draws random numbers: augmentation, erasing, mixup, drop path, random masks, an accumulated step.
 RANDOM = (
-    *("recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random"),
-    *("recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9"),
+    "recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random",
+    "recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9",
     "recipe.layer_decay=0.7",
-    *("global_batch_size=128", "micro_batch_size=64", "checkpoint.every_steps=4", "checkpoint.keep=20"),
-    *("probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1"),
-)
+    "global_batch_size=128", "micro_batch_size=64", "checkpoint.every_steps=4", "checkpoint.keep=20",
+    "probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("backbone", others_long(BACKBONES, "vit"))

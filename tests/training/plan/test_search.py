@@ -8,12 +8,12 @@ from sbp.training.memory.forecast import forecast, with_sbp
 from sbp.training.memory.phases import phases
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
-from sbp.training.plan.operators import record
 from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
 from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
+from sbp.training.plan.steps import record
 from sbp.training.plan.times import How, forecast_times
 from sbp.training.record.files import read_json
-from tests.training.configs import small
+from tests.training.configs import composed, small
 
 RECORDS = Path(__file__).parents[3] / "results" / "laptop" / "digits-vit" / "training"
 T4 = find("t4")
@@ -28,17 +28,18 @@ def tiny():
 
 
 def test_names_are_those_of_the_benchmark_s_arms():
-    names = [one.name for one in settings(transformer=True)]
+    names = [one.name for one in settings(attends=True)]
     assert names[:3] == ["plain", "cheap", "block"] and len(names) == len(set(names))
     assert {"sbp", "sbp_cheap", "sbp_block", "sbp_25_cheap", "sbp_query", "query_cheap", "query_25_cheap"} <= set(names)
-    assert not any("query" in one.name for one in settings(transformer=False))
+    assert not any("query" in one.name for one in settings(attends=False))
 
 
 def test_what_is_not_known_of_accuracy_is_said():
     config = small()
-    assert accuracy(config, EXACT, True) == "exact gradient"
-    assert accuracy(config, Setting(0.25, "query", "none"), True) == NOT_STUDIED
-    assert accuracy(config, Setting(0.25, "qkv", "none"), False) == NOT_STUDIED  # neither a ViT nor a ConvNeXt
+    assert accuracy(config, EXACT) == "exact gradient"
+    assert accuracy(config, Setting(0.25, "query", "none")) == NOT_STUDIED
+    config = small("backbone.name=eva02_tiny_patch14_224")
+    assert accuracy(config, Setting(0.25, "qkv", "none")) == NOT_STUDIED  # neither a ViT nor a ConvNeXt
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_what_is_not_known_of_accuracy_is_said():
 )
 def test_what_is_known_of_the_digits_is_what_the_records_say(arm, setting):
     top1 = {one: fmean(run["top1"] for run in read_json(RECORDS / f"{one}.json")["runs"]) for one in ("plain", arm)}
-    said = accuracy(small(), Setting(*setting, "none"), True)
+    said = accuracy(small(), Setting(*setting, "none"))
     assert said.endswith(f"digits {top1[arm] - top1['plain']:+.0f}")
 
 
@@ -159,4 +160,5 @@ def test_overrides_make_the_run_that_was_forecast(tiny):
 
 
 def test_settings_of_a_run():
-    assert search.is_transformer(small()) and not search.is_transformer(small(backbone="convnext"))
+    assert search.attends(small()) and not search.attends(small(backbone="convnext"))
+    assert search.attends(composed("task=detection", "backbone=swin_demo"))

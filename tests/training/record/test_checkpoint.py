@@ -9,7 +9,7 @@ from torch import nn
 
 from sbp.training.models.build import build_model
 from sbp.training.record import checkpoint
-from sbp.training.record.checkpoint import Checkpoints, load, load_weights, plain_names, resume_point, save
+from sbp.training.record.checkpoint import Checkpoints, load, load_weights, resume_point, save
 from tests.training.configs import small
 
 CONTENT = {"state_dict": {"weight": torch.arange(1000.0)}, "config": {"seed": 0}, "step": 3}
@@ -85,11 +85,12 @@ def test_nothing_but_tensors_and_builtins_is_loaded(tmp_path):
         load(tmp_path / "z.pt")
 
 
-def test_weights_of_wrapped_models_load():
-    source, target = model(), model()
-    state = {f"module._orig_mod.{name}": value + 1 for name, value in source.state_dict().items()}
-    load_weights(target, state)
-    assert all(torch.equal(target.state_dict()[name], value) for name, value in plain_names(state).items())
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_wrapped_models_load(prefix):
+    target = model()
+    weights = {name: value + 1 for name, value in model().state_dict().items()}
+    load_weights(target, {f"{prefix}{name}": value for name, value in weights.items()})
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in weights.items())
 
 
 def test_what_does_not_fit_is_said():

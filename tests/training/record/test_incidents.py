@@ -105,7 +105,7 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_schedule(tmp_path, monk
     assert all(value.isfinite().all() for value in find(tmp_path)[1]["state_dict"].values())
 
 
-@pytest.mark.parametrize("amp", ["off", "bfloat16"])
+@pytest.mark.parametrize("amp", [pytest.param("off", marks=pytest.mark.long), "bfloat16"])
 def test_a_gradient_that_is_not_finite_costs_its_step_and_nothing_else(tmp_path, monkeypatch, amp):
     """One element of it, where the loss is finite."""
     real, seen = trainer.Trainer.backward, {}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,24 @@ import sbp
 from sbp.schedule import keep_ratio_at
 from sbp.training.engine import setup
 from sbp.training.runtime.compiling import blocks_of, compile_model
-from tests.conftest import assert_same_gradients, gradients, images, others_long, small_convnext, small_vit
+from tests.conftest import (
+    assert_same_gradients,
+    gradients,
+    images,
+    others_long,
+    small_beit,
+    small_convnext,
+    small_eva,
+    small_hiera,
+    small_swin,
+    small_vit,
+)
 from tests.training import runs
 
 RATE = {"drop_path_rate": 0.3}
+# Shallow ones, as compiling takes long: one block without SBP, and two of a kind with it.
+small_vit = partial(small_vit, depth=3)
+small_convnext = partial(small_convnext, depths=(1, 1, 2, 1))
 MODELS = {
     "plain vit": lambda: small_vit(**RATE),
     "vit": lambda: sbp.apply(small_vit(**RATE)),
@@ -25,6 +40,20 @@ MODELS = {
     "convnext rescaled": lambda: sbp.apply(small_convnext(), rescale=True),
     "convnext, input": lambda: sbp.apply(small_convnext(**RATE), dropped="input"),
     "convnext, block": lambda: sbp.apply(small_convnext(**RATE), recompute="block"),
+}
+OTHERS = {  # a model, the pixels of an image, and how many kinds of blocks there may be
+    "plain eva": (lambda: small_eva(**RATE), 32, 3),
+    "eva": (lambda: sbp.apply(small_eva(**RATE)), 32, 3),
+    "dinov3 query, cheap": (
+        lambda: sbp.apply(small_eva("vit_small_patch16_dinov3", **RATE), mhsa_drop="query", recompute="cheap"),
+        32,
+        3,
+    ),
+    "beit": (lambda: sbp.apply(small_beit(**RATE)), 32, 3),
+    "swin": (lambda: sbp.apply(small_swin(**RATE)), 64, 2 * 4 + 3),
+    "swin padded": (lambda: sbp.apply(small_swin(strict_img_size=False, **RATE), mhsa_drop="query"), 72, 2 * 4 + 3),
+    "swin v2": (lambda: sbp.apply(small_swin("swinv2_tiny_window8_256", **RATE)), 64, 2 * 4 + 3),
+    "hiera query": (lambda: sbp.apply(small_hiera(**RATE), mhsa_drop="query"), 96, 2 * 4 + 3),
 }
 
 
@@ -44,7 +73,7 @@ def eager_copy(model):
     return model
 
 
-@pytest.mark.parametrize("name", others_long(MODELS, "plain vit", "vit", "convnext"))
+@pytest.mark.parametrize("name", others_long(MODELS, "vit", "convnext"))
 def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
     model = MODELS[name]()
     keys = list(model.state_dict())
@@ -61,6 +90,21 @@ def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
         with sbp.disabled(model), sbp.disabled(eager):
             assert_same_gradients(gradients(model, x), gradients(eager, x))
     assert list(model.state_dict()) == keys
+    model.eval(), eager.eval()
+    torch.testing.assert_close(model(x), eager(x))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_families(name):
+    make, size, kinds = OTHERS[name]
+    model = make()
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compile_model(model, "blocks", backend=counter, fullgraph=True)
+    eager, x = eager_copy(model), images(size)
+    for _ in range(3):
+        assert_same_gradients(gradients(model, x), gradients(eager, x))
+    assert 0 < counter.frame_count <= kinds
     model.eval(), eager.eval()
     torch.testing.assert_close(model(x), eager(x))
 

@@ -39,8 +39,16 @@ def recorder(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("amp", "micro_batch_size"), [("off", 16), ("bfloat16", 4), ("float16", 4)])
-@pytest.mark.parametrize("backbone", runs.BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "amp", "micro_batch_size"),
+    [
+        ("vit", "float16", 4),
+        ("convnext", "bfloat16", 4),
+        ("convnext", "off", 16),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in [("vit", "off", 16), ("vit", "bfloat16", 4)]),
+        pytest.param("convnext", "float16", 4, marks=pytest.mark.long),
+    ],
+)
 def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, amp, micro_batch_size):
     config = runs.configured(
         backbone,
@@ -304,7 +312,7 @@ def test_each_replay_of_a_users_own_graph_draws_a_mask(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", ["make_graphed_callables", "reduce-overhead"])
+@pytest.mark.parametrize("how", ["make_graphed_callables", pytest.param("reduce-overhead", marks=pytest.mark.long)])
 def test_each_call_of_a_graphed_callable_draws_a_mask(device, how):
     model = sbp.apply(small_vit(), mask="random").to(device)
     x = images().to(device)

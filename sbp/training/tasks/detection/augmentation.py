@@ -24,7 +24,7 @@ from sbp.training.tasks.detection.target import Target, padded
 
 
 @dataclass(frozen=True)
-class Preprocessing:
+class DetectionPreprocessing:
     """What an image goes through in evaluation."""
 
     image_size: int
@@ -34,7 +34,7 @@ class Preprocessing:
     std: list[float]
 
     @classmethod
-    def of(cls, data: DataConfig) -> "Preprocessing":
+    def of(cls, data: DataConfig) -> "DetectionPreprocessing":
         return cls(data.image_size, data.max_size, data.interpolation, list(data.mean), list(data.std))
 
     def __str__(self) -> str:

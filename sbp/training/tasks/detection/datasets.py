@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.recipe import RecipeConfig
-from sbp.training.tasks.detection.augmentation import Preprocessing, TrainTransform
+from sbp.training.tasks.detection.augmentation import DetectionPreprocessing, TrainTransform
 from sbp.training.tasks.detection.coco import CocoImages
 from sbp.training.tasks.detection.shapes import Shapes
 
@@ -31,7 +31,7 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
 
 def build_validation_set(data: DataConfig) -> Dataset:
     """The validation set alone. Raises ValueError as `build_datasets`."""
-    return _dataset(data, "val", Preprocessing.of(data))
+    return _dataset(data, "val", DetectionPreprocessing.of(data))
 
 
 def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:

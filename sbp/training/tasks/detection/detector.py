@@ -1,6 +1,7 @@
-"""Mask R-CNN on a timm ConvNeXt, from torchvision's parts, with the settings of the published ConvNeXt detectors.
+"""Mask R-CNN on a timm ConvNeXt or Swin, from torchvision's parts, with the settings of the published detectors.
 
-Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs). Images come padded to one size; boxes are
+Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs; SwinTransformer/Swin-Transformer-Object-
+Detection). Images come padded to one size; boxes are
 (x1, y1, x2, y2) in pixels of the padded batch, and everything about them is float32 under autocast too: in bfloat16
 a box at 1333 px is off by several pixels. They differ in that Mask R-CNN's box losses are torchvision's smooth
 L1, anchors that cross the image's border are trained as well, and low-quality matches of anchors have no least overlap.
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d
-from timm.models import ConvNeXt, is_model_in_modules
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -30,6 +31,7 @@ from sbp.training.tasks.detection.target import Target
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 BLOCKS_A_LAYER = 3
+SWIN = {"swin_transformer", "swin_transformer_v2"}  # modules of timm
 OBJECTS_AT_ONCE = 8
 PROPOSALS = {"mask_rcnn": 1000, "cascade_mask_rcnn": 2000}  # of an image in training
 
@@ -39,8 +41,8 @@ def build_detector(
 ) -> "Detector":
     """The detector on the timm model, which is patched when `settings.enabled`; on the CPU, random weights.
 
-    num_classes: of objects, without the background. Raises ValueError for a backbone that is no ConvNeXt, or has other
-    strides, for what timm does not know, and for SBP settings that do not fit the backbone.
+    num_classes: of objects, without the background. Raises ValueError for a backbone that is neither ConvNeXt nor Swin,
+    or has other strides, for what timm does not know, and for SBP settings that do not fit the backbone.
     """
     features = Pyramid(create_body(backbone), detector.fpn_channels)
     if detector.name == "cascade_mask_rcnn":
@@ -52,21 +54,31 @@ def build_detector(
     return Detector(features, proposal_network(features.strides, detector), roi_heads)
 
 
-def create_body(backbone: BackboneConfig) -> ConvNeXt:
-    """timm's model without its head, and with it the norm before it, which nothing would train."""
+def create_body(backbone: BackboneConfig) -> nn.Module:
+    """timm's model without its head, and with it the norm before it, which nothing would train.
+
+    A Swin takes images of any size, and its windows are those of `backbone.kwargs` however small a map is.
+    """
     check_name(backbone.name)
-    if not is_model_in_modules(backbone.name, {"convnext"}):
-        raise ValueError(f"backbone.name={backbone.name} is no ConvNeXt; task=detection needs one of timm's convnext*")
-    body = create(backbone, num_classes=0)
-    assert isinstance(body, ConvNeXt)
-    body.norm_pre = nn.Identity()
-    body.head = nn.Identity()  # type: ignore[assignment]  # older timm's `prune_intermediate_layers` leaves its norm
+    if not is_model_in_modules(backbone.name, {"convnext", *SWIN}):
+        raise ValueError(
+            f"backbone.name={backbone.name} is neither ConvNeXt nor Swin; task=detection needs one of timm's "
+            "convnext*, swin_* or swinv2_*"
+        )
+    is_swin = is_model_in_modules(backbone.name, SWIN)
+    options: dict[str, Any] = {"strict_img_size": False, "always_partition": True} if is_swin else {}
+    body: Any = create(backbone, num_classes=0, **options)
+    if is_swin:
+        body.norm = nn.Identity()
+    else:
+        body.norm_pre = nn.Identity()
+    body.head = nn.Identity()  # older timm's `prune_intermediate_layers` leaves a ConvNeXt's norm
     return body
 
 
 def load_body(detector: "Detector", weights: dict[str, Tensor]) -> None:
     """A timm model's weights into the detector's backbone, strictly, but for the head that it does not have."""
-    kept = {name: value for name, value in weights.items() if not name.startswith(("head.", "norm_pre."))}
+    kept = {name: value for name, value in weights.items() if not name.startswith(("head.", "norm_pre.", "norm."))}
     load_weights(detector.backbone.body, kept)
 
 
@@ -122,17 +134,18 @@ class Detector(nn.Module):
         three blocks of the third one, the fourth one, and the detector on top; published: `num_layers` 6 for
         ConvNeXt-Tiny and 12 for ConvNeXt-Base.
         """
-        blocks: Any = self.backbone.body.stages[2].blocks
-        fourth = 3 + -(-len(blocks) // BLOCKS_A_LAYER)
+        body: Any = self.backbone.body
+        stages = body.layers if hasattr(body, "layers") else body.stages
+        fourth = 3 + -(-len(stages[2].blocks) // BLOCKS_A_LAYER)
         return partial(layer_of, fourth_stage=fourth)
 
 
 def layer_of(name: str, fourth_stage: int) -> int:
     """The layer of a parameter, counted from the stem; that of the third stage's downsampling is its first blocks'."""
     parts = name.removeprefix("backbone.body.").split(".")
-    if parts[0] == "stem":
+    if parts[0] in ("stem", "patch_embed"):
         return 0
-    if parts[0] != "stages" or not name.startswith("backbone.body."):
+    if parts[0] not in ("stages", "layers") or not name.startswith("backbone.body."):
         return fourth_stage + 1
     stage = int(parts[1])
     if stage == 2 and parts[2] == "blocks":
@@ -141,12 +154,12 @@ def layer_of(name: str, fourth_stage: int) -> int:
 
 
 class Pyramid(nn.Module):
-    """A ConvNeXt (`body`), a norm on each stage's map, and a feature pyramid with one more level on top.
+    """A ConvNeXt or Swin (`body`), a norm on each stage's map, and a feature pyramid with one more level on top.
 
     Raises ValueError unless each stage halves the map.
     """
 
-    def __init__(self, body: ConvNeXt, channels: int) -> None:
+    def __init__(self, body: nn.Module, channels: int) -> None:
         super().__init__()
         stages: Any = body.feature_info
         widths: list[int] = [stage["num_chs"] for stage in stages]
@@ -154,7 +167,7 @@ class Pyramid(nn.Module):
         if any(stride != strides[0] * 2**level for level, stride in enumerate(strides)):
             raise ValueError(f"backbone.kwargs give stages of strides {strides}; in detection each has to double it")
         self.strides = [*strides, 2 * strides[-1]]
-        self.body = body
+        self.body: Any = body
         self.norms = nn.ModuleList(LayerNorm2d(width) for width in widths)
         self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelMaxPool())
 

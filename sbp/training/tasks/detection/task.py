@@ -14,7 +14,7 @@ from sbp.training.data.loading import Batch, Sample
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.models import pretrained
 from sbp.training.tasks.detection import augmentation, datasets
-from sbp.training.tasks.detection.augmentation import PaddedNormalize, Preprocessing
+from sbp.training.tasks.detection.augmentation import DetectionPreprocessing, PaddedNormalize
 from sbp.training.tasks.detection.detector import build_detector, load_body
 from sbp.training.tasks.detection.evaluation import evaluate_detection
 from sbp.training.tasks.detection.pictures import predicted
@@ -39,7 +39,7 @@ class Detection(Task):
         return PaddedNormalize(config.data, config.recipe)
 
     def preprocessing(self, data: DataConfig) -> Any:
-        return Preprocessing.of(data)
+        return DetectionPreprocessing.of(data)
 
     def build_model(self, config: Config) -> nn.Module:
         return build_detector(config.backbone, config.sbp, config.detector, config.data.num_classes)

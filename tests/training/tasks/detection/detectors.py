@@ -1,5 +1,7 @@
 """A small detector in float64, and images with rectangles to detect."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -8,15 +10,24 @@ from sbp.training.tasks.detection.detector import Detector, build_detector
 from tests.conftest import randomise
 
 BACKBONE = BackboneConfig(name="convnext_tiny", kwargs={"depths": (2, 1, 3, 1), "dims": (8, 12, 16, 32)})
+SWIN = BackboneConfig(
+    name="swin_tiny_patch4_window7_224",
+    kwargs={"depths": (2, 1, 3, 1), "embed_dim": 8, "num_heads": (1, 2, 2, 4), "window_size": 4},
+)
 CLASSES = 3
 Target = dict[str, Tensor]
 
 
-def small_detector(name: str = "mask_rcnn", **settings) -> Detector:
+def small_swin_detector(backbone: str = SWIN.name, **settings) -> Detector:
+    """Mask R-CNN on a Swin with depths 2, 1, 3, 1, 8 to 64 channels and windows of 4 x 4."""
+    return small_detector(backbone=replace(SWIN, name=backbone), **settings)
+
+
+def small_detector(name: str = "mask_rcnn", backbone: BackboneConfig = BACKBONE, **settings) -> Detector:
     """Depths 2, 1, 3, 1 with 8 to 32 channels; without SBP unless `settings` has any of it."""
     torch.manual_seed(0)
     config = DetectorConfig(name, fpn_channels=8, hidden_size=16, rois_per_image=32, anchor_sizes=[8, 16, 32, 64, 128])
-    model = build_detector(BACKBONE, SbpConfig(enabled=bool(settings), **settings), config, CLASSES)
+    model = build_detector(backbone, SbpConfig(enabled=bool(settings), **settings), config, CLASSES)
     randomise(model.backbone.body)
     for layer in model.modules():
         if hasattr(layer, "bbox_pred"):  # boxes that move, and scores that differ

@@ -13,8 +13,8 @@ from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import Sample
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.tasks.detection.augmentation import (
+    DetectionPreprocessing,
     PaddedNormalize,
-    Preprocessing,
     TrainTransform,
     collate,
     crop,
@@ -73,13 +73,13 @@ def assert_together(image, target, least=0.97):
     ],
 )
 def test_sizes_of_evaluation(size, expected):
-    image, target = Preprocessing.of(DATA)(Image.new("RGB", size[::-1]), {"image_id": 3})
+    image, target = DetectionPreprocessing.of(DATA)(Image.new("RGB", size[::-1]), {"image_id": 3})
     assert image.shape == (3, *expected) and image.dtype == torch.uint8
     assert target == {"image_id": 3, "size": expected, "original_size": size}
 
 
 def test_evaluation_says_what_it_does():
-    text = str(Preprocessing.of(DATA))
+    text = str(DetectionPreprocessing.of(DATA))
     assert "shorter side to 800 px, longer one at most 1333 px (bilinear), mean [0.485, 0.456, 0.406]" in text
 
 

@@ -21,6 +21,7 @@ from sbp.training.models.optim import build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.tasks.choice import task_of
+from sbp.training.tasks.detection import synthetic
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.tasks.detection.coco_files import coco_folder, one_class
@@ -30,12 +31,12 @@ from tests.training.wandb_side import wandb_history
 CPU = torch.device("cpu")
 PHOTOGRAPHS = os.environ.get("SBP_COCO")  # with images/train and annotations/instances_train.json
 FOUR_IMAGES = (
-    *("task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1"),
-    *("detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4"),
-    *("backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0"),
-    *("recipe.augment=false", "recipe.epochs=100", "recipe.lr=2e-3"),
-    *("eval_batch_size=4", "eval_every_epochs=100", "probe.every_steps=100"),
-)
+    "task=detection", "data.train_images=4", "data.val_images=4", "data.val_split=train", "threads=1",
+    "detector.fpn_channels=32", "detector.hidden_size=128", "detector.rois_per_image=32", "global_batch_size=4",
+    "backbone.kwargs.dims=[16,32,64,64]", "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0",
+    "recipe.augment=false", "recipe.epochs=100", "recipe.lr=2e-3",
+    "eval_batch_size=4", "eval_every_epochs=100", "probe.every_steps=100",
+)  # fmt: skip
 
 
 @pytest.mark.long
@@ -69,17 +70,49 @@ def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_
     assert plain.load_state_dict(body, strict=False).missing_keys == ["head.norm.weight", "head.norm.bias"]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("sbp", ["sbp=default", "sbp.recompute=cheap"])
+def test_a_detector_on_a_swin_learns_its_images(tmp_path, sbp):
+    """On a backbone of the configs; images of 64 px leave maps that windows of 4 x 4 do not divide."""
+    options = [
+        one for one in FOUR_IMAGES if not one.startswith(("backbone.kwargs", "+backbone.kwargs", "recipe.epochs"))
+    ]
+    swin = ("backbone=swin_demo", "backbone.kwargs.embed_dim=16", "sbp.mhsa_drop=query", sbp, "recipe.epochs=30")
+    config = composed(*options, *swin, "eval_every_epochs=30", "logger=none")
+    summary = train(config, tmp_path)
+    assert summary["effective_keep_ratio"] == 0.5 and 0.3 < summary["gradient_cosine"] < 1
+    losses = [line["train/loss"] for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert losses[-1] < losses[0] / 1.5
+    result = evaluate_checkpoint(EvalConfig(checkpoint=str(tmp_path)), tmp_path)
+    assert result["box_ap"] == pytest.approx(summary["box_ap"])
+
+
+@pytest.mark.long
+def test_mask_rcnn_on_swin_t_as_its_config_has_it():
+    """A step of the published network with weights of its own, on an image of a size that pads all of its maps."""
+    config = validate(composed("experiment=detection/mask_rcnn_swin_tiny_sbp", "data.root=/coco"))
+    assert (config.task, config.sbp.mhsa_drop, config.recipe.lr) == ("detection", "query", 1e-4)
+    model = task_of(config).build_model(config).train()
+    synthetic.propose_objects(model)
+    images, targets = synthetic.random(160, 224, 1, config.data.num_classes)
+    sum(model(images, targets).values()).backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+    for stage in model.backbone.body.layers:
+        assert [block.window_size for block in stage.blocks] == [(7, 7)] * len(stage.blocks)
+        assert [block.shift_size for block in stage.blocks[:2]] == [(0, 0), (3, 3)]
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 @pytest.mark.long
 def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeypatch, name):
     """Crops and sizes, sampled regions, batch norms of the cascade, drop path, random masks, an accumulated step."""
     config = small_detector_run(
-        *(f"detector.name={name}", "recipe.epochs=2", "recipe.short_sides=[48,64]", "recipe.crop_share=0.5"),
-        *("recipe.crop_short_sides=[64]", "recipe.crop_sides=[40,60]", "sbp.mask=random", "recipe.layer_decay=0.8"),
-        *("recipe.scheduler=multistep", "recipe.decay_milestones=[1]", "recipe.warmup_steps=2", "micro_batch_size=4"),
-        *("checkpoint.every_steps=2", "checkpoint.keep=9", "probe.every_steps=2", "log_every_steps=1"),
+        f"detector.name={name}", "recipe.epochs=2", "recipe.short_sides=[48,64]", "recipe.crop_share=0.5",
+        "recipe.crop_short_sides=[64]", "recipe.crop_sides=[40,60]", "sbp.mask=random", "recipe.layer_decay=0.8",
+        "recipe.scheduler=multistep", "recipe.decay_milestones=[1]", "recipe.warmup_steps=2", "micro_batch_size=4",
+        "checkpoint.every_steps=2", "checkpoint.keep=9", "probe.every_steps=2", "log_every_steps=1",
         "eval_every_epochs=2",
-    )
+    )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
@@ -153,7 +186,7 @@ def test_the_published_recipe_has_its_layers_and_steps():
         ("compile=true", "compile must be false with task=detection"),
         (
             "backbone.name=vit_tiny_patch16_224",
-            "backbone.name must be a timm ConvNeXt with task=detection, got vit_tiny_patch16_224",
+            "backbone.name must be a timm ConvNeXt or Swin with task=detection, got vit_tiny_patch16_224",
         ),
         ("detector.name=yolo", "detector.name must be one of mask_rcnn, cascade_mask_rcnn, got 'yolo'"),
         ("detector.anchor_sizes=[8,16]", r"detector.anchor_sizes must have 5 values, got 2"),
@@ -200,12 +233,12 @@ def test_all_processes_take_part_in_a_probe_where_batch_norms_do():
 def test_eight_photographs_can_be_learned_by_heart(tmp_path, name, sbp):
     few_images(Path(PHOTOGRAPHS), tmp_path / "data", split="train")
     config = composed(
-        *("task=detection", "data=coco", f"data.root={tmp_path / 'data'}", "data.train_split=train"),
-        *("data.val_split=train", "data.image_size=256", "data.max_size=512", "data.workers=0", f"sbp={sbp}"),
-        *("detector=small", f"detector.name={name}", "detector.anchor_sizes=[16,32,64,128,256]", "logger=none"),
-        *("+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0", "recipe.augment=false", "recipe.epochs=100"),
-        *("recipe.warmup_epochs=5", "global_batch_size=4", "eval_every_epochs=100", "probe.every_steps=null"),
-    )
+        "task=detection", "data=coco", f"data.root={tmp_path / 'data'}", "data.train_split=train",
+        "data.val_split=train", "data.image_size=256", "data.max_size=512", "data.workers=0", f"sbp={sbp}",
+        "detector=small", f"detector.name={name}", "detector.anchor_sizes=[16,32,64,128,256]", "logger=none",
+        "+backbone.kwargs.ls_init_value=1.0", "backbone.drop_path=0", "recipe.augment=false", "recipe.epochs=100",
+        "recipe.warmup_epochs=5", "global_batch_size=4", "eval_every_epochs=100", "probe.every_steps=null",
+    )  # fmt: skip
     summary = train(config, tmp_path / "run")
     print(json.dumps({key: summary[key] for key in ("box_ap", "box_ap50", "mask_ap", "mask_ap50")}))
     assert summary["box_ap"] > 50 and summary["mask_ap"] > 50

@@ -19,11 +19,13 @@ from tests.conftest import assert_same_gradients
 from tests.training.tasks.detection.detectors import (
     BACKBONE,
     CLASSES,
+    SWIN,
     batch,
     gradients,
     losses,
     rectangles,
     small_detector,
+    small_swin_detector,
 )
 
 BLOCKS = ["stages.0.blocks.0", "stages.0.blocks.1", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1"]
@@ -56,6 +58,47 @@ def test_gradients_equal_the_oracle(name):
         exact = gradients(plain(model), images, targets)
         torch.testing.assert_close(found[0], exact[0], rtol=1e-11, atol=0)
         assert not torch.allclose(found[1]["backbone.body.stem.0.weight"], exact[1]["backbone.body.stem.0.weight"])
+
+
+SWIN_BLOCKS = [name.replace("stages", "layers") for name in BLOCKS]
+SWIN_MERGING = [name.replace("stages", "layers") for name in DOWNSAMPLES]
+SWIN_TILE = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256"])
+def test_gradients_on_a_swin_equal_the_oracle(name, recompute):
+    """Windows of 4 x 4 on maps of 24 x 16 (whole windows), of 12 x 8, 6 x 4 and 3 x 2 (padded)."""
+    model = small_swin_detector(name, mhsa_drop="query", recompute=recompute)
+    images, targets = batch(96, 64)
+    expected = plain(model)
+    oracles.install(expected.backbone.body, SWIN_BLOCKS, oracles.swin_block, SWIN_TILE, "query")
+    oracles.install(expected.backbone.body, SWIN_MERGING, oracles.swin_merging, SWIN_TILE)
+    with sbp.fixed_mask(model, SWIN_TILE):
+        found = gradients(model, images, targets)
+    assert_same_gradients(found, gradients(expected, images, targets))
+    exact = gradients(plain(model), images, targets)
+    torch.testing.assert_close(found[0], exact[0], rtol=1e-11, atol=0)
+    stem = "backbone.body.patch_embed.proj.weight"
+    assert not torch.allclose(found[1][stem], exact[1][stem])
+    assert all(gradient is not None for gradient in found[1].values())
+
+
+def test_a_swin_has_timms_weights_and_its_layers():
+    model = small_swin_detector(mhsa_drop="query")
+    layer = model.group_matcher()
+    assert [
+        layer(f"backbone.body.{name}") for name in ("patch_embed.proj.weight", "layers.1.downsample.norm.bias")
+    ] == [
+        0,
+        2,
+    ]
+    assert layer("backbone.body.layers.3.blocks.0.norm1.bias") == 4 and layer("rpn.head.conv.0.0.bias") == 5
+    weights = timm.create_model(SWIN.name, num_classes=7, **SWIN.kwargs).state_dict()
+    load_body(model.float(), weights)
+    body = model.backbone.body.state_dict()
+    assert set(weights) - set(body) == {"norm.weight", "norm.bias", "head.fc.weight", "head.fc.bias"}
+    assert all(torch.equal(value, weights[name]) for name, value in body.items())
 
 
 def test_sbp_can_be_applied_to_the_whole_detector():
@@ -157,7 +200,10 @@ def test_weights_of_timm(timm_name):
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (BackboneConfig(name="resnet50"), r"backbone.name=resnet50 is no ConvNeXt; task=detection needs one of"),
+        (
+            BackboneConfig(name="resnet50"),
+            r"backbone.name=resnet50 is neither ConvNeXt nor Swin; task=detection needs one of",
+        ),
         (BackboneConfig(name="convnext_tinny"), "is no timm model"),
         (BackboneConfig("test_convnext", kwargs={"output_stride": 16}), r"strides \[4, 8, 16, 16\]"),
     ],

@@ -1,10 +1,14 @@
 """The environment of `make test-lowest`: the lowest of three packages, all else as CI has it."""
 
+import runpy
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from scripts.lowest_versions import ROOT, constraints, lowest
+ROOT = Path(__file__).parents[2]
+FUNCTIONS = runpy.run_path(str(ROOT / ".ci" / "lowest_versions.py"))
+constraints, lowest = FUNCTIONS["constraints"], FUNCTIONS["lowest"]
 
 PINNED = """# as CI has them
 Jinja2==3.1.6

@@ -1,6 +1,6 @@
 """The constraints of an environment with the lowest torch, torchvision and timm that pyproject.toml promises.
 
-    python scripts/lowest_versions.py > lowest.txt
+    python .ci/lowest_versions.py > lowest.txt
 
 The three are pinned to the lower bounds that `.[train,dev]` gives; whatever torch pins itself is left to it; all else
 is as in constraints.txt. Needs Python alone, as it runs before anything is installed.
