@@ -80,8 +80,9 @@ def half_batches(setting: Setting) -> list[str]:
     return [NONE, f"micro_batch_size={setting.batch_size // 2}"]
 
 
-def exact_end(share: float) -> Callable[[Setting], list[str]]:
-    return lambda setting: [f"sbp.exact_epochs={max(1, int(share * setting.epochs))}"]
+def exact_end(tenths: int) -> Callable[[Setting], list[str]]:
+    """So many tenths of the epochs, at least as many epochs."""
+    return lambda setting: [f"sbp.exact_epochs={max(tenths, tenths * setting.epochs // 10)}"]
 
 
 def query(keep_ratio: float) -> Callable[[Setting], list[str]]:
@@ -134,13 +135,13 @@ ARMS = {
     "rescale": Arm("branch gradients rescaled", fixed("sbp.rescale=true")),
     "exact_end": Arm(
         "exact backpropagation in the last 10 % of epochs",
-        exact_end(0.1),
+        exact_end(1),
         many_epochs=True,
         parts={"sbp": 0.9, "plain": 0.1},
     ),
     "exact_end_20": Arm(
         "exact backpropagation in the last 20 % of epochs",
-        exact_end(0.2),
+        exact_end(2),
         many_epochs=True,
         parts={"sbp": 0.8, "plain": 0.2},
     ),
