@@ -97,6 +97,12 @@ def others_long(names: Iterable[str], *usual: str) -> list:
     return [name if name in usual else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
+def others_slow(names: Iterable[str], usual: Iterable[str], long: Iterable[str]) -> list:
+    """Parameters of a test that takes very long: few that always run, few marked long, and the others marked slow."""
+    marks = {name: () for name in usual} | {name: pytest.mark.long for name in long}
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in names]
+
+
 # -- models and comparisons
 
 

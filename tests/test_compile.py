@@ -13,6 +13,7 @@ from tests.conftest import (
     assert_same_gradients,
     gradients,
     images,
+    others_slow,
     small_beit,
     small_convnext,
     small_eva,
@@ -65,13 +66,6 @@ DEFAULT = ("vit qkv", "vit query, sample")
 LONG = ("convnext", "convnext, input", "vit query, input", "swin, query", "dinov3")
 
 
-def some_by_default(names):
-    return [
-        pytest.param(name, marks=() if name in DEFAULT else pytest.mark.long if name in LONG else pytest.mark.slow)
-        for name in names
-    ]
-
-
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch._dynamo.reset()
@@ -87,7 +81,7 @@ def plain_names(result):
     return result[0], {name.removeprefix("_orig_mod."): gradient for name, gradient in result[1].items()}
 
 
-@pytest.mark.parametrize("name", some_by_default(MODELS))
+@pytest.mark.parametrize("name", others_slow(MODELS, DEFAULT, LONG))
 def test_one_graph_with_the_gradients_of_eager_mode(name):
     model = MODELS[name]()
     eager = copy.deepcopy(model)

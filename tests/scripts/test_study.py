@@ -11,6 +11,7 @@ from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
 from scripts.study_tasks import Experiment, arm_config, by_seed
+from tests.conftest import others_slow
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
 
@@ -24,8 +25,7 @@ def known(setting: Setting) -> list[str]:
     return arms_of(list(ANSWERED.values()), setting)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.long
+@pytest.mark.parametrize("name", others_slow(SETTINGS, [], ["digits-vit", "small-convnext"]))
 def test_every_arm_is_a_run_that_train_py_takes(name, tmp_path):
     """Each differs from the others, and has as many SBP layers as the setting says."""
     experiment = experiment_of(name, tmp_path)

@@ -16,7 +16,7 @@ from tests.conftest import (
     assert_same_gradients,
     gradients,
     images,
-    others_long,
+    others_slow,
     small_beit,
     small_convnext,
     small_eva,
@@ -73,7 +73,7 @@ def eager_copy(model):
     return model
 
 
-@pytest.mark.parametrize("name", others_long(MODELS, "vit", "convnext"))
+@pytest.mark.parametrize("name", others_slow(MODELS, ["vit", "convnext"], ["plain vit", "convnext, input"]))
 def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
     model = MODELS[name]()
     keys = list(model.state_dict())
@@ -94,8 +94,7 @@ def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
     torch.testing.assert_close(model(x), eager(x))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", others_slow(OTHERS, [], ["eva", "swin padded"]))
 def test_the_other_families(name):
     make, size, kinds = OTHERS[name]
     model = make()
@@ -110,8 +109,7 @@ def test_the_other_families(name):
 
 
 @torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256)  # the defaults, set back in the end
-@pytest.mark.long
-@pytest.mark.parametrize("case", ["blocks vit", "blocks convnext", "model vit"])
+@pytest.mark.parametrize("case", others_slow(["blocks vit", "blocks convnext", "model vit"], [], ["blocks vit"]))
 def test_each_keep_ratio_of_a_run_is_compiled_once_and_without_warning(case, caplog):
     how, name = case.split()
     model = sbp.apply(small_vit() if name == "vit" else small_convnext())
