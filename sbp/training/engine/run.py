@@ -10,8 +10,8 @@ from torch import nn
 from sbp.training.config.run import Config
 from sbp.training.config.same_run import check_same_run
 from sbp.training.engine import setup
+from sbp.training.engine.epoch import Step, train_epoch
 from sbp.training.engine.probes import PeakMemory, gradient_cosines
-from sbp.training.engine.trainer import Step, train_epoch
 from sbp.training.record import summary
 from sbp.training.record.checkpoint import Checkpoints, Origin, load_weights, resume_point
 from sbp.training.record.incidents import Incidents
