@@ -62,8 +62,8 @@ MODELS = {
     "hiera, sample, cheap": lambda: sbp.apply(small_hiera(), mask_per="sample", recompute="cheap"),
     "convnext v2, sample": lambda: sbp.apply(convnext(use_grn=True), mask_per="sample", rescale=True),
 }
-DEFAULT = ("vit qkv", "vit query, sample")
-LONG = ("convnext", "convnext, input", "vit query, input", "swin, query", "dinov3")
+DEFAULT = ("vit qkv",)
+LONG = ("vit query, sample", "convnext", "convnext, input", "vit query, input", "swin, query", "dinov3")
 
 
 @pytest.fixture(autouse=True)

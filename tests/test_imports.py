@@ -87,6 +87,7 @@ def test_the_method_imports_without_the_framework():
     assert result.stderr.strip() == "set()"
 
 
+@pytest.mark.long
 def test_benchmark_and_gpu_results_need_torch_torchvision_and_timm_alone():
     """With what these need, as pip installs them: a GPU machine often has nothing else, and no network. timm does not
     come without torchvision, nor torchvision without numpy and Pillow."""

@@ -74,6 +74,7 @@ def test_a_small_network_goes_all_the_way(small_networks):
     assert row.plan == BatchPlan(2048, 128, 16, 1) and row.peak > 0 and "--nnodes=2" in row.command
 
 
+@pytest.mark.long
 def test_the_micro_batch_shrinks_until_it_fits(small_networks):
     config = replace(dry_run.composed(arguments("vit_tiny_baseline")), micro_batch_size=8)
     largest, peak = fitting(config, 8, None)
@@ -103,6 +104,7 @@ def test_a_step_that_trains_nothing_is_found(small_networks, monkeypatch):
     assert "a step leaves" in check("vit_tiny_baseline", gpus=8).problem
 
 
+@pytest.mark.long
 def test_one_that_fails_does_not_stop_the_others(small_networks, monkeypatch, capsys):
     rows = dry_run.dry_run(["vit_tiny_bsp", "vit_tiny_sbp"], gpus=8)
     assert rows[0].problem.startswith("no experiment vit_tiny_bsp") and rows[1].problem is None

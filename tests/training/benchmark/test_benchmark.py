@@ -35,7 +35,7 @@ def small(name: str = "vit_base", arms: list[str] | None = None, **changes) -> B
     return config
 
 
-@pytest.mark.parametrize("name", others_long(["vit_base", "convnext_base"], "vit_base"))
+@pytest.mark.parametrize("name", others_long(["vit_base", "convnext_base"]))
 def test_all_eager_arms_run_and_the_record_holds_what_is_promised(name, tmp_path):
     arms = [arm for arm in EAGER if name.startswith("vit") or not ARMS[arm].vit_only]
     report.write(benchmark(small(name, arms)), tmp_path, "net")
@@ -216,7 +216,11 @@ def test_the_release_has_the_sizes_of_the_timm_model(family):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "arms"), [("vit_base", ["plain", "sbp", "compile"]), ("convnext_base", ["plain", "sbp"])]
+    ("name", "arms"),
+    [
+        pytest.param("vit_base", ["plain", "sbp", "compile"], marks=pytest.mark.long),
+        ("convnext_base", ["plain", "sbp"]),
+    ],
 )
 def test_memory_and_largest_batch(device, name, arms):
     config = small(name, arms, device=device.type, memory_gib=0.25, batch_size=16)
