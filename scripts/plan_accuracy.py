@@ -42,9 +42,11 @@ class Row(NamedTuple):
 
 def files() -> list[Path]:
     """Records with kernel times, the newest measurement last."""
-    found = [path for path in sorted(RESULTS.glob("*/*.json")) if not path.name.startswith("operators")]
+    found = {path: json.loads(path.read_text()).get("arms", {}) for path in sorted(RESULTS.glob("*/*.json"))}
     return [
-        path for path in found if any(arm.get("kernel_ms") for arm in json.loads(path.read_text())["arms"].values())
+        path
+        for path, arms in found.items()
+        if not path.name.startswith("operators") and any(arm.get("kernel_ms") for arm in arms.values())
     ]
 
 
