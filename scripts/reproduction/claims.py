@@ -119,8 +119,11 @@ QUESTIONS = {  # ours, answered in the same way
         "Does it help to rescale the gradients of the branches, or to back-propagate in full or more at the end?",
         "Not in the talk.",
         (
-            *(Comparison("rescale", "sbp"), Comparison("rescale", "sbp", "cosine")),
-            *(Comparison(arm, "sbp") for arm in ("exact_end", "exact_end_20", "rising_epochs")),
+            Comparison("rescale", "sbp"),
+            Comparison("rescale", "sbp", "cosine"),
+            Comparison("exact_end", "sbp"),
+            Comparison("exact_end_20", "sbp"),
+            Comparison("rising_epochs", "sbp"),
         ),
     ),
     "alternatives": Claim(

@@ -96,7 +96,7 @@ CIFAR_SMALL_VIT = replace(
     epochs=1,
     needs_root=True,
 )
-# The choice between settings, on photographs with two small networks: a run is a quarter of an hour on one core.
+# The choice between settings, on photographs with two small networks: on one core the ConvNeXt takes half an hour a run.
 SMALL_ON_PHOTOGRAPHS = (
     "data=cifar10",
     "data.workers=0",

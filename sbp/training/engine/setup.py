@@ -244,7 +244,9 @@ def announce(config: Config, facts: dict[str, Any]) -> None:
         again = config.sbp.exact_recompute or config.sbp.recompute
         log.info(
             "exact         in the last %d of %d epochs, with recompute %s%s",
-            *(config.sbp.exact_epochs, facts["epochs"], again),
+            config.sbp.exact_epochs,
+            facts["epochs"],
+            again,
             ", which need more memory" if again == config.sbp.recompute else "",
         )
     log.info("saved         %.2f MiB of activations per image", facts["saved_bytes_per_image"] / 2**20)

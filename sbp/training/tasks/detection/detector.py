@@ -1,10 +1,10 @@
 """Mask R-CNN on a timm ConvNeXt or Swin, from torchvision's parts, with the settings of the published detectors.
 
-Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs; SwinTransformer/Swin-Transformer-Object-
-Detection). Images come padded to one size; boxes are
-(x1, y1, x2, y2) in pixels of the padded batch, and everything about them is float32 under autocast too: in bfloat16
-a box at 1333 px is off by several pixels. They differ in that Mask R-CNN's box losses are torchvision's smooth
-L1, anchors that cross the image's border are trained as well, and low-quality matches of anchors have no least overlap.
+Those are mmdetection's (facebookresearch/ConvNeXt, object_detection/configs;
+SwinTransformer/Swin-Transformer-Object-Detection). Images come padded to one size; boxes are (x1, y1, x2, y2) in pixels
+of the padded batch, and everything about them is float32 under autocast too: in bfloat16 a box at 1333 px is off by
+several pixels. They differ in that Mask R-CNN's box losses are torchvision's smooth L1, anchors that cross the image's
+border are trained as well, and low-quality matches of anchors have no least overlap.
 """
 
 from collections.abc import Callable
