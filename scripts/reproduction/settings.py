@@ -96,7 +96,7 @@ CIFAR_SMALL_VIT = replace(
     epochs=1,
     needs_root=True,
 )
-# The choice between settings, on photographs with two small networks: on one core the ConvNeXt takes half an hour a run.
+# The choice between settings, on photographs with two small networks. The ConvNeXt takes half an hour of a core a run.
 SMALL_ON_PHOTOGRAPHS = (
     "data=cifar10",
     "data.workers=0",
