@@ -2,12 +2,12 @@
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,13 +123,25 @@ def lines(configs: Sequence[Config]) -> list[Line]:
 def _can_fork() -> bool:
     """Whether a backward pass works in a fork of this process, which starts ten seconds sooner than a new one.
 
-    It does not once autograd has started threads, or CUDA has.
+    It does not once autograd has started threads, or CUDA has. When autograd does so differs from build to build, so
+    that a fork is asked.
     """
-    try:
-        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    except OSError:  # one has ended meanwhile
+    if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods():
         return False
-    return bool(threads) and not torch.cuda.is_initialized() and not any("autograd" in name for name in threads)
+    asked = multiprocessing.get_context("fork").Process(target=_backward)
+    asked.start()
+    asked.join(timeout=30)
+    if asked.is_alive():
+        asked.kill()
+        asked.join()
+    return asked.exitcode == 0
+
+
+def _backward() -> None:
+    try:
+        torch.zeros((), requires_grad=True).backward()
+    except RuntimeError:
+        sys.exit(1)
 
 
 def of_runs(configs: Sequence[Config], forecast: Callable[[Sequence[Config]], list[Line]]) -> list[Line]:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -8,7 +10,7 @@ from sbp.training.memory.forecast import forecast, with_sbp
 from sbp.training.memory.phases import phases
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
-from sbp.training.plan.search import fastest, line, micro_batches, plan, undominated
+from sbp.training.plan.search import fastest, line, lines, micro_batches, plan, undominated
 from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
 from sbp.training.plan.steps import record
 from sbp.training.plan.times import How, forecast_times
@@ -164,7 +166,22 @@ def test_settings_of_a_run():
     assert search.attends(composed("task=detection", "backbone=swin_demo"))
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="what threads there are is not known here")
-def test_nothing_is_forked_once_autograd_has_threads():
-    line(small())
-    assert not search._can_fork()
+@pytest.mark.slow
+def test_forecasts_in_other_processes_where_autograd_has_run_in_this_one():
+    config = small()
+    here = line(config)
+    assert [one.small.memory for one in lines([config, config])] == [here.small.memory] * 2
+
+
+ASKED_BEFORE_AND_AFTER = """
+import torch
+from sbp.training.plan import search
+assert search._can_fork()
+def backward(self): raise RuntimeError("autograd's threads are gone")
+torch.Tensor.backward = backward
+assert not search._can_fork()
+"""
+
+
+def test_a_process_is_not_forked_where_a_backward_pass_would_fail_in_the_fork():
+    subprocess.run([sys.executable, "-c", ASKED_BEFORE_AND_AFTER], check=True)
