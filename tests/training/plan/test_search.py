@@ -166,7 +166,7 @@ def test_settings_of_a_run():
     assert search.attends(composed("task=detection", "backbone=swin_demo"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_forecasts_in_other_processes_where_autograd_has_run_in_this_one():
     config = small()
     here = line(config)
