@@ -22,6 +22,9 @@ class BackboneConfig:
         "`timm` for timm's default ones, or one of its tags or full names, such as augreg_in21k_ft_in1k or "
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k; not read again when a run goes on; null for random weights",
     )
+    frozen: bool = key(
+        False, "only what stands on the backbone is trained (the classifier: linear probing); needs sbp=none"
+    )
 
 
 @dataclass

@@ -39,6 +39,7 @@ def validate(config: Config) -> Config:
     _check_milestones(config.recipe)
     _check_scheduler(config.recipe.scheduler)
     _check_exact_epochs(config)
+    _check_frozen(config)
     _check_rates(config)
     _check_optimizer(config.recipe.optimizer)
     return config
@@ -99,6 +100,14 @@ def _check_exact_epochs(config: Config) -> None:
         raise ValueError(
             f"sbp.exact_recompute={sbp.exact_recompute} is of exact epochs and needs sbp.exact_epochs in [1, {epochs}] "
             f"(recipe.epochs), got {sbp.exact_epochs}; what all epochs recompute is sbp.recompute"
+        )
+
+
+def _check_frozen(config: Config) -> None:
+    if config.backbone.frozen and config.sbp.enabled:
+        raise ValueError(
+            "backbone.frozen=true back-propagates through no layer of the backbone, so that SBP has nothing to drop: "
+            "take sbp=none"
         )
 
 

@@ -69,9 +69,13 @@ def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, 
     check_name(name)
     arguments = {"num_classes": num_classes, "drop_path_rate": backbone.drop_path} | options
     try:
-        return timm.create_model(name, **arguments, **backbone.kwargs)
+        model: Any = timm.create_model(name, **arguments, **backbone.kwargs)
     except TypeError as error:
         raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {error}") from None
+    if backbone.frozen:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    return model
 
 
 def check_name(name: str) -> None:
