@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from scripts.reproduction import choice
 from scripts.reproduction.arms import ARMS, NULLS
 from scripts.reproduction.claims import STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
@@ -24,9 +25,12 @@ def draw(claim: Claim, one: Evidence, path: Path) -> None:
     """The figure of a claim in a setting; none where nothing was run, and an old one is removed."""
     findings = [finding for finding in one.findings(claim) if finding.verdict != NOT_RUN]
     path.unlink(missing_ok=True)
-    if not findings:
+    figure = choice.figure(claim, one) if claim.shows == "choice" else None
+    if figure is None and not findings:
         return
-    if claim.shows == "similarities":
+    if figure is not None:
+        bare(figure.axes[0])
+    elif claim.shows == "similarities":
         figure = similarities(claim, one)
     elif claim.shows == "costs" and one.costs:
         figure = trade_offs(claim, one)

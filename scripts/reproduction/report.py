@@ -10,7 +10,7 @@ import yaml
 
 from sbp.training.record.status import read_json
 from sbp.training.record.table import markdown
-from scripts.reproduction import beside, verdicts
+from scripts.reproduction import beside, choice, verdicts
 from scripts.reproduction.arms import ARMS, NULLS, PARTIAL
 from scripts.reproduction.claims import ANSWERED, CLAIMS, QUESTIONS, STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
@@ -89,7 +89,9 @@ def answered(verdict: str) -> str:
 def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     """Tables and figure of one claim in one setting; nothing where nothing was run."""
     findings = one.findings(claim)
-    if "plain" not in one.training or all(finding.verdict == verdicts.NOT_RUN for finding in findings):
+    chooses = claim.shows == "choice" and bool(choice.trained(claim, one))
+    undecided = all(finding.verdict == verdicts.NOT_RUN for finding in findings)
+    if "plain" not in one.training or (undecided and not chooses):
         return
     scale = name.split("/")[0]
     root = " data_root=FOLDER" if one.setting.needs_root else ""
@@ -103,12 +105,19 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
         f"torch {versions['torch']}, timm {versions['timm']}, commit {' and '.join(commits)}; "
         f"{record['epochs']} epochs of {record['train_images']} images in batches of {record['global_batch_size']}."
     )
-    if not one.setting.gradients_only:  # whose images of validation are those of training
+    if chooses:
+        yield (
+            "Accuracy against others in points, in pairs of the same seed, with intervals; training time and memory of a "
+            "step relative to those without SBP."
+        )
+        yield markdown(list(choice.table(claim, one)))
+    elif not one.setting.gradients_only:  # whose images of validation are those of training
         yield markdown(list(arms_table(claim, one)))
     if any(finding.measure == "cosine" for finding in findings):
         yield "Cosine similarity to the exact gradient, and in brackets the ratio of the norms:"
         yield markdown(list(gradients_table(claim, one)))
-    yield markdown(list(findings_table(findings, key in CLAIMS)))
+    if not undecided:
+        yield markdown(list(findings_table(findings, key in CLAIMS)))
     figure = one.folder / f"claim-{key}.png"
     if figure.is_file():
         yield f"![{claim.title}]({figure.relative_to(figure.parents[3]).as_posix()})"

@@ -110,8 +110,36 @@ def test_tables_are_what_the_records_say(title, name, text):
                     ratio = np.mean(list(cosines(gradients, label, (stage,), "norm_ratio").values()))
                     same(cell, *mean_and_error(cosines(gradients, label, (stage,)).values()), ratio)
                 same(cells[-1], np.mean(list(cosines(gradients, label, ("late",), "cosine_of_mean").values())))
+            elif heading[0] == "setting":
+                check_choice(training, costs, label, *cells)
             else:
                 check_comparison(title, training, gradients, costs, label, *cells)
+
+
+def check_choice(training, costs, label, runs, top1, against_plain, against_published, time, memory):
+    arm, record, _ = of_arm(training, label)
+    found = {run["seed"]: run["top1"] for run in record["runs"]}
+    assert runs == str(len(found))
+    same(top1, np.mean(list(found.values())))
+    for cell, other in ((against_plain, "plain"), (against_published, "sbp")):
+        of_other = {run["seed"]: run["top1"] for run in training[other]["runs"]}
+        seeds = sorted(found.keys() & of_other.keys())
+        first, second = ([one[seed] for seed in seeds] for one in (found, of_other))
+        if first == second:
+            assert cell == ""
+        elif len(seeds) > 1:
+            interval = ttest_rel(first, second).confidence_interval(0.95)
+            same(cell, np.mean(first) - np.mean(second), interval.low, interval.high)
+        else:
+            same(cell, first[0] - second[0])
+    shares = ARMS[arm].parts or {arm: 1.0}
+    if shares.keys() <= costs.keys():
+        step = sum(share * costs[part]["step_ms"] for part, share in shares.items())
+        same(time, step / costs["plain"]["step_ms"] * record["epochs"] / training["plain"]["epochs"])
+        most = max(costs[part].get("peak_allocated", costs[part]["memory"]) for part in shares)
+        same(memory, most / costs["plain"].get("peak_allocated", costs["plain"]["memory"]))
+    else:
+        assert time == memory == ""
 
 
 def check_comparison(title, training, gradients, costs, what, measure, advantage, pairs, verdict):
