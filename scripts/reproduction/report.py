@@ -107,8 +107,8 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     )
     if chooses:
         yield (
-            "Accuracy against others in points, in pairs of the same seed, with intervals; training time and memory of a "
-            "step relative to those without SBP."
+            "Accuracy against others in points, in pairs of the same seed, with intervals; training time and memory of "
+            "a step relative to those without SBP."
         )
         yield markdown(list(choice.table(claim, one)))
     elif not one.setting.gradients_only:  # whose images of validation are those of training
