@@ -5,6 +5,7 @@
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
+    python scripts/study.py scale=fine_tuning data_root=/path/to/cifar10   beside a frozen backbone: two hours of a core
     python scripts/study.py scale=convnext                  input gradients at dropped positions: 1.5 hours of a core
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 
@@ -35,13 +36,13 @@ from scripts import dry_run
 from scripts.jobs import Jobs
 from scripts.reproduction.claims import ANSWERED, Claim, arms_of
 from scripts.reproduction.settings import SCALES, Scale, Setting
-from scripts.study_tasks import Experiment, arm_config, by_seed, measure_costs, tasks
+from scripts.study_tasks import Experiment, arm_config, by_seed, link_images, measure_costs, tasks
 
 
 @dataclass
 class StudyConfig:
-    """scale: "laptop", "convnext", "cifar10", "gpu", or "imagenet". claim: one or a list of the keys of CLAIMS and
-        QUESTIONS in scripts/reproduction/claims.py, "all", or null for what the scale answers by default.
+    """scale: "laptop", "convnext", "cifar10", "fine_tuning", "gpu", or "imagenet". claim: one or a list of the keys of
+        CLAIMS and QUESTIONS in scripts/reproduction/claims.py, "all", or null for what the scale answers by default.
     setting: what is trained, by its name in scripts/reproduction/settings.py; null for all that `data_root` allows.
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for what the scale has on each
@@ -76,17 +77,19 @@ def main() -> None:
     folders = config.run_dir, config.results, config.data_root
     experiments = [Experiment.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
     for experiment in experiments:
-        check_images(experiment)
+        check_images(experiment, config.data_root)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:
         if scale.by_seed:
             experiments = [at_measured_time(experiment, claims, scale, jobs) for experiment in experiments]
-            jobs.do("training", {} if jobs.stopping else by_seed(experiments, claims))
+            for starting in (False, True):  # what others start from comes first
+                several = [one for one in experiments if (one.setting.starts_from is not None) == starting]
+                jobs.do("training", {} if jobs.stopping else by_seed(several, claims))
         for experiment in experiments:
             experiment = experiment if scale.by_seed else at_measured_time(experiment, claims, scale, jobs)
             for kind, todo in {} if jobs.stopping else tasks(experiment, claims).items():
                 jobs.do(f"{experiment.setting.name}, {kind}", todo)
-            if not experiment.setting.gradients_only:
+            if not (experiment.setting.gradients_only or experiment.setting.plain_only):
                 arms = arms_of(claims, experiment.setting)
                 jobs.do(
                     f"{experiment.setting.name}, costs", {"all": partial(measure_costs, experiment, arms, scale.rounds)}
@@ -153,14 +156,15 @@ def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
     return settings
 
 
-def check_images(experiment: Experiment) -> None:
+def check_images(experiment: Experiment, root: str | None) -> None:
     """Before anything runs. Ends the program with one line for a folder that is not as the setting needs it."""
     if experiment.setting.needs_root:
         config = arm_config(experiment, "plain")
         try:
+            link_images(experiment, Path(root or ""))
             build_datasets(config.data, config.recipe)
-        except ValueError as error:
-            sys.exit(f"error: data_root={config.data.root} does not fit setting={experiment.setting.name}: {error}")
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: data_root={root} does not fit setting={experiment.setting.name}: {error}")
 
 
 def write_results(folder: Path) -> None:

@@ -59,9 +59,13 @@ class Experiment:
     ) -> "Experiment":
         """root: of the images. seeds: null for the setting's own number."""
         common = [*setting.overrides, *setting.schedule, *COMMON, f"device={device.type}"]
-        if setting.needs_root:
-            common.append(f"data.root={quoted(Path(root or '').resolve())}")
         where = Path(scale) / setting.name
+        if setting.needs_root:
+            folder = Path(root or "") if setting.classes is None else Path(runs) / where / "images"
+            common.append(f"data.root={quoted(folder.resolve())}")
+        if setting.starts_from is not None:
+            run = Path(runs).resolve() / scale / setting.starts_from / "plain" / "seed-${seed}"
+            common.append(f"backbone.pretrained={quoted(run / 'checkpoints' / 'best.pt')}")
         numbers = list(range(1, 1 + (seeds or setting.seeds)))
         return cls(setting, device, Path(runs).resolve() / where, Path(results) / where, common, numbers)
 
@@ -83,6 +87,22 @@ class Experiment:
         """The folders of an arm's complete runs, by seed."""
         found = {json.loads(path.read_text())["seed"]: path.parent for path in (self.runs / arm).glob(f"*/{SUMMARY}")}
         return {seed: found[seed] for seed in self.seeds if seed in found}
+
+
+def link_images(experiment: Experiment, root: Path) -> None:
+    """Of a setting that takes some of the classes under `root`, or few images of each, the folder that it reads."""
+    setting = experiment.setting
+    if setting.classes is None:
+        return
+    for split, most in (("train", setting.images_of_each), ("test", None)):
+        names = sorted(path.name for path in (root / split).iterdir() if path.is_dir())
+        for name in names[slice(*setting.classes)]:
+            folder = experiment.runs / "images" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted((root / split / name).iterdir())[:most]:
+                link = folder / path.name
+                if not link.is_symlink():
+                    link.symlink_to(path.resolve())
 
 
 def tasks(experiment: Experiment, claims: list[Claim]) -> dict[str, dict[str, Task]]:

@@ -15,7 +15,7 @@ _OF_APPLY = ("keep_ratio", "mask", "mhsa_drop", "layers", "mask_per", "rescale",
 @dataclass(frozen=True)
 class Arm:
     """overrides: of train.py, in a setting. vit_only: needs attention, or tokens to leave out; convnext_only: the
-    opposite. many_epochs: needs more than one.
+    opposite. many_epochs: needs more than one. fine_tuning_only: needs weights that training starts from.
 
     same_as: the arm with the very same gradients, whose accuracy is taken: only what a step costs is measured.
     parts: of an arm with several kinds of steps, those of which arms they are, and their share: its step takes their
@@ -27,6 +27,7 @@ class Arm:
     vit_only: bool = False
     convnext_only: bool = False
     many_epochs: bool = False
+    fine_tuning_only: bool = False
     same_as: str | None = None
     parts: Mapping[str, float] | None = None
 
@@ -152,6 +153,7 @@ ARMS = {
         parts={"ratio_0.25": 0.25, "sbp": 0.5, "ratio_0.75": 0.25},
     ),
     # what else one could do
+    "frozen": Arm("a frozen backbone", fixed(NONE, "backbone.frozen=true"), fine_tuning_only=True),
     "patch_dropout": Arm("PatchDropout 0.5", fixed(NONE, HALF_TOKENS), vit_only=True),
     "low_resolution": Arm("lower resolution in training", low_resolution),
     "low_throughout": Arm("lower resolution throughout", low_throughout),
@@ -178,8 +180,10 @@ NULLS = {"half": "gradient of half of the batch", "three_quarters": "gradient of
 def exists(arm: str, setting: Setting) -> bool:
     """Whether it is an arm that the setting can have; gradients of parts of the batch are none."""
     one = ARMS.get(arm)
-    fits = one is not None and not (one.convnext_only if setting.is_vit else one.vit_only)
-    return fits and one is not None and (setting.epochs > 1 or not one.many_epochs)
+    if one is None or (one.convnext_only if setting.is_vit else one.vit_only):
+        return False
+    fits = setting.starts_from is not None or not one.fine_tuning_only
+    return fits and (setting.epochs > 1 or not one.many_epochs)
 
 
 def sbp_arguments(arm: str, setting: Setting) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Claim:
     context: arms that are shown beside those. published: what the talk says. shows: its figure, "differences" of pairs,
     "similarities" along training, "costs", that is loss against memory and time, or "choice".
     against_plain: arms whose accuracy is set beside that of training without SBP, the most telling first.
+    fine_tuning: it is of settings alone that start from trained weights.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Claim:
     context: tuple[str, ...] = ()
     shows: str = "differences"
     against_plain: tuple[str, ...] = ()
+    fine_tuning: bool = False
 
 
 def both(better: str, *worse: str) -> tuple[Comparison, ...]:
@@ -176,6 +178,14 @@ QUESTIONS = {  # ours, answered in the same way
         ),
         shows="choice",
     ),
+    "fine_tuning": Claim(
+        "In fine-tuning, what does SBP lose beside exact backpropagation and a frozen backbone?",
+        "Not in the talk.",
+        context=("cheap", "sbp_cheap"),
+        against_plain=("sbp", "frozen", "query", "query_0.25", "input_0.25", "ratio_0.25"),
+        shows="choice",
+        fine_tuning=True,
+    ),
     "learning_rate": Claim(
         "Does SBP want another learning rate than exact training?",
         "Not in the talk, which trains both at the same.",
@@ -193,8 +203,9 @@ ANSWERED = CLAIMS | QUESTIONS
 
 def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
     """The arms that the claims need, "plain" and "sbp" first."""
-    if setting.gradients_only:
+    if setting.gradients_only or setting.plain_only:
         return ["plain"]
+    claims = [claim for claim in claims if setting.starts_from is not None or not claim.fine_tuning]
     compares = any(claim.comparisons or claim.dominated_by or claim.against_plain for claim in claims)
     named = ["plain", "sbp"] if compares else []
     for claim in claims:

@@ -17,6 +17,9 @@ class Setting:
     are trained.
     images, draws: of the gradient similarity: images in the batch, and masks of each method. needs_root: the images lie
     in a folder. gradients_only: nothing is trained but the network without SBP.
+    classes: the first of them, in the order of their names, and the one after the last; None for all. images_of_each:
+    of a class, in training. starts_from: the setting of the same scale whose runs without SBP the runs of the same
+    seed start from. plain_only: others start from it.
     """
 
     name: str
@@ -36,6 +39,10 @@ class Setting:
     images: int = 128
     draws: int = 8
     gradients_only: bool = False
+    classes: tuple[int, int] | None = None
+    images_of_each: int | None = None
+    starts_from: str | None = None
+    plain_only: bool = False
 
     @property
     def schedule(self) -> list[str]:
@@ -174,6 +181,43 @@ CONVNEXT_ONCE = replace(
     overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, "recipe.warmup_steps=100"),
     epochs=1,
 )
+# Fine-tuning: trained on six of the classes, then on few images of the other four, which most people do whose memory
+# is small.
+BEFORE: dict[str, Any] = {"classes": (0, 6), "plain_only": True}
+AFTER: dict[str, Any] = {"classes": (6, 10), "images_of_each": 1000, "epochs": 8}
+VIT_BEFORE = replace(
+    SMALL_VIT_ON_PHOTOGRAPHS,
+    name="vit-before",
+    label="the small ViT on six classes of CIFAR-10",
+    overrides=(*SMALL_VIT_ON_PHOTOGRAPHS.overrides, "data.num_classes=6"),
+    **BEFORE,
+)
+CONVNEXT_BEFORE = replace(
+    SMALL_CONVNEXT_ON_PHOTOGRAPHS,
+    name="convnext-before",
+    label="the small ConvNeXt on six classes of CIFAR-10",
+    overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, "data.num_classes=6"),
+    **BEFORE,
+)
+FINE_TUNING = ("data.num_classes=4", "recipe.warmup_steps=50")
+VIT_FINE_TUNED = replace(
+    SMALL_VIT_ON_PHOTOGRAPHS,
+    name="vit-fine_tuned",
+    label="the small ViT, trained on six classes of CIFAR-10, fine-tuned on the other four",
+    overrides=(*SMALL_VIT_ON_PHOTOGRAPHS.overrides, *FINE_TUNING),
+    lr=SMALL_VIT_ON_PHOTOGRAPHS.lr / 4,
+    starts_from="vit-before",
+    **AFTER,
+)
+CONVNEXT_FINE_TUNED = replace(
+    SMALL_CONVNEXT_ON_PHOTOGRAPHS,
+    name="convnext-fine_tuned",
+    label="the small ConvNeXt, trained on six classes of CIFAR-10, fine-tuned on the other four",
+    overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, *FINE_TUNING),
+    lr=SMALL_CONVNEXT_ON_PHOTOGRAPHS.lr / 4,
+    starts_from="convnext-before",
+    **AFTER,
+)
 CIFAR_VIT = Setting(
     name="cifar10-vit_tiny-32",
     label="ViT-Tiny with patches of 4 px on CIFAR-10 at 32 px",
@@ -256,6 +300,14 @@ SCALES = {
     "convnext": Scale(
         (DIGITS_CONVNEXT, CONVNEXT_ONCE),
         claims=("input_gradients",),
+        rounds=12,
+        device="auto",
+        on_one_gpu=6,
+        by_seed=True,
+    ),
+    "fine_tuning": Scale(
+        (VIT_BEFORE, CONVNEXT_BEFORE, VIT_FINE_TUNED, CONVNEXT_FINE_TUNED),
+        claims=("fine_tuning",),
         rounds=12,
         device="auto",
         on_one_gpu=6,

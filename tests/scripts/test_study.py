@@ -10,7 +10,7 @@ from sbp.training.runtime import seeding
 from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
-from scripts.study_tasks import Experiment, arm_config, by_seed
+from scripts.study_tasks import Experiment, arm_config, by_seed, link_images
 from tests.conftest import others_slow
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
@@ -86,3 +86,34 @@ def test_seed_by_seed_a_study_can_end_at_any_time(tmp_path):
     record = {"runs": [{"seed": 1, "val_loss": 1.0}]}
     write_record(record, experiments[0].file("training", "query"))
     assert set(names) - set(by_seed(experiments, claims)) == {"small-vit, query, seed 1"}
+
+
+def test_fine_tuning_starts_from_the_plain_run_of_the_same_seed_on_other_classes(tmp_path):
+    root = tmp_path / "root"
+    for split, images in (("train", 3), ("test", 2)):
+        for name in "abcdefghij":
+            (root / split / name).mkdir(parents=True)
+            for number in range(images):
+                (root / split / name / f"{number}.png").touch()
+    claims = [ANSWERED["fine_tuning"], ANSWERED["masks"]]
+    before, after = (experiment_of(name, tmp_path / "runs") for name in ("convnext-before", "convnext-fine_tuned"))
+    after = replace(after, setting=replace(after.setting, images_of_each=1))
+    for one in (before, after, after):
+        link_images(one, root)
+    found = {
+        (one.setting.name, split): sorted(str(path.relative_to(one.runs / "images" / split)) for path in files)
+        for one in (before, after)
+        for split in ("train", "test")
+        if (files := list((one.runs / "images" / split).glob("*/*.png")))
+    }
+    assert found["convnext-before", "train"] == [f"{name}/{number}.png" for name in "abcdef" for number in range(3)]
+    assert found["convnext-fine_tuned", "train"] == [f"{name}/0.png" for name in "ghij"]
+    assert found["convnext-fine_tuned", "test"] == [f"{name}/{number}.png" for name in "ghij" for number in range(2)]
+
+    assert arms_of(claims, before.setting) == ["plain"]
+    assert {"plain", "sbp", "frozen", "input_0.25", "per_sample"} <= set(arms_of(claims, after.setting))
+    assert "frozen" not in arms_of(claims, SETTINGS["small-convnext"][1])
+    config = arm_config(replace(after, common=[*after.common, "seed=3"]), "frozen")
+    assert config.backbone.pretrained == f"{before.runs}/plain/seed-3/checkpoints/best.pt"
+    assert config.backbone.frozen and not config.sbp.enabled and config.data.num_classes == 4
+    assert config.data.root == str(after.runs / "images")
