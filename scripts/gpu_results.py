@@ -31,21 +31,27 @@ ROOT = Path(__file__).parents[1]
 
 
 def study(options: argparse.Namespace, deadline: float) -> list[str]:
-    """Goes on with the study's runs, as long as there is time; returns the settings that are not done."""
-    roots = {"photographs": options.photographs, "cifar10": options.cifar10}
-    wanted = [one.name for one in SCALES["gpu"].settings if roots[one.name.partition("-")[0]] is not None]
-    left = sorted(wanted, key=lambda name: not name.startswith("photographs"))  # in a moment, and no other shows it
+    """Goes on with the study's runs, as long as there is time; returns what is not done, SCALE or SCALE SETTING."""
+    wanted: dict[str, tuple[str, list[str]]] = {}  # the folder of the images, and what scripts/study.py is given
+    for one in SCALES["gpu"].settings if options.photographs else ():
+        if one.gradients_only:  # in a moment, and no other shows it
+            wanted[f"gpu {one.name}"] = options.photographs, ["scale=gpu", f"setting={one.name}"]
+    if options.cifar10:  # as many runs beside one another as the scales say
+        wanted |= {scale: (options.cifar10, [f"scale={scale}"]) for scale in ("cifar10", "fine_tuning")}
+        for one in SCALES["gpu"].settings:
+            if not one.gradients_only:
+                jobs = f"jobs={3 if options.device == 'cuda' else 2}"  # small networks share it
+                wanted[f"gpu {one.name}"] = options.cifar10, ["scale=gpu", f"setting={one.name}", jobs]
+    left = list(wanted)
     if left and find_spec("hydra") is None:
         print("the study's runs are left: Hydra is not installed")
         return left
-    for name in list(left):
+    for name, (root, given) in wanted.items():
         if (minutes := (deadline - perf_counter()) / 60) < 1:
             break
-        root = Path(roots[name.partition("-")[0]]).resolve()
-        given = ["scale=gpu", f"setting={name}", f"data_root={root}", f"minutes={minutes - 0.5:.1f}"]
-        given += [f"device={options.device}", f"jobs={3 if options.device == 'cuda' else 2}"]  # small networks share it
-        given += [f"results={options.out.parent}"]
-        if subprocess.run([sys.executable, "scripts/study.py", *given], cwd=ROOT, check=False).returncode == 0:
+        common = [f"data_root={Path(root).resolve()}", f"minutes={minutes - 0.5:.1f}", f"device={options.device}"]
+        command = [sys.executable, "scripts/study.py", *given, *common, f"results={options.out.parent}"]
+        if subprocess.run(command, cwd=ROOT, check=False).returncode == 0:
             left.remove(name)
     return left
 

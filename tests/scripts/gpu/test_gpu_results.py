@@ -2,8 +2,11 @@
 
 import json
 import os
+from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +14,7 @@ from sbp.training.config.requests import BenchmarkConfig
 from scripts import gpu_results
 from scripts.gpu import check, slices
 from scripts.gpu.networks import NETWORKS
+from scripts.reproduction.settings import SCALES
 
 
 def note(path: Path) -> None:
@@ -149,3 +153,31 @@ def test_networks_are_those_of_the_configs():
         else:
             config = composed(f"backbone={name}", name="benchmark", kind=BenchmarkConfig)
         assert config.backbone == network.backbone
+
+
+def test_the_studies_come_with_the_images_that_they_need(monkeypatch, tmp_path):
+    """Each as long as there is time; one that did not end is left."""
+    commands = []
+
+    def run(command, cwd, check):
+        commands.append(command[2:])
+        return SimpleNamespace(returncode=75 if "scale=fine_tuning" in command else 0)
+
+    monkeypatch.setattr(gpu_results.subprocess, "run", run)
+    options = Namespace(device="cuda", out=tmp_path / "gpu", cifar10=str(tmp_path), photographs=None)
+    assert gpu_results.study(options, perf_counter() + 300) == ["fine_tuning"]
+    assert [command[0] for command in commands] == ["scale=cifar10", "scale=fine_tuning", *3 * ["scale=gpu"]]
+    assert all(f"results={tmp_path}" in command and f"data_root={tmp_path}" in command for command in commands)
+    assert all("minutes=4.5" in command and "device=cuda" in command for command in commands)
+    for command in commands:
+        scale, settings = SCALES[command[0].removeprefix("scale=")], [one for one in command if "setting=" in one]
+        assert not settings or settings[0].removeprefix("setting=") in {one.name for one in scale.settings}
+
+    assert len(gpu_results.study(options, perf_counter() + 30)) == len(commands) == 5  # no time for any
+    options.cifar10, options.photographs = None, str(tmp_path)
+    assert gpu_results.study(options, perf_counter() + 300) == []
+    assert [command[1] for command in commands[5:]] == [
+        f"setting=photographs-{name}" for name in ("vit_tiny", "convnext_tiny")
+    ]
+    monkeypatch.setattr(gpu_results, "find_spec", lambda name: None)
+    assert len(gpu_results.study(options, perf_counter() + 300)) == 2
