@@ -30,6 +30,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)  # it starts the command eight times
 def test_it_trains_evaluates_sweeps_and_exports(installed, tmp_path):
     def sbp(*arguments):
         environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
@@ -38,7 +39,8 @@ def test_it_trains_evaluates_sweeps_and_exports(installed, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert all(f"sbp {name}" in sbp() for name in ("train", "eval", "export", "forecast", "check-data"))
+    listed = sbp()
+    assert all(f"sbp {name}" in listed for name in ("train", "eval", "export", "forecast", "check-data"))
     code = "import sbp, sbp.cli.compose as compose; print(sbp.__file__, compose.CONFIGS)"
     environment = os.environ | {"PYTHONPATH": str(installed)}
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
