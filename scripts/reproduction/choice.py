@@ -1,17 +1,12 @@
-"""What each way to train costs and loses: the table and the figure that a setting is chosen from."""
+"""What each way to train costs and loses: the table that a setting is chosen from."""
 
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from statistics import fmean
-from typing import Any
-
-from matplotlib import pyplot as plt
 
 from scripts.reproduction.claims import Claim, arms_of
 from scripts.reproduction.evidence import Evidence, label
 from scripts.reproduction.verdicts import difference
-
-BUBBLE = 600  # points², of the memory of plain training
 
 
 def trained(claim: Claim, one: Evidence) -> list[str]:
@@ -49,28 +44,3 @@ def in_points(top1: Mapping[int, float], of: Mapping[int, float]) -> str:
         return ""
     interval = f" [{gap.low:+.2f}, {gap.high:+.2f}]" if isfinite(gap.low) else ""
     return f"{gap.mean:+.2f}{interval}"
-
-
-def figure(claim: Claim, one: Evidence) -> Any:
-    """Accuracy against time; a bubble's area is the memory. None where no cost was measured."""
-    points = {arm: costs for arm in trained(claim, one) if (costs := relative(one, arm)) is not None}
-    if not points:
-        return None
-    drawn, axis = plt.subplots(figsize=(10, 5), layout="constrained")
-    plain = one.trained("plain", "top1")
-    for number, (arm, (time, memory)) in enumerate(points.items(), 1):
-        gap = difference(one.trained(arm, "top1"), plain)
-        style: dict[str, Any] = {"edgecolor": "black", "facecolor": "0.85" if arm in ("plain", "sbp") else "white"}
-        name = f"{number}  {label(arm)}"
-        axis.scatter(time, gap.mean, s=BUBBLE * memory, zorder=3, alpha=0.85, label=name, **style)
-        axis.annotate(str(number), (time, gap.mean), ha="center", va="center", fontsize=8, zorder=4)
-        if isfinite(gap.low) and arm != "plain":
-            axis.errorbar(time, gap.mean, [[gap.mean - gap.low], [gap.high - gap.mean]], color="0.6", zorder=2)
-    axis.axhline(0, color="black", linewidth=0.8, linestyle="--")
-    axis.set_xlabel("time of training, of that without SBP")
-    axis.set_ylabel("top-1 against no SBP, points (95 % intervals)")
-    legend = drawn.legend(
-        loc="outside right upper", frameon=False, fontsize=8, title="area: memory of a step", markerscale=0.3
-    )
-    legend.get_title().set_fontsize(8)
-    return drawn

@@ -115,6 +115,7 @@ QUESTIONS = {  # ours, answered in the same way
             Comparison("sbp", "fixed"),
             Comparison("per_sample", "sbp", "cosine"),
             Comparison("per_half", "sbp", "cosine"),
+            Comparison("input_per_sample", "input"),
         ),
     ),
     "gradients": Claim(
@@ -166,16 +167,7 @@ QUESTIONS = {  # ours, answered in the same way
         "Does it help to pass on the gradient of a branch's input at dropped positions?",
         "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
         (Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("query_input_0.25", "query_0.25")),
-        against_plain=(
-            "sbp",
-            "ratio_0.25",
-            "input_0.25",
-            "input",
-            "per_sample",
-            "input_per_sample",
-            "query_0.25",
-            "query_input_0.25",
-        ),
+        against_plain=("sbp", "input_0.25", "query_0.25", "ratio_0.25", "input", "query_input_0.25"),
         shows="choice",
     ),
     "fine_tuning": Claim(

@@ -14,27 +14,26 @@ from scripts.reproduction import choice
 from scripts.reproduction.arms import ARMS, NULLS
 from scripts.reproduction.claims import STAGES, Claim, arms_of, gradients_of
 from scripts.reproduction.evidence import Evidence, Finding, label, standard_error
-from scripts.reproduction.verdicts import NOT_RUN
+from scripts.reproduction.verdicts import NOT_RUN, difference
 
 MIB = 2**20
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "p", "h")
 LINES = ("-", "--", ":", "-.")
+BUBBLE = 600  # points², of the memory of plain training
 
 
 def draw(claim: Claim, one: Evidence, path: Path) -> None:
     """The figure of a claim in a setting; none where nothing was run, and an old one is removed."""
     findings = [finding for finding in one.findings(claim) if finding.verdict != NOT_RUN]
     path.unlink(missing_ok=True)
-    figure = choice.figure(claim, one) if claim.shows == "choice" else None
+    figure = choices(claim, one) if claim.shows == "choice" else None
     if figure is None and not findings:
         return
-    if figure is not None:
-        bare(figure.axes[0])
-    elif claim.shows == "similarities":
+    if claim.shows == "similarities":
         figure = similarities(claim, one)
     elif claim.shows == "costs" and one.costs:
         figure = trade_offs(claim, one)
-    else:
+    elif figure is None:
         figure = differences(findings)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -103,6 +102,30 @@ def trade_offs(claim: Claim, one: Evidence) -> Any:
         bare(axis)
     axes[0].set_ylabel("validation loss (nats), mean ± standard error")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def choices(claim: Claim, one: Evidence) -> Any:
+    """Accuracy against time; a bubble's area is the memory. None where there is nothing to choose from."""
+    points = {arm: costs for arm in choice.trained(claim, one) if (costs := choice.relative(one, arm)) is not None}
+    if not points:
+        return None
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    plain = one.trained("plain", "top1")
+    for number, (arm, (time, memory)) in enumerate(points.items(), 1):
+        gap = difference(one.trained(arm, "top1"), plain)
+        style: dict[str, Any] = {"edgecolor": "black", "facecolor": "0.85" if arm in ("plain", "sbp") else "white"}
+        name = f"{number}  {label(arm)}"
+        axis.scatter(time, gap.mean, s=BUBBLE * memory, zorder=3, alpha=0.85, label=name, **style)
+        axis.annotate(str(number), (time, gap.mean), ha="center", va="center", fontsize=8, zorder=4)
+        if isfinite(gap.low) and arm != "plain":
+            axis.errorbar(time, gap.mean, [[gap.mean - gap.low], [gap.high - gap.mean]], color="0.6", zorder=2)
+    axis.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xlabel("time of training, of that without SBP")
+    axis.set_ylabel("top-1 against no SBP, points (95 % intervals)")
+    bare(axis)
+    style = {"loc": "outside right upper", "frameon": False, "fontsize": 8, "markerscale": 0.3}
+    figure.legend(title="area: memory of a step", title_fontsize=8, **style)
     return figure
 
 
