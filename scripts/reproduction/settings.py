@@ -149,6 +149,7 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     overrides=(*SMALL_CONVNEXT, *SMALL_ON_PHOTOGRAPHS),
     sbp_layers=5,
     other_layers=(
+        "stages.2.blocks.0",
         "stages.2.blocks.1",
         "stages.2.blocks.2",
         "stages.3.downsample",
