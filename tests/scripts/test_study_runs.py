@@ -27,6 +27,7 @@ TINY = replace(
 CLAIM = [replace(CLAIMS["1"], context=("fixed",))]
 
 
+@pytest.mark.timeout(900)  # eleven runs
 def test_runs_records_and_report(tmp_path, monkeypatch):
     experiment = Experiment.of(
         "laptop", TINY, torch.device("cpu"), str(tmp_path / "runs"), str(tmp_path / "results"), None, 3
