@@ -139,6 +139,14 @@ QUESTIONS = {  # ours, answered in the same way
         context=("cheap", "accumulation", "sbp_cheap"),
         shows="costs",
     ),
+    "better": Claim(
+        "Is there a setting that loses less than the published one, in about its memory and time?",
+        "Not in the talk. What was most promising before the runs: input gradients at dropped positions in a ConvNeXt, "
+        "and attention that drops queries alone in a ViT, each at half of the published keep-ratio.",
+        (Comparison("input_0.25", "sbp"), Comparison("query_0.25", "sbp")),
+        context=("sbp_cheap",),
+        shows="choice",
+    ),
     "choice": Claim(
         "Which setting loses least for the memory and the time that one has?",
         "Not in the talk.",
