@@ -25,6 +25,7 @@ from sbp.state import Grid, LayerMap, Shape, State
 Scales = tuple[float, float]  # of the attention's branch and of the MLP's
 
 MLPS = (Mlp, GluMlp, SwiGLU, GeGluMlp)  # position-wise
+NOTHING = nn.Identity()
 
 
 class TokenBlock(nn.Module):
@@ -162,7 +163,7 @@ class TokenBlock(nn.Module):
         weight, bias = recompute.stacked(*into)
         up = self.sbp_linear(into[0], *before, *gated.before, weight=weight, bias=bias)
         down = self.sbp_linear(out, gated.gate, *gated.after, scale=scale)
-        return lambda tokens: self.sbp_after(2, mlp.drop2(down(up(tokens))))
+        return lambda tokens: self.sbp_after(2, gated.end(down(up(tokens))))
 
     def sbp_mlp_passing_input(self) -> tuple[Function, Function]:
         """The same of kept tokens; and of dropped ones, with the gradient of their input. Of an `Mlp` behind a norm."""
@@ -179,13 +180,15 @@ class Gated(NamedTuple):
     """An MLP whose hidden channels are a product of two halves.
 
     layers: those into the hidden channels (one for both halves, or two) and the one out of them. gate: from both
-    halves, side by side, to their product. before, after: modules in front of the first layers, and of the last.
+    halves, side by side, to their product. before, after, end: modules in front of the first layers, in
+    front of the last one, and behind it.
     """
 
     layers: tuple[Any, ...]
     gate: Function
     before: tuple[nn.Module, ...] = ()
     after: tuple[nn.Module, ...] = ()
+    end: nn.Module = NOTHING
 
     @classmethod
     def of(cls, mlp: Any) -> "Gated":
@@ -194,10 +197,11 @@ class Gated(NamedTuple):
             return first * mlp.act(second) if getattr(mlp, "gate_last", False) else mlp.act(first) * second
 
         if type(mlp) is GluMlp:
-            return cls((mlp.fc1, mlp.fc2), gate, after=(mlp.drop1, mlp.norm))
+            return cls((mlp.fc1, mlp.fc2), gate, after=(mlp.drop1, mlp.norm), end=mlp.drop2)
         if type(mlp) is SwiGLU:
-            return cls((mlp.fc1_g, mlp.fc1_x, mlp.fc2), gate, after=(mlp.drop1, mlp.norm))
-        return cls((mlp.w0, mlp.w1, mlp.w2), gate, before=(mlp.norm,), after=(mlp.drop1,))
+            return cls((mlp.fc1_g, mlp.fc1_x, mlp.fc2), gate, after=(mlp.drop1, mlp.norm), end=mlp.drop2)
+        drops = [getattr(mlp, name, NOTHING) for name in ("drop1", "drop2")]  # of an earlier timm it has none
+        return cls((mlp.w0, mlp.w1, mlp.w2), gate, before=(mlp.norm,), after=(drops[0],), end=drops[1])
 
 
 class TokenState(State):
