@@ -150,6 +150,8 @@ def chosen(config: StudyConfig, scale: Scale) -> list[Setting]:
     if config.setting is not None and config.setting not in names:
         sys.exit(f"error: scale={config.scale} has no setting {config.setting}; there are {', '.join(names)}")
     settings = [names[config.setting]] if config.setting else scale.by_default(config.data_root is not None)
+    before = [names[one.starts_from] for one in settings if one.starts_from is not None]
+    settings = list(dict.fromkeys([*before, *settings]))
     if not settings or (config.data_root is None and any(one.needs_root for one in settings)):
         wanted = f"setting={config.setting}" if config.setting else f"scale={config.scale}"
         sys.exit(f"error: {wanted} needs data_root: the folder of its images")

@@ -7,6 +7,7 @@ import torch
 from sbp.training.benchmark.report import write_record
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
+from scripts import study
 from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
@@ -117,3 +118,10 @@ def test_fine_tuning_starts_from_the_plain_run_of_the_same_seed_on_other_classes
     assert config.backbone.pretrained == f"{before.runs}/plain/seed-3/checkpoints/best.pt"
     assert config.backbone.frozen and not config.sbp.enabled and config.data.num_classes == 4
     assert config.data.root == str(after.runs / "images")
+
+
+def test_what_a_setting_starts_from_is_trained_as_well(tmp_path):
+    asked = study.StudyConfig(scale="fine_tuning", setting="vit-fine_tuned", data_root=str(tmp_path))
+    assert [one.name for one in study.chosen(asked, SCALES["fine_tuning"])] == ["vit-before", "vit-fine_tuned"]
+    everything = replace(asked, setting=None)
+    assert len(study.chosen(everything, SCALES["fine_tuning"])) == len(SCALES["fine_tuning"].settings) == 4
