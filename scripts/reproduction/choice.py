@@ -4,15 +4,20 @@ from collections.abc import Iterator, Mapping
 from math import isfinite
 from statistics import fmean
 
+from scripts.reproduction.arms import ARMS
 from scripts.reproduction.claims import Claim, arms_of
 from scripts.reproduction.evidence import Evidence, label
-from scripts.reproduction.verdicts import difference
+from scripts.reproduction.verdicts import LEAST_PAIRS, NOT_RUN, difference
 
 
 def trained(claim: Claim, one: Evidence) -> list[str]:
-    """The arms to choose from; [] where there is no choice, or where nothing of what the claim asks was run."""
-    found = [arm for arm in arms_of([claim], one.setting) if one.trained(arm, "top1")]
-    asked = not claim.comparisons or any(finding.found.pairs for finding in one.findings(claim))
+    """The arms to choose from, with runs enough; [] where there is no choice, or nothing that the claim asks was run.
+
+    Of arms that differ in their costs alone those whose costs are known.
+    """
+    found = [arm for arm in arms_of([claim], one.setting) if len(one.trained(arm, "top1")) >= LEAST_PAIRS]
+    found = [arm for arm in found if ARMS[arm].same_as is None or one.cost(arm) is not None]
+    asked = not claim.comparisons or any(finding.verdict != NOT_RUN for finding in one.findings(claim))
     return found if asked and "plain" in found and len(found) > 1 else []
 
 

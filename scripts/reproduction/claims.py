@@ -28,7 +28,7 @@ class Claim:
     context: arms that are shown beside those. published: what the talk says. shows: its figure, "differences" of pairs,
     "similarities" along training, "costs", that is loss against memory and time, or "choice".
     against_plain: arms whose accuracy is set beside that of training without SBP, the most telling first.
-    fine_tuning: it is of settings alone that start from trained weights.
+    fine_tuning: it is of the settings that start from trained weights, and of no others.
     """
 
     title: str
@@ -201,11 +201,16 @@ QUESTIONS = {  # ours, answered in the same way
 ANSWERED = CLAIMS | QUESTIONS
 
 
+def asks_of(claim: Claim, setting: Setting) -> bool:
+    """Whether the claim says anything of such a setting: one of fine-tuning of that alone, the others of the others."""
+    return claim.fine_tuning == (setting.starts_from is not None) and not setting.plain_only
+
+
 def arms_of(claims: list[Claim], setting: Setting) -> list[str]:
     """The arms that the claims need, "plain" and "sbp" first."""
     if setting.gradients_only or setting.plain_only:
         return ["plain"]
-    claims = [claim for claim in claims if setting.starts_from is not None or not claim.fine_tuning]
+    claims = [claim for claim in claims if asks_of(claim, setting)]
     compares = any(claim.comparisons or claim.dominated_by or claim.against_plain for claim in claims)
     named = ["plain", "sbp"] if compares else []
     for claim in claims:

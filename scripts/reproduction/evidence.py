@@ -11,7 +11,7 @@ from typing import Any
 
 from sbp.training.record.status import read_json
 from scripts.reproduction.arms import ARMS, NULLS, PARTIAL, exists
-from scripts.reproduction.claims import Claim
+from scripts.reproduction.claims import Claim, asks_of
 from scripts.reproduction.settings import Setting
 from scripts.reproduction.verdicts import NOT_RUN, Cost, Difference, combined, difference, needs_more, not_dominated
 
@@ -112,7 +112,9 @@ class Evidence:
 
     def findings(self, claim: Claim) -> list[Finding]:
         """What decides the claim, in this setting; without what does not exist here."""
-        found = []
+        found: list[Finding] = []
+        if not asks_of(claim, self.setting):
+            return found
         for one in claim.comparisons:
             if self.setting.gradients_only and one.measure != "cosine":
                 continue

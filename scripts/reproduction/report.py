@@ -42,12 +42,29 @@ def evidence(folder: Path) -> dict[str, Evidence]:
     return {name: Evidence(one, folder / name) for name, one in found.items() if (folder / name).is_dir()}
 
 
+def decided(known: dict[str, Evidence]) -> tuple[dict[str, Evidence], list[str]]:
+    """Those of which there is something to say, and the names of those with too few runs for that."""
+    asked = {name: one for name, one in known.items() if not one.setting.plain_only}
+    claims = ANSWERED.values()
+    begun = [
+        name
+        for name, one in asked.items()
+        if all(finding.verdict == verdicts.NOT_RUN for claim in claims for finding in one.findings(claim))
+        and not any(choice.trained(claim, one) for claim in claims)
+    ]
+    return {name: one for name, one in asked.items() if name not in begun}, begun
+
+
 def text(folder: Path) -> str:
     """RESULTS.md from the records in the folder `results`."""
-    known, why = evidence(folder), yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
-    parts = [INTRODUCTION, verdicts.RULE, "## In short", markdown(list(overview(known)))]
+    known, begun = decided(evidence(folder))
+    why = yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
+    of_claims = {name: one for name, one in known.items() if one.setting.starts_from is None}
+    parts = [INTRODUCTION, verdicts.RULE, "## In short", markdown(list(overview(of_claims)))]
     parts += [f"Claim 7, Table 1: memory {memory_of_table_1(folder)}, accuracy not run."]
-    parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(known)))]
+    parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(of_claims)))]
+    if begun:
+        parts += [f"Begun, with too few runs for a verdict so far: {', '.join(begun)}."]
     for key, claim in ANSWERED.items():
         title = f"## {key}. {claim.title}" if key in CLAIMS else f"## {claim.title}"
         parts += [title, claim.published]
