@@ -16,7 +16,8 @@ _CALLED = {"stochastic-backprop": "sbp"}  # where distribution and import differ
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers, and the commit of this code.
 
-    That of the git checkout; in a copy without one, what SBP_COMMIT says in the environment, if anything.
+    That of the git checkout, with "-dirty" where the package differs from it; in a copy without one, what SBP_COMMIT
+    says in the environment, if anything.
     """
     found = {"python": platform.python_version()}
     for package in ("stochastic-backprop", "torch", "torchvision", "timm", "numpy", "pillow"):
@@ -24,9 +25,16 @@ def versions() -> dict[str, str]:
             found[_CALLED.get(package, package)] = version(package)
         except PackageNotFoundError:
             continue  # sbp itself, when it runs from a checkout that is not installed
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parents[2]),
+    ]  # the package: a study writes its records into the same checkout
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        head = [*git, "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+        if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True, check=False).returncode:
+            commit += "-dirty"
     except (FileNotFoundError, subprocess.CalledProcessError):
         commit = os.environ.get("SBP_COMMIT", "")
     return found | {"commit": commit} if commit else found

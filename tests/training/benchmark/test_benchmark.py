@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,23 @@ def test_the_commit_is_known_without_git_too(monkeypatch):
     monkeypatch.setenv("SBP_COMMIT", "abc")
     monkeypatch.setenv("PATH", "")
     assert environment.versions()["commit"] == "abc"
+
+
+def test_records_do_not_make_a_checkout_dirty_and_code_does(tmp_path, monkeypatch):
+    code = tmp_path / "sbp" / "training" / "runtime" / "environment.py"
+    record = tmp_path / "results" / "record.json"
+    for path in (code, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "__file__", str(code))
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout[:12]
+    record.write_text("2")
+    assert environment.versions()["commit"] == head
+    code.write_text("2")
+    assert environment.versions()["commit"] == f"{head}-dirty"
 
 
 def test_no_round_begins_once_the_time_is_up():
