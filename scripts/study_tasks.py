@@ -287,5 +287,7 @@ def arm_config(experiment: Experiment, arm: str) -> Config:
 
 def shell(command: str, arguments: list[str]) -> str:
     """A command as a shell takes it, without this machine's paths."""
-    named = ["data.root=FOLDER" if one.startswith("data.root=") else one for one in arguments]
+    paths = {"data.root": "FOLDER", "backbone.pretrained": "FILE"}
+    keys = [one.partition("=")[0] for one in arguments]
+    named = [f"{key}={paths[key]}" if key in paths else one for key, one in zip(keys, arguments, strict=True)]
     return " ".join(["python", command, *(f"'{one}'" if set(one) & set("[]{}$ ") else one for one in named)])

@@ -11,7 +11,7 @@ from scripts import study
 from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
-from scripts.study_tasks import Experiment, arm_config, by_seed, link_images
+from scripts.study_tasks import Experiment, arm_config, by_seed, link_images, shell
 from tests.conftest import others_slow
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
@@ -121,6 +121,7 @@ def test_fine_tuning_starts_from_the_plain_run_of_the_same_seed_on_other_classes
     assert config.backbone.pretrained == f"{before.runs}/plain/seed-3/checkpoints/best.pt"
     assert config.backbone.frozen and not config.sbp.enabled and config.data.num_classes == 4
     assert config.data.root == str(after.runs / "images")
+    assert str(tmp_path) not in shell("train.py", after.common)
 
 
 def test_what_a_setting_starts_from_is_trained_as_well(tmp_path):
