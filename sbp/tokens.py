@@ -180,8 +180,8 @@ class Gated(NamedTuple):
     """An MLP whose hidden channels are a product of two halves.
 
     layers: those into the hidden channels (one for both halves, or two) and the one out of them. gate: from both
-    halves, side by side, to their product. before, after, end: modules in front of the first layers, in
-    front of the last one, and behind it.
+    halves, side by side, to their product. before, after, end: modules in front of the first layers, in front
+    of the last one, and behind it.
     """
 
     layers: tuple[Any, ...]

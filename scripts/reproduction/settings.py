@@ -182,43 +182,34 @@ CONVNEXT_ONCE = replace(
     overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, "recipe.warmup_steps=100"),
     epochs=1,
 )
-# Fine-tuning: trained on six of the classes, then on few images of the other four, which most people do whose memory
-# is small.
-BEFORE: dict[str, Any] = {"classes": (0, 6), "plain_only": True}
-AFTER: dict[str, Any] = {"classes": (6, 10), "images_of_each": 1000, "epochs": 8}
-VIT_BEFORE = replace(
-    SMALL_VIT_ON_PHOTOGRAPHS,
-    name="vit-before",
-    label="the small ViT on six classes of CIFAR-10",
-    overrides=(*SMALL_VIT_ON_PHOTOGRAPHS.overrides, "data.num_classes=6"),
-    **BEFORE,
-)
-CONVNEXT_BEFORE = replace(
-    SMALL_CONVNEXT_ON_PHOTOGRAPHS,
-    name="convnext-before",
-    label="the small ConvNeXt on six classes of CIFAR-10",
-    overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, "data.num_classes=6"),
-    **BEFORE,
-)
-FINE_TUNING = ("data.num_classes=4", "recipe.warmup_steps=50")
-VIT_FINE_TUNED = replace(
-    SMALL_VIT_ON_PHOTOGRAPHS,
-    name="vit-fine_tuned",
-    label="the small ViT, trained on six classes of CIFAR-10, fine-tuned on the other four",
-    overrides=(*SMALL_VIT_ON_PHOTOGRAPHS.overrides, *FINE_TUNING),
-    lr=SMALL_VIT_ON_PHOTOGRAPHS.lr / 4,
-    starts_from="vit-before",
-    **AFTER,
-)
-CONVNEXT_FINE_TUNED = replace(
-    SMALL_CONVNEXT_ON_PHOTOGRAPHS,
-    name="convnext-fine_tuned",
-    label="the small ConvNeXt, trained on six classes of CIFAR-10, fine-tuned on the other four",
-    overrides=(*SMALL_CONVNEXT_ON_PHOTOGRAPHS.overrides, *FINE_TUNING),
-    lr=SMALL_CONVNEXT_ON_PHOTOGRAPHS.lr / 4,
-    starts_from="convnext-before",
-    **AFTER,
-)
+
+
+def fine_tuning(setting: Setting, network: str, what: str) -> tuple[Setting, Setting]:
+    """Training on six of the classes, and what follows: a few images of each of the other four, at a lower rate."""
+    before = replace(
+        setting,
+        name=f"{network}-before",
+        label=f"{what} on six classes of CIFAR-10",
+        overrides=(*setting.overrides, "data.num_classes=6"),
+        classes=(0, 6),
+        plain_only=True,
+    )
+    after = replace(
+        setting,
+        name=f"{network}-fine_tuned",
+        label=f"{what}, trained on six classes of CIFAR-10, fine-tuned on the other four",
+        overrides=(*setting.overrides, "data.num_classes=4", "recipe.warmup_steps=50"),
+        classes=(6, 10),
+        images_of_each=1000,
+        epochs=8,
+        lr=setting.lr / 4,
+        starts_from=before.name,
+    )
+    return before, after
+
+
+VIT_BEFORE, VIT_FINE_TUNED = fine_tuning(SMALL_VIT_ON_PHOTOGRAPHS, "vit", "the small ViT")
+CONVNEXT_BEFORE, CONVNEXT_FINE_TUNED = fine_tuning(SMALL_CONVNEXT_ON_PHOTOGRAPHS, "convnext", "the small ConvNeXt")
 CIFAR_VIT = Setting(
     name="cifar10-vit_tiny-32",
     label="ViT-Tiny with patches of 4 px on CIFAR-10 at 32 px",

@@ -20,16 +20,13 @@ def versions() -> dict[str, str]:
     says in the environment, if anything.
     """
     found = {"python": platform.python_version()}
-    for package in ("stochastic-backprop", "torch", "torchvision", "timm", "numpy", "pillow"):
+    for name in ("stochastic-backprop", "torch", "torchvision", "timm", "numpy", "pillow"):
         try:
-            found[_CALLED.get(package, package)] = version(package)
+            found[_CALLED.get(name, name)] = version(name)
         except PackageNotFoundError:
             continue  # sbp itself, when it runs from a checkout that is not installed
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parents[2]),
-    ]  # the package: a study writes its records into the same checkout
+    package = Path(__file__).parents[2]  # it alone, as a study writes its records into the same checkout
+    git = ["git", "-C", str(package)]
     try:
         head = [*git, "rev-parse", "--short=12", "HEAD"]
         commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
