@@ -5,6 +5,7 @@
     python scripts/study.py scale=gpu claim=all data_root=/path/to/cifar10
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
+    python scripts/study.py scale=cifar10_gpu data_root=/path/to/cifar10    the same with networks of 70 %, on a GPU
     python scripts/study.py scale=fine_tuning data_root=/path/to/cifar10   beside a frozen backbone: two hours of a core
     python scripts/study.py scale=convnext                  input gradients at dropped positions: 1.5 hours of a core
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
@@ -38,6 +39,8 @@ from scripts.reproduction.claims import ANSWERED, Claim, arms_of
 from scripts.reproduction.settings import SCALES, Scale, Setting
 from scripts.study_tasks import Experiment, arm_config, by_seed, link_images, measure_costs, tasks
 
+KINDS = ("training", "gradients", "published", "costs")  # of what there is to do, in this order
+
 
 @dataclass
 class StudyConfig:
@@ -47,7 +50,8 @@ class StudyConfig:
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for what the scale has on each
         GPU, or for one on each core.
-    minutes: stop in good order before they are over. device: null for the scale's own.
+    minutes: stop in good order before they are over. device: null for the scale's own. only: one of "training",
+        "gradients", "published" and "costs", of what is trained so far; null for all of it.
     run_dir: where the runs lie. results: the folder of the records, beside which RESULTS.md goes.
     gpus, nodes: of the imagenet scale.
     """
@@ -60,6 +64,7 @@ class StudyConfig:
     jobs: int | None = None
     minutes: float | None = None
     device: str | None = None
+    only: str | None = None
     run_dir: str = "outputs/study"
     results: str = "outputs/study/results"
     gpus: int = 8
@@ -79,17 +84,19 @@ def main() -> None:
     for experiment in experiments:
         check_images(experiment, config.data_root)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = (config.only,) if config.only else KINDS
     with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:
-        if scale.by_seed:
+        if scale.by_seed and "training" in wanted:
             experiments = [at_measured_time(experiment, claims, scale, jobs) for experiment in experiments]
             for starting in (False, True):  # what others start from comes first
                 several = [one for one in experiments if (one.setting.starts_from is not None) == starting]
                 jobs.do("training", {} if jobs.stopping else by_seed(several, claims))
         for experiment in experiments:
-            experiment = experiment if scale.by_seed else at_measured_time(experiment, claims, scale, jobs)
+            if not scale.by_seed and "training" in wanted:
+                experiment = at_measured_time(experiment, claims, scale, jobs)
             for kind, todo in {} if jobs.stopping else tasks(experiment, claims).items():
-                jobs.do(f"{experiment.setting.name}, {kind}", todo)
-            if not (experiment.setting.gradients_only or experiment.setting.plain_only):
+                jobs.do(f"{experiment.setting.name}, {kind}", todo if kind in wanted else {})
+            if "costs" in wanted and not (experiment.setting.gradients_only or experiment.setting.plain_only):
                 arms = arms_of(claims, experiment.setting)
                 jobs.do(
                     f"{experiment.setting.name}, costs", {"all": partial(measure_costs, experiment, arms, scale.rounds)}
@@ -106,8 +113,7 @@ def at_measured_time(experiment: Experiment, claims: list[Claim], scale: Scale, 
     """With the time that a step with SBP takes, where arms are to be trained for as long as others."""
     if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, experiment.setting)):
         return experiment
-    arms = arms_of(claims, experiment.setting) if scale.by_seed else []  # it may end before all are trained
-    jobs.do(f"{experiment.setting.name}, time", {"of a step": partial(measure_costs, experiment, arms, scale.rounds)})
+    jobs.do(f"{experiment.setting.name}, time", {"of a step": partial(measure_costs, experiment, [], scale.rounds)})
     return experiment if jobs.stopping else experiment.with_measured_time()
 
 
@@ -124,6 +130,8 @@ def read_config(arguments: list[str]) -> StudyConfig:
     allowed = [*SCALES, "imagenet"]
     if config.scale not in allowed:
         sys.exit(f"error: scale must be one of {', '.join(allowed)}, got {config.scale}")
+    if config.only not in (None, *KINDS):
+        sys.exit(f"error: only must be one of {', '.join(KINDS)}, got {config.only}")
     for key, least in {"seeds": 2, "jobs": 1, "gpus": 1, "nodes": 1}.items():
         if (value := getattr(config, key)) is not None and value < least:
             sys.exit(f"error: {key} must be at least {least}, got {value}")

@@ -58,6 +58,11 @@ class DataConfig:
         "each loader process keeps what it has decoded, which a small set of image files is read faster with",
         free="always",
     )
+    on_device: bool = key(
+        False,
+        "all images are decoded once and kept on the device as uint8, where training images are cropped and mirrored: "
+        "for images as small as CIFAR-10's, of which a GPU takes more than loader processes decode",
+    )
     shuffle: str = key(
         "full", "shards reads webdataset shards a few at a time, for disks that seek slowly", one_of=SHUFFLES
     )

@@ -30,6 +30,7 @@ def validate(config: Config) -> Config:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {quoted(objective)}")
     _check_source(config)
+    _check_on_device(config)
     _check_classes(config)
     least = SLOPE_IMAGES["classification"] if config.task == "classification" else 1
     if config.probe.images < least:
@@ -61,6 +62,21 @@ def _check_source(config: Config) -> None:
         raise ValueError(f"data.cache=true needs data.source=folder, got {data.source}")
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
+
+
+def _check_on_device(config: Config) -> None:
+    """Raises ValueError for augmentation that needs images on the host."""
+    recipe = config.recipe
+    if not (config.data.on_device and recipe.augment):
+        return
+    needed: dict[str, Any] = {"auto_augment": None, "color_jitter": 0}
+    for key, neutral in needed.items():
+        if (value := getattr(recipe, key)) != neutral:
+            raise ValueError(f"recipe.{key} must be {json.dumps(neutral)} with data.on_device=true, got {value}")
+    if recipe.crop_padding is None:
+        raise ValueError(
+            "data.on_device=true crops at an image's own scale: recipe.crop_padding must be at least 0, got null"
+        )
 
 
 def _check_scheduler(name: str) -> None:
@@ -177,6 +193,7 @@ _CLASSIFICATION_ONLY: dict[str, Any] = {  # keys that have no effect on a detect
     "recipe.random_erasing": 0,
     "recipe.crop_padding": None,
     "data.train_image_size": None,
+    "data.on_device": False,
     "compile": False,  # training images have other sizes in each step
 }
 _DETECTION_ONLY: dict[str, Any] = {"recipe.short_sides": None, "recipe.crop_share": 0, "data.background": False}

@@ -9,7 +9,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -169,13 +169,23 @@ class ValidationSampler(Sampler[list[tuple[int, int]]]):
             yield [(0, index) for index in self.indices[first : first + self.batch_size]]
 
 
+class Batches(Protocol):
+    """A loader: of a `DataLoader`, what the loop needs."""
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Images:
     """All images of a run. probe: (images, labels), those that gradient cosines are measured on."""
 
-    train: DataLoader
+    train: Batches
     order: TrainSampler
-    validation: DataLoader
+    validation: Batches
     probe: tuple[Tensor, Any]
 
     def some(self, count: int) -> tuple[Tensor, Any]:
@@ -186,7 +196,7 @@ class Images:
 
     def names(self, step: int) -> list[str]:
         """The images of a step's global batch, counted from the run's start; none is read."""
-        dataset = self.train.dataset.dataset  # type: ignore[attr-defined]
+        dataset = self.train.dataset.dataset
         return [path(dataset, index) for _, index in self.order.global_batch(step)]
 
 

@@ -176,7 +176,7 @@ class Run:
     def _pictures(self) -> list[tuple[str, Any]]:
         if self.trainer.sharded or not self.tracker.shows:  # which on other processes it never does
             return []
-        dataset = self.images.validation.dataset.dataset  # type: ignore[attr-defined]
+        dataset = self.images.validation.dataset.dataset
         model, normalize = self.trainer.model, self.trainer.normalize
         return self.task.pictures(model, dataset, PICTURES, normalize=normalize, amp=self.config.amp)
 

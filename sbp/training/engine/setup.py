@@ -1,7 +1,7 @@
 """From a config to the parts of a run."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from sbp.training.data.loading import (
     make_loader,
     spread_samples,
 )
+from sbp.training.data.resident import Crops, resident_loader
 from sbp.training.data.shards import Shards
 from sbp.training.data.sources import prepare
 from sbp.training.engine.probes import saved_bytes_per_image
@@ -104,6 +105,17 @@ def _load_images(config: Config, device: torch.device) -> Images:
         distributed.rank(),
         plan.world_size,
     )
+    probe = spread_samples(train_set, config.probe.images, config.seed, task.collate)
+    if config.data.on_device:
+        unchanged = replace(config, recipe=replace(config.recipe, augment=False))
+        keep = partial(resident_loader, seed=config.seed, workers=config.data.workers, device=device)
+        size, crops = config.data.size_in_training, Crops.of(config.recipe, config.seed)
+        return Images(
+            keep(task.build_datasets(unchanged)[0], order, size=size, crops=crops),
+            order,
+            keep(validation_set, validation, size=config.data.image_size),
+            probe,
+        )
     loader = partial(
         make_loader,
         seed=config.seed,
@@ -116,7 +128,7 @@ def _load_images(config: Config, device: torch.device) -> Images:
         loader(train_set, order, substitutes=SUBSTITUTES),
         order,
         loader(validation_set, validation),
-        spread_samples(train_set, config.probe.images, config.seed, task.collate),
+        probe,
     )
 
 

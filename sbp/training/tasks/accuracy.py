@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import sbp
-from sbp.training.data.loading import NO_IMAGES
+from sbp.training.data.loading import NO_IMAGES, Batches
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.record.status import Preempted
 from sbp.training.runtime import distributed, signals, wrapping
@@ -32,7 +31,7 @@ class Accuracy:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: DataLoader, *, normalize: Normalize | None = None, amp: str = "off", patched: bool = False
+    model: nn.Module, loader: Batches, *, normalize: Normalize | None = None, amp: str = "off", patched: bool = False
 ) -> Accuracy:
     """Runs the model in evaluation mode over the images of all processes, each counted once.
 
@@ -54,7 +53,7 @@ def evaluate(
     return Accuracy(100 * top1 / images_seen, 100 * top5 / images_seen, total / images_seen, int(images_seen))
 
 
-def validation_batches(model: nn.Module, loader: DataLoader, *, patched: bool) -> Iterator[tuple[Tensor, Any]]:
+def validation_batches(model: nn.Module, loader: Batches, *, patched: bool) -> Iterator[tuple[Tensor, Any]]:
     """This process's batches, uint8 (B, 3, H, W) with their targets; in between, the model is in evaluation mode.
 
     All processes have to exhaust it. One that has no images left while others have, and all are needed for a pass of a

@@ -5,13 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig
 from sbp.training.config.run import Config
 from sbp.training.data import loading, sources
-from sbp.training.data.loading import Batch, Sample
+from sbp.training.data.loading import Batch, Batches, Sample
 from sbp.training.data.preprocessing import Normalize, Preprocessing
 from sbp.training.models import build, optim, pretrained
 from sbp.training.tasks import accuracy
@@ -52,6 +52,6 @@ class Classification(Task):
         pretrained.load_starting_weights(model, weights)
 
     def evaluate(
-        self, model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
+        self, model: nn.Module, loader: Batches, *, normalize: Normalize | None, amp: str, patched: bool
     ) -> dict[str, float]:
         return asdict(accuracy.evaluate(model, loader, normalize=normalize, amp=amp, patched=patched))

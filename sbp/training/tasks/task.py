@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig
 from sbp.training.config.run import Config
-from sbp.training.data.loading import Batch, Sample
+from sbp.training.data.loading import Batch, Batches, Sample
 from sbp.training.data.preprocessing import Normalize
 
 
@@ -72,7 +72,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
+        self, model: nn.Module, loader: Batches, *, normalize: Normalize | None, amp: str, patched: bool
     ) -> dict[str, float]:
         """The figures of the validation set, exact for any number of processes, which all have to call it.
 

@@ -9,9 +9,9 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
+from sbp.training.data.loading import Batches
 from sbp.training.runtime import distributed
 from sbp.training.runtime.precision import autocast
 from sbp.training.tasks.accuracy import validation_batches
@@ -25,7 +25,7 @@ _PASTED = 2**24  # pixels of masks that are drawn at once: 64 MB
 @torch.no_grad()
 def evaluate_detection(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Batches,
     *,
     ground_truth: Callable[[], COCO],
     normalize: nn.Module | None = None,

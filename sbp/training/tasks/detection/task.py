@@ -5,12 +5,12 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig
 from sbp.training.config.run import Config
-from sbp.training.data.loading import Batch, Sample
+from sbp.training.data.loading import Batch, Batches, Sample
 from sbp.training.data.preprocessing import Normalize
 from sbp.training.models import pretrained
 from sbp.training.tasks.detection import augmentation, datasets
@@ -54,9 +54,9 @@ class Detection(Task):
         load_body(model, weights)
 
     def evaluate(
-        self, model: nn.Module, loader: DataLoader, *, normalize: Normalize | None, amp: str, patched: bool
+        self, model: nn.Module, loader: Batches, *, normalize: Normalize | None, amp: str, patched: bool
     ) -> dict[str, float]:
-        dataset: Any = loader.dataset.dataset  # type: ignore[attr-defined]
+        dataset: Any = loader.dataset.dataset
         truth = dataset.ground_truth
         return evaluate_detection(model, loader, ground_truth=truth, normalize=normalize, amp=amp, patched=patched)
 
