@@ -37,7 +37,7 @@ def study(options: argparse.Namespace, deadline: float) -> list[str]:
         if one.gradients_only:  # in a moment, and no other shows it
             wanted[f"gpu {one.name}"] = options.photographs, ["scale=gpu", f"setting={one.name}"]
     if options.cifar10:  # as many runs beside one another as the scales say
-        wanted |= {scale: (options.cifar10, [f"scale={scale}"]) for scale in ("cifar10", "fine_tuning")}
+        wanted |= {scale: (options.cifar10, [f"scale={scale}"]) for scale in ("cifar10_gpu", "fine_tuning")}
         for one in SCALES["gpu"].settings:
             if not one.gradients_only:
                 jobs = f"jobs={3 if options.device == 'cuda' else 2}"  # small networks share it

@@ -174,7 +174,7 @@ QUESTIONS = {  # ours, answered in the same way
     "input_gradients": Claim(
         "Does it help to pass on the gradient of a branch's input at dropped positions?",
         "Not in the talk; there dropped positions have no gradient in a branch, neither of weights nor of its input.",
-        (Comparison("input", "sbp"), Comparison("input_0.25", "sbp"), Comparison("query_input_0.25", "query_0.25")),
+        (Comparison("input", "sbp"), Comparison("query_input_0.25", "query_0.25")),
         against_plain=("sbp", "input_0.25", "query_0.25", "ratio_0.25", "input", "query_input_0.25"),
         shows="choice",
     ),

@@ -337,7 +337,7 @@ SCALES = {
         claims=("better", "choice", "2", "5", "1", "learning_rate", "gradients", "masks", "alternatives", "3", "4"),
         rounds=12,
         device="auto",
-        on_one_gpu=8,
+        on_one_gpu=10,
         by_seed=True,
     ),
     "convnext": Scale(

@@ -166,7 +166,7 @@ def test_the_studies_come_with_the_images_that_they_need(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_results.subprocess, "run", run)
     options = Namespace(device="cuda", out=tmp_path / "gpu", cifar10=str(tmp_path), photographs=None)
     assert gpu_results.study(options, perf_counter() + 300) == ["fine_tuning"]
-    assert [command[0] for command in commands] == ["scale=cifar10", "scale=fine_tuning", *3 * ["scale=gpu"]]
+    assert [command[0] for command in commands] == ["scale=cifar10_gpu", "scale=fine_tuning", *3 * ["scale=gpu"]]
     assert all(f"results={tmp_path}" in command and f"data_root={tmp_path}" in command for command in commands)
     assert all("minutes=4.5" in command and "device=cuda" in command for command in commands)
     for command in commands:
