@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from sbp.recompute import Weights
 
 _CENTRED = {LayerNorm: True, LayerNorm2d: True, nn.LayerNorm: True, RmsNorm: False, RmsNorm2d: False}
-_LEVELS, _ONE, _ZERO = 15, 12, 2  # derivatives are k / 12 - 1 / 6 for k = 0 .. 15: from -1/6 to 13/12, with 0 and 1
+_ONE, _ZERO = 12, 1  # derivatives are (code - 1) / 12 for codes 0 to 15: from -1/12 to 14/12, with 0 and 1
+_MIDDLE, _LARGEST = 128, 127  # of the codes of normalised inputs: that of zero, and how far others are from it
 
 
 def obstacle(norm: Any, act: nn.Module | None = None, *others: nn.Module) -> str | None:
@@ -59,87 +60,117 @@ class _InputGradient(torch.autograd.Function):
         down_bias: Tensor | None,
         down_scale: Tensor | None,
     ) -> Tensor:
-        size = x.shape[-1:]
-        if centred:
-            normed = F.layer_norm(x, size, norm_weight, norm_bias, eps)
-        else:
-            normed = F.rms_norm(x, size, norm_weight, eps)
-        normalised, rstd = _normalised(x, centred, eps)
+        normed, mean, rstd = _norm(x, centred, norm_weight, norm_bias, eps)
         hidden = F.linear(normed.reshape(len(x), -1, up.shape[1]).to(up.dtype), up, up_bias)
         if down is None:
             y, derivative, last_scale = hidden, None, up_scale
         else:
             derivative = packed_derivative(_ACTIVATIONS[act][1](hidden))
             y, last_scale = F.linear(_ACTIVATIONS[act][0](hidden), down, down_bias), down_scale
-        ctx.save_for_backward(*quantized_rows(normalised), rstd, derivative, norm_weight, up, down, last_scale)
+        ctx.save_for_backward(*quantized_rows(x, mean), rstd, derivative, norm_weight, up, down, last_scale)
         ctx.centred, ctx.dtype, ctx.shape = centred, x.dtype, x.shape
         return y if last_scale is None else y * last_scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, steps, rstd, derivative, norm_weight, up, down, scale = ctx.saved_tensors
-        if scale is not None:
-            grad = (grad * scale).to(up.dtype)
-        if down is not None:
-            grad = grad @ down
-            grad = grad * unpacked_derivative(derivative, grad.shape[-1], grad.dtype)
-        grad = (grad @ up).reshape(ctx.shape).to(norm_weight.dtype) * norm_weight
-        normalised = dequantized_rows(codes, steps, grad.dtype)
-        centre = grad.mean(-1, keepdim=True) if ctx.centred else 0.0
-        along = (grad * normalised).mean(-1, keepdim=True)
-        return (rstd * (grad - centre - normalised * along)).to(ctx.dtype), *[None] * 11
+        codes, per_unit, rstd, derivative, norm_weight, up, down, scale = ctx.saved_tensors
+        if down is None:
+            grad = grad if scale is None else (grad * scale).to(up.dtype)
+        else:  # divided first, as float16 ends at a number that gradients times _ONE reach
+            grad = (grad / _ONE if scale is None else grad * (scale / _ONE)).to(up.dtype)
+            grad = times_derivative(grad @ down, derivative)
+        grad = (grad @ up).reshape(ctx.shape)
+        return _norm_backward(grad, codes, per_unit, rstd, norm_weight, ctx.centred).to(ctx.dtype), *[None] * 11
 
 
-def _normalised(x: Tensor, centred: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """x of mean 0, where it is centred, and variance 1; and 1 / standard deviation (B, n, 1). At least float32."""
-    x = x if x.dtype == torch.float64 else x.float()
+# -- the norm. Its input is known by codes, from which (x - mean) = (code - _MIDDLE) / per_unit
+
+
+def _norm(
+    x: Tensor, centred: bool, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The normed x; mean, where it is centred, and 1 / standard deviation, (B, n, 1), at least float32."""
     if centred:
-        x = x - x.mean(-1, keepdim=True)
-    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return x * rstd, rstd
+        normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        return normed, _at_least_float32(mean), _at_least_float32(rstd)
+    square = _at_least_float32(x).square().mean(-1, keepdim=True)
+    return F.rms_norm(x, x.shape[-1:], weight, eps), None, (square + eps).rsqrt()
 
 
-# -- few bits
+def _norm_backward(
+    grad: Tensor, codes: Tensor, per_unit: Tensor, rstd: Tensor, weight: Tensor, centred: bool
+) -> Tensor:
+    """The gradient of a norm's input, from that of its output. At least float32."""
+    weight, step = weight.to(rstd.dtype), rstd / per_unit  # of the normalised input, for each code
+    if centred:  # the codes are normalised as if they were the input, which multiplies the gradient by step
+        middle = torch.full_like(step, _MIDDLE)
+        given = grad * per_unit, codes.to(rstd.dtype), codes.shape[-1:], middle, step, weight, None
+        return torch.ops.aten.native_layer_norm_backward(*given, [True, False, False])[0]
+    normalised = (codes.to(rstd.dtype) - _MIDDLE) * step
+    grad = grad * weight
+    return rstd * (grad - normalised * (grad * normalised).mean(-1, keepdim=True))
 
 
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., C) as int8 (..., C), and steps (..., 1): off by at most half of one, 1/254 of a row's largest number."""
-    steps = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x / steps).round_().to(torch.int8), steps
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
-def dequantized_rows(codes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
-    return codes.to(dtype) * steps.to(dtype)
+# -- few bits. Each of these reads and writes everything again, so they are made of as few operators as there can be
+
+
+def quantized_rows(x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (..., C) less its rows' mean as uint8 codes (..., C), and per_unit (..., 1), how many are one unit of x.
+
+    The codes are off by at most half of one: 1 / 254 of a row's largest number.
+    """
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)  # torch.aminmax is far slower on a CPU
+    if mean is None:
+        mean = torch.zeros_like(_at_least_float32(low))
+    per_unit = _LARGEST / torch.maximum(high - mean, mean - low).clamp_min(1e-12)
+    half = mean.new_full((), _MIDDLE + 0.5)  # which makes codes positive, so that cutting them off rounds them
+    return torch.addcmul(half, x - mean, per_unit).to(torch.uint8), per_unit
 
 
 def packed_derivative(x: Tensor) -> Tensor:
-    """Derivatives x (..., n) in 4 bits each, as uint8 (..., ceil(n / 2)): off by at most 1/24 from -5/24 to 27/24."""
-    codes = (x * _ONE).add_(_ZERO).round_().clamp_(0, _LEVELS).to(torch.uint8)
+    """_ONE times derivatives (..., n), which it may change, in 4 bits each, as uint8 (..., ceil(n / 2)).
+
+    They are off by at most 1 / 24 from -1/12 to 14/12, and at most as much more as they are outside of that.
+    """
+    codes = x.add_(_ZERO + 0.5).to(torch.uint8)  # hardly ever below 0, which it then is
     if codes.shape[-1] % 2:
         codes = F.pad(codes, (0, 1))
     low, high = codes.chunk(2, -1)
     return torch.add(low, high, alpha=16)
 
 
-def unpacked_derivative(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    codes = torch.cat([packed & 15, packed >> 4], -1)[..., :channels]
-    return codes.to(dtype).sub_(_ZERO).div_(_ONE)
+def times_derivative(grad: Tensor, packed: Tensor) -> Tensor:
+    """grad (..., n), which it changes, times _ONE times the derivatives."""
+    half = packed.shape[-1]
+    low, high = packed & 15, packed >> 4
+    grad[..., :half].mul_(low.view(torch.int8).sub_(_ZERO))
+    grad[..., half:].mul_(high.view(torch.int8).sub_(_ZERO)[..., : grad.shape[-1] - half])
+    return grad
 
 
-# -- derivatives of activation functions: between -0.13 and 1.13 (GELU), -0.1 and 1.1 (SiLU)
+# -- _ONE times the derivatives of activation functions: of GELU between -0.13 and 1.13, of SiLU -0.1 and 1.1
+
+
+def _times_one(x: Tensor) -> Tensor:
+    """A gradient of _ONE everywhere, of which there is one number only."""
+    return x.new_full((), _ONE).expand_as(x)
 
 
 def _of_gelu(approximate: str) -> Callable[[Tensor], Tensor]:
-    return lambda x: torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    return lambda x: torch.ops.aten.gelu_backward(_times_one(x), x, approximate=approximate)
 
 
 def _of_silu(x: Tensor) -> Tensor:
-    return torch.ops.aten.silu_backward(torch.ones_like(x), x)
+    return torch.ops.aten.silu_backward(_times_one(x), x)
 
 
 def _of_relu(x: Tensor) -> Tensor:
-    return (x > 0).to(x.dtype)
+    return (x > 0).to(x.dtype).mul_(_ONE)
 
 
 _GELU, _TANH = (F.gelu, _of_gelu("none")), (lambda x: F.gelu(x, approximate="tanh"), _of_gelu("tanh"))

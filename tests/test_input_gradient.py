@@ -20,10 +20,14 @@ GRID = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 0, 0]], dt
 @pytest.fixture
 def unrounded(monkeypatch):
     """As if numbers had all their bits."""
-    monkeypatch.setattr(input_gradient, "quantized_rows", lambda x: (x, x[..., :1]))
-    monkeypatch.setattr(input_gradient, "dequantized_rows", lambda codes, steps, dtype: codes)
+
+    def rows(x, mean):
+        ones = torch.ones_like(x[..., :1])
+        return x - (0 if mean is None else mean) + input_gradient._MIDDLE, ones
+
+    monkeypatch.setattr(input_gradient, "quantized_rows", rows)
     monkeypatch.setattr(input_gradient, "packed_derivative", lambda x: x)
-    monkeypatch.setattr(input_gradient, "unpacked_derivative", lambda packed, channels, dtype: packed)
+    monkeypatch.setattr(input_gradient, "times_derivative", lambda grad, packed: grad * packed)
 
 
 # -- the oracle: a branch's value, whose input has its whole gradient and whose weights have that of kept positions
@@ -177,19 +181,42 @@ def test_rounding_changes_little(act):
     assert not any(p.grad is not None for one in (norm, up, down) for p in one.parameters())
 
 
-def test_numbers_in_few_bits():
-    x = torch.cat([torch.linspace(-5 / 24, 27 / 24, 1000), torch.tensor([0.0])]).double()  # an odd number
+def test_derivatives_in_four_bits():
+    x = torch.cat([torch.linspace(-1 / 12, 14 / 12, 1000), torch.tensor([0.0])]).double()  # an odd number
     assert len(x) % 2
-    back = input_gradient.unpacked_derivative(input_gradient.packed_derivative(x), len(x), x.dtype)
+    back = input_gradient.times_derivative(torch.ones_like(x), input_gradient.packed_derivative(12 * x)) / 12
     assert (back - x).abs().max() <= 1 / 24 + 1e-12 and back[-1] == 0 and back[x == 1].eq(1).all()
     packed = input_gradient.packed_derivative(torch.rand(2, 3, 8))
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, 4)
-    rows = torch.randn(50, 64).double() * torch.rand(50, 1).double()
-    codes, steps = input_gradient.quantized_rows(rows)
-    error = (input_gradient.dequantized_rows(codes, steps, rows.dtype) - rows).abs()
-    assert codes.dtype == torch.int8 and (error <= rows.abs().amax(1, keepdim=True) / 254 + 1e-12).all()
-    zero = input_gradient.quantized_rows(torch.zeros(1, 4))
-    assert input_gradient.dequantized_rows(*zero, torch.float32).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", list(input_gradient._ACTIVATIONS), ids=lambda act: act.__name__)
+def test_no_derivative_is_beyond_the_codes(act, dtype):
+    x = torch.linspace(-12, 12, 4001).to(dtype).requires_grad_()
+    with torch.enable_grad():
+        (expected,) = torch.autograd.grad(act()(x.float()).sum(), x)
+    packed = input_gradient.packed_derivative(input_gradient._ACTIVATIONS[act][1](x.detach()))
+    found = input_gradient.times_derivative(torch.ones_like(x), packed).detach().float() / 12
+    assert (found - expected.float()).abs().max() < 1 / 24 + 0.006
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_in_eight_bits(centred, dtype):
+    x = (torch.randn(50, 64) * torch.rand(50, 1) + 3 * torch.randn(50, 1)).to(dtype)
+    wide = x.double()
+    mean = wide.mean(1, keepdim=True).to(torch.promote_types(dtype, torch.float32)) if centred else None
+    codes, per_unit = input_gradient.quantized_rows(x, mean)
+    expected = wide - mean if centred else wide
+    error = ((codes.double() - 128) / per_unit - expected).abs()
+    assert codes.dtype == torch.uint8
+    assert (error <= expected.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+
+
+def test_rows_without_any_difference_have_no_gradient_of_their_own():
+    codes, per_unit = input_gradient.quantized_rows(torch.full((1, 4), 3.0), torch.full((1, 1), 3.0))
+    assert codes.eq(128).all() and per_unit.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
