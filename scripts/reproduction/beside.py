@@ -17,7 +17,7 @@ def sections(folder: Path) -> Iterator[str]:
         yield (
             f"{record['settings']}. torch {versions['torch']}, timm {versions['timm']}, commit {versions['commit']}, "
             f"by a script around `sbp.apply` that was not kept ([the record]({path.relative_to(folder.parent)})); "
-            "`python scripts/study.py scale=cifar10` asks the same. One run or two of each: no verdict."
+            "`python scripts/study.py scale=cifar10_gpu` asks the same. One run or two of each: no verdict."
         )
         for network, arms in record["networks"].items():
             yield f"### {network}"
