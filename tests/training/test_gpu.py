@@ -12,7 +12,13 @@ import torch
 import sbp
 from sbp.training.benchmark.arms import ARMS
 from sbp.training.benchmark.runner import Runner
+from sbp.training.config.batches import plan_batches
+from sbp.training.config.images import DataConfig
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
+from sbp.training.data.loading import TrainSampler
+from sbp.training.data.preprocessing import validation_transform
+from sbp.training.data.resident import Crops, resident_loader
+from sbp.training.data.sources import SyntheticImages
 from sbp.training.engine import setup
 from sbp.training.record.checkpoint import Checkpoints, find
 from tests.conftest import (
@@ -83,6 +89,23 @@ def test_a_step_of_a_run_waits_for_its_loss_and_the_gradients_norm_alone(device,
         loss = trainer.backward(2, [batch[:2]])
     trainer.update(2)  # reads the gradient's norm
     assert loss.read() > 0
+
+
+@pytest.mark.gpu
+def test_images_on_a_device_are_those_on_a_cpu_and_are_not_waited_for(device):
+    def loader(device):
+        data = SyntheticImages(10, 2, 8, validation_transform(DataConfig(image_size=8)))
+        order = TrainSampler(10, plan_batches(4, None, 1), 0)
+        crops = Crops(padding=2, flip=0.5, seed=0)
+        return resident_loader(data, order, seed=0, workers=0, device=device, size=8, crops=crops)
+
+    given, expected = loader(device), list(loader(torch.device("cpu")))
+    with never_waits(device):
+        found = list(given)
+    assert len(found) == 2
+    for batch, other in zip(found, expected, strict=True):
+        assert batch.images.device == batch.labels.device == device
+        assert torch.equal(batch.images.cpu(), other.images) and torch.equal(batch.labels.cpu(), other.labels)
 
 
 @pytest.mark.gpu
