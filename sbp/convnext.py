@@ -21,6 +21,7 @@ from sbp import input_gradient, recompute
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
+from sbp.neighbours import lend
 from sbp.recompute import Function
 from sbp.state import LayerMap, Shape, State
 
@@ -109,6 +110,21 @@ class ConvNeXtState(State):
         maps = tuple(LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages)
         self.begin(Shape(sizes[last], maps, len(x)), x.device)
 
+    def lends_on(self, index: int | None) -> LayerMap | None:
+        """The map of SBP layer `index`, where kept positions lend their gradient to dropped ones; else None."""
+        lends = self.settings.dropped == "neighbours" and index is not None
+        return self.running.shape.maps[index] if lends else None  # type: ignore[index]
+
+    def entering(self, streams: Streams, where: Positions, scale: float, lent: LayerMap | None) -> Streams:
+        """The streams of a branch's input. Where dropped positions get a gradient, `scale` is for the weights alone.
+
+        where: positions of the map `lent`, whose kept ones lend theirs; None where they do not.
+        """
+        if self.settings.dropped == "none":
+            return streams
+        kept = streams.kept if lent is None else lend(streams, *where, lent)
+        return Streams(rescale_gradient(kept, 1 / scale), streams.dropped)
+
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
     """timm's `ConvNeXtBlock`, whose pointwise part is trained through kept positions only.
@@ -117,6 +133,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     """
 
     sbp_compiled_method = "run"
+    sbp_lends = True
     sbp_state: ConvNeXtState
     sbp_index: int | None
     mlp: Any  # with timm's own attributes, which torch's types do not know
@@ -141,27 +158,31 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     def run(self, x: Tensor, where: Positions | None, scale: float) -> Tensor:
         """forward, with these positions or all. scale: of the gradient that enters the branch at kept positions."""
         shortcut = self.shortcut(x)
+        lent = None if where is None else self.sbp_state.lends_on(self.sbp_index)
         if self.sbp_state.recomputes(self) == "block":
-            pointwise = partial(self._pointwise, where, scale)
+            pointwise = partial(self._pointwise, where, scale, lent)
             streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
-            streams = self._pointwise(where, scale, x)
+            streams = self._pointwise(where, scale, lent, x)
         y = _joined(streams, where, scale)  # (B, N, C)
         return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def _pointwise(self, where: Positions | None, scale: float, x: Tensor, again: bool = False) -> Streams:
+    def _pointwise(
+        self, where: Positions | None, scale: float, lent: LayerMap | None, x: Tensor, again: bool = False
+    ) -> Streams:
         """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
         y = self.conv_dw(x).flatten(2).transpose(1, 2)
         streams = Streams(y, None) if where is None else split(y, *where)
+        if where is not None:
+            streams = self.sbp_state.entering(streams, where, scale, lent)
         mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
             first, second = recompute.weights(mlp.fc1), recompute.weights(mlp.fc2, self.gamma)
-            kept = rescale_gradient(streams.kept, 1 / scale)  # what is rescaled is for the weights
-            kept = linear(first, partial(_normed, self.norm), reads=[*self.norm.parameters()])(kept)
+            kept = linear(first, partial(_normed, self.norm), reads=[*self.norm.parameters()])(streams.kept)
             kept = linear(second, mlp.act)(kept)
             return Streams(kept, input_gradient.branch(streams.dropped, self.norm, first, mlp.act, second))
         up = linear(mlp.fc1, partial(_normed, self.norm), reads=[*self.norm.parameters()])
@@ -192,6 +213,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
 class SBPDownsample(nn.Sequential):
     """A norm and a convolution whose patches do not overlap: kept output positions can be computed alone."""
 
+    sbp_lends = True
     sbp_state: ConvNeXtState
     sbp_index: int | None
 
@@ -215,7 +237,8 @@ class SBPDownsample(nn.Sequential):
             everywhere = torch.arange(height * width, device=x.device)
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
-            streams = split(x, patch_pixels(where.keep, width, size), patch_pixels(where.drop, width, size))
+            pixels = Positions(*(patch_pixels(patches, width, size) for patches in where))
+            streams = split(x, *pixels)
         weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
             weights,
@@ -225,10 +248,13 @@ class SBPDownsample(nn.Sequential):
             cheap=again != "none",
         )
         scale = self.sbp_state.pointwise_scale(self, self.sbp_index)
+        if where is not None:
+            lent = self.sbp_state.lends_on(self.sbp_index)
+            finer = None if lent is None else LayerMap(*(size * one for one in lent))
+            streams = self.sbp_state.entering(streams, pixels, scale, finer)
         if where is not None and self.sbp_state.passes_input:
-            kept, dropped = rescale_gradient(streams.kept, 1 / scale), streams.dropped
-            assert dropped is not None
-            streams = Streams(to_output(kept), input_gradient.branch(dropped, norm, weights))
+            assert streams.dropped is not None
+            streams = Streams(to_output(streams.kept), input_gradient.branch(streams.dropped, norm, weights))
         else:
             streams = kept_gradient(to_output, streams)
         y = _joined(streams, where, scale)

@@ -98,7 +98,7 @@ class _Split(torch.autograd.Function):
         ctx.save_for_backward(keep, drop)
         ctx.dim = dim
         ctx.set_materialize_grads(False)
-        return _take(x, keep, dim), _take(x, drop, dim)
+        return take(x, keep, dim), take(x, drop, dim)
 
     @staticmethod
     @once_differentiable
@@ -106,7 +106,7 @@ class _Split(torch.autograd.Function):
         if kept is None and dropped is None:
             return None, None, None, None
         keep, drop = ctx.saved_tensors
-        return _scatter(kept, dropped, keep, drop, ctx.dim), None, None, None
+        return scatter(kept, dropped, keep, drop, ctx.dim), None, None, None
 
 
 class _Join(torch.autograd.Function):
@@ -114,19 +114,19 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, kept: Tensor, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(keep, drop)
         ctx.dim = dim
-        out = _scatter(kept, dropped, keep, drop, dim)
+        out = scatter(kept, dropped, keep, drop, dim)
         return out.view_as(out)  # torch 2.11 compiles a tensor that was only written to as one without gradient
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         keep, drop = ctx.saved_tensors
-        kept = _take(grad, keep, ctx.dim) if ctx.needs_input_grad[0] else None
-        dropped = _take(grad, drop, ctx.dim) if ctx.needs_input_grad[1] else None
+        kept = take(grad, keep, ctx.dim) if ctx.needs_input_grad[0] else None
+        dropped = take(grad, drop, ctx.dim) if ctx.needs_input_grad[1] else None
         return kept, dropped, None, None, None
 
 
-def _scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
+def scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
     """A tensor with `kept` at keep and `dropped` at drop; zeros where one is None."""
     some = kept if kept is not None else dropped
     assert some is not None
@@ -142,7 +142,8 @@ def _scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Te
     return out
 
 
-def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """x at these positions along `dim`, (n,) or, along 1, (B, n)."""
     if index.ndim == 1:
         return x.index_select(dim, index)
     return x.flatten(0, 1).index_select(0, _in_batch(index, x.shape[1])).unflatten(0, index.shape)

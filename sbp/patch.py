@@ -89,6 +89,8 @@ def apply(
         unbiased estimate of the exact one. A dropped position then saves 3 C bytes instead of nothing, and costs half
         of the backward pass of a kept one. Of ViTs and ConvNeXt v1, with GELU, SiLU or ReLU and without dropout; a
         ViT needs a `mhsa_drop` under which the loss depends on dropped tokens.
+        "neighbours": that of a branch's input is the mean of the kept positions' in the 3 x 3 cells of the mask around;
+        weights as with "input". It saves nothing more than "none", and costs next to nothing. Of ConvNeXt v1 and v2.
     exact_recompute: `recompute` within `disabled`, where backpropagation is exact and would else save more; None for
         the same. The backward pass has to run within it, too.
 
@@ -105,6 +107,10 @@ def apply(
     names = _choose_layers(backbone, layers)
     for name in names if dropped == "input" else []:
         _check_input_gradient(name, backbone.layers[name], sbp_classes)
+    for name in names if dropped == "neighbours" else []:
+        kind = type(backbone.layers[name])
+        if not hasattr(sbp_classes[kind], "sbp_lends"):
+            raise ValueError(f"dropped='neighbours' is for the maps of a ConvNeXt, and {name} is a {kind.__name__}")
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 

@@ -7,7 +7,7 @@ MHSA_DROPS = ("qkv", "query", "head", "qkv_exact")
 EVALUATIONS = ("exact", "published")
 RECOMPUTE = ("none", "cheap", "block")
 MASK_PER = ("batch", "half", "sample")
-DROPPED = ("none", "input")
+DROPPED = ("none", "input", "neighbours")
 
 _CHOICES = {
     "mask": MASKS,

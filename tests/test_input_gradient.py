@@ -281,5 +281,5 @@ def test_refusals_name_the_layer(make, message):
 
 
 def test_a_setting_that_there_is_not():
-    with pytest.raises(ValueError, match="dropped must be one of none, input, got 'output'"):
+    with pytest.raises(ValueError, match="dropped must be one of none, input, neighbours, got 'output'"):
         sbp.apply(small_vit(), dropped="output")

@@ -120,6 +120,14 @@ ARMS = {
     "input_0.125": Arm(
         "input gradients at dropped positions, keep-ratio 0.125", input_gradients(0.125), convnext_only=True
     ),
+    "neighbours": Arm(
+        "gradients of neighbours at dropped positions", fixed("sbp.dropped=neighbours"), convnext_only=True
+    ),
+    "neighbours_0.25": Arm(
+        "gradients of neighbours at dropped positions, keep-ratio 0.25",
+        fixed("sbp.dropped=neighbours", "sbp.keep_ratio=0.25"),
+        convnext_only=True,
+    ),
     "input_per_sample": Arm(
         "input gradients at dropped positions, a mask for each image",
         input_gradients(0.5, "sbp.mask_per=sample"),

@@ -178,6 +178,14 @@ QUESTIONS = {  # ours, answered in the same way
         against_plain=("sbp", "input_0.25", "query_0.25", "ratio_0.25", "input", "query_input_0.25"),
         shows="choice",
     ),
+    "neighbours": Claim(
+        "Does it help to lend dropped positions the gradients of their neighbours?",
+        "Not in the talk. Found after the runs with input gradients had shown what is missing: the mean of the kept "
+        "positions around costs neither memory nor matrix products.",
+        both("neighbours", "sbp"),
+        against_plain=("neighbours", "sbp", "neighbours_0.25", "ratio_0.25"),
+        shows="choice",
+    ),
     "fine_tuning": Claim(
         "In fine-tuning, what does SBP lose beside exact backpropagation and a frozen backbone?",
         "Not in the talk.",

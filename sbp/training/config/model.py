@@ -97,7 +97,7 @@ class SbpConfig:
     rescale: bool = key(False, "multiply the gradient that enters a branch at kept positions by N / K")
     dropped: str = key(
         "none",
-        "`input`: pointwise branches pass the gradient of their input on at dropped positions, too, for 3 bytes a "
-        "channel; see docs/method.md",
+        "what dropped positions have of the gradient. `input`: pointwise branches pass that of their input on, for 3 "
+        "bytes a channel; `neighbours`: the mean of the kept ones around, in a ConvNeXt; see docs/method.md",
         one_of=DROPPED,
     )
