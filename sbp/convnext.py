@@ -8,7 +8,7 @@ layers, activation, response norm and layer scale are SBP. The mask is drawn at 
 stage and enlarged for the earlier ones, so that the same image regions are kept throughout (Fang et al., 2022).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from sbp import input_gradient, recompute
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
-from sbp.neighbours import lend
+from sbp.neighbours import Neighbourhood, lend, neighbourhood
 from sbp.recompute import Function
-from sbp.state import LayerMap, Shape, State
+from sbp.state import LayerMap, Pass, Shape, State
 
 SUPPORTED = "timm's ConvNeXt v1 and v2 (`ConvNeXtBlock` with a norm over channels)"
 
@@ -110,20 +110,29 @@ class ConvNeXtState(State):
         maps = tuple(LayerMap(*sizes[stage], totals[last] // totals[stage]) for stage in self.stages)
         self.begin(Shape(sizes[last], maps, len(x)), x.device)
 
-    def lends_on(self, index: int | None) -> LayerMap | None:
-        """The map of SBP layer `index`, where kept positions lend their gradient to dropped ones; else None."""
-        lends = self.settings.dropped == "neighbours" and index is not None
-        return self.running.shape.maps[index] if lends else None  # type: ignore[index]
+        if self.settings.dropped == "neighbours" and self.current is not None and not self.current.around:
+            self.current.around = list(self._neighbourhoods(self.current))
 
-    def entering(self, streams: Streams, where: Positions, scale: float, lent: LayerMap | None) -> Streams:
-        """The streams of a branch's input. Where dropped positions get a gradient, `scale` is for the weights alone.
+    def _neighbourhoods(self, current: Pass) -> Iterator[Neighbourhood | None]:
+        """Of each SBP layer; those of layers on the same map are one."""
+        known: dict[Any, Neighbourhood] = {}
+        layers: Any = self.members
+        for layer, where, on in zip(layers, current.positions, current.shape.maps, strict=True):
+            if where is None:
+                yield None
+                continue
+            size = layer[1].kernel_size[0] if isinstance(layer, nn.Sequential) else 1  # patches of a downsampling layer
+            if (id(where), size) not in known:
+                pixels = where if size == 1 else patches_of(where, on.width, size)
+                known[id(where), size] = neighbourhood(pixels, LayerMap(*(size * one for one in on)))
+            yield known[id(where), size]
 
-        where: positions of the map `lent`, whose kept ones lend theirs; None where they do not.
-        """
-        if self.settings.dropped == "none":
-            return streams
-        kept = streams.kept if lent is None else lend(streams, *where, lent)
-        return Streams(rescale_gradient(kept, 1 / scale), streams.dropped)
+    def entering(self, streams: Streams, index: int | None, scale: float) -> Streams:
+        """The streams of a branch's input, of which dropped positions may have a gradient, too."""
+        if self.passes_input:  # the scale is for the weights alone
+            return Streams(rescale_gradient(streams.kept, 1 / scale), streams.dropped)
+        around = self.running.around[index] if index is not None and self.running.around else None
+        return streams if around is None else lend(streams, around)
 
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
@@ -158,26 +167,23 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     def run(self, x: Tensor, where: Positions | None, scale: float) -> Tensor:
         """forward, with these positions or all. scale: of the gradient that enters the branch at kept positions."""
         shortcut = self.shortcut(x)
-        lent = None if where is None else self.sbp_state.lends_on(self.sbp_index)
         if self.sbp_state.recomputes(self) == "block":
-            pointwise = partial(self._pointwise, where, scale, lent)
+            pointwise = partial(self._pointwise, where, scale)
             streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
-            streams = self._pointwise(where, scale, lent, x)
+            streams = self._pointwise(where, scale, x)
         y = _joined(streams, where, scale)  # (B, N, C)
         return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def _pointwise(
-        self, where: Positions | None, scale: float, lent: LayerMap | None, x: Tensor, again: bool = False
-    ) -> Streams:
+    def _pointwise(self, where: Positions | None, scale: float, x: Tensor, again: bool = False) -> Streams:
         """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
         y = self.conv_dw(x).flatten(2).transpose(1, 2)
         streams = Streams(y, None) if where is None else split(y, *where)
         if where is not None:
-            streams = self.sbp_state.entering(streams, where, scale, lent)
+            streams = self.sbp_state.entering(streams, self.sbp_index, scale)
         mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
@@ -237,8 +243,7 @@ class SBPDownsample(nn.Sequential):
             everywhere = torch.arange(height * width, device=x.device)
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
-            pixels = Positions(*(patch_pixels(patches, width, size) for patches in where))
-            streams = split(x, *pixels)
+            streams = split(x, *patches_of(where, width, size))
         weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
             weights,
@@ -249,9 +254,7 @@ class SBPDownsample(nn.Sequential):
         )
         scale = self.sbp_state.pointwise_scale(self, self.sbp_index)
         if where is not None:
-            lent = self.sbp_state.lends_on(self.sbp_index)
-            finer = None if lent is None else LayerMap(*(size * one for one in lent))
-            streams = self.sbp_state.entering(streams, pixels, scale, finer)
+            streams = self.sbp_state.entering(streams, self.sbp_index, scale)
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
             streams = Streams(to_output(streams.kept), input_gradient.branch(streams.dropped, norm, weights))
@@ -275,6 +278,11 @@ def _normed(norm: nn.Module, positions: Tensor) -> Tensor:
     if type(norm) in (LayerNorm, RmsNorm, SimpleNorm):
         return norm(positions)
     return norm(positions.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
+
+
+def patches_of(where: Positions, patches_per_row: int, size: int) -> Positions:
+    """The pixels of patches, each as whole."""
+    return Positions(*(patch_pixels(patches, patches_per_row, size) for patches in where))
 
 
 def patch_pixels(patches: Tensor, patches_per_row: int, size: int) -> Tensor:

@@ -8,7 +8,7 @@ Shapes: maps of H x W = N positions, divided into cells of factor x factor, of w
 whole; K and D positions are kept and dropped.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,34 +16,51 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sbp.functional import Streams, scatter, take
+from sbp.masks import Positions
 from sbp.state import LayerMap
 
 
-def lend(streams: Streams, keep: Tensor, drop: Tensor, where: LayerMap) -> Tensor:
-    """The kept stream, whose gradient is lent to the dropped one as well.
+class Neighbourhood(NamedTuple):
+    """What the layers of one map have in common in a forward pass.
 
-    streams: (B, K, C) and (B, D, C). keep, drop: int64 (K,), (D,) or (B, K), (B, D). where: the map that they index.
+    keep, drop: int64 (K,), (D,) or (B, K), (B, D). cells: of the dropped positions, as `drop`. kept: how many of each
+    cell and those around it are kept, at least 1, (1 or B, cells, 1). where: the map.
     """
+
+    keep: Tensor
+    drop: Tensor
+    cells: Tensor
+    kept: Tensor
+    where: LayerMap
+
+
+def neighbourhood(positions: Positions, where: LayerMap) -> Neighbourhood:
+    keep, drop = positions
+    ones = torch.ones(keep.shape if keep.ndim == 2 else (1, len(keep)), device=keep.device)
+    kept = _around(scatter(ones[..., None], None, keep, drop, 1), where)
+    return Neighbourhood(keep, drop, _cells(drop, where), kept.clamp_min(1), where)  # of none the sum is 0
+
+
+def lend(streams: Streams, to: Neighbourhood) -> Streams:
+    """The same streams, (B, K, C) and (B, D, C); the gradient that reaches the kept one is lent to the dropped one."""
     assert streams.dropped is not None
-    return _Lend.apply(streams.kept, streams.dropped, keep, drop, where)
+    return Streams(_Lend.apply(streams.kept, streams.dropped, *to), streams.dropped)
 
 
-def mean_of_neighbours(kept: Tensor, keep: Tensor, drop: Tensor, where: LayerMap) -> Tensor:
+def mean_of_neighbours(kept: Tensor, around: Neighbourhood) -> Tensor:
     """For each dropped position the mean of the kept ones in its own and the eight cells around it; 0 without any.
 
     kept: (B, K, C). Returns (B, D, C).
     """
-    ones = kept.new_ones((*keep.shape, 1)) if keep.ndim == 2 else kept.new_ones((1, len(keep), 1))
-    sums, counts = (_over_cells(scatter(one, None, keep, drop, 1), where) for one in (kept, ones))
-    means = sums / counts.clamp_min(0.5 / 9)  # of less than one cell there is no mean
-    return take(means, _cells(drop, where))
+    means = _around(scatter(kept, None, around.keep, around.drop, 1), around.where) / around.kept.to(kept.dtype)
+    return take(means, around.cells)
 
 
-def _over_cells(x: Tensor, where: LayerMap) -> Tensor:
-    """The mean of x (B, N, C) over each cell and those around it, beyond the border zeros. (B, cells, C)."""
+def _around(x: Tensor, where: LayerMap) -> Tensor:
+    """The means of x (B, N, C) over cells, summed over each and those around it. (B, cells, C)."""
     maps = x.unflatten(1, (where.height, where.width)).permute(0, 3, 1, 2)  # channels last
     cells = F.avg_pool2d(maps, where.factor) if where.factor > 1 else maps
-    return F.avg_pool2d(cells, 3, stride=1, padding=1).flatten(2).transpose(1, 2)
+    return F.avg_pool2d(cells, 3, stride=1, padding=1, divisor_override=1).flatten(2).transpose(1, 2)
 
 
 def _cells(positions: Tensor, where: LayerMap) -> Tensor:
@@ -56,13 +73,14 @@ def _cells(positions: Tensor, where: LayerMap) -> Tensor:
 
 class _Lend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, dropped: Tensor, keep: Tensor, drop: Tensor, where: LayerMap) -> Tensor:
-        ctx.save_for_backward(keep, drop)
-        ctx.where = where
+    def forward(ctx: Any, kept: Tensor, dropped: Tensor, *to: Any) -> Tensor:
+        *tensors, ctx.where = to
+        ctx.save_for_backward(*tensors)
         return kept.view_as(kept)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        keep, drop = ctx.saved_tensors
-        return grad, mean_of_neighbours(grad, keep, drop, ctx.where), None, None, None
+        keep, drop, cells, kept = ctx.saved_tensors
+        around = Neighbourhood(keep, drop, cells, kept, ctx.where)
+        return grad, mean_of_neighbours(grad, around), *[None] * len(around)

@@ -56,6 +56,7 @@ class Pass:
         self.fixed = fixed  # the mask that was set, rather than drawn
         self.positions = positions
         self.key = key
+        self.around: list[Any] = []  # of each layer, what a family knows besides of its positions
         self.ran: set[int] = set()  # the SBP layers that ran with gradient
         self.backward: int | None = None  # the backward pass that has reached it
 
@@ -151,8 +152,8 @@ class State:
         return self.settings.dropped == "input"
 
     def pointwise_scale(self, module: nn.Module, index: int | None) -> float:
-        """The same of a branch whose input has one at dropped positions, too; what leaves it is divided again."""
-        if self.settings.dropped == "none" or index is None or self.positions(module, index) is None:
+        """The same of a branch that dropped positions pass on, too; the gradient that leaves it is divided again."""
+        if not self.passes_input or index is None or self.positions(module, index) is None:
             return self.gradient_scale(module, index)
         return 1 / self.keep_ratio(index)
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.func import functional_call
 
 import sbp
-from sbp.masks import positions
-from sbp.neighbours import mean_of_neighbours
+from sbp.masks import Positions, positions
+from sbp.neighbours import mean_of_neighbours, neighbourhood
 from sbp.state import LayerMap
 from tests import oracles
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
@@ -37,8 +37,7 @@ def with_lent_gradient(layer, run, x, mask, kept_outputs, factor):
     entering = x.view_as(x)
     entering.register_hook(lambda gradient: lent(gradient, mask, factor))
     of_input = functional_call(branch, fixed, (entering,))
-    scale = kept_outputs.numel() / int(kept_outputs.sum())
-    of_weights = oracles.only_kept(branch(x.detach()), kept_outputs, scale)
+    of_weights = oracles.only_kept(branch(x.detach()), kept_outputs)
     return of_input + (of_weights - of_weights.detach())
 
 
@@ -82,11 +81,12 @@ def test_each_image_may_have_a_mask_of_its_own(factor):
     gradient = torch.randn(3, 6, side, side).double()
     flat = gradient.flatten(2).transpose(1, 2)
     each = torch.arange(3)[:, None]
-    found = mean_of_neighbours(flat[each, where.keep], *where, on)
+    found = mean_of_neighbours(flat[each, where.keep], neighbourhood(where, on))
     for image in range(3):
         expected = lent(gradient[image : image + 1], masks[image], factor).flatten(2)[0].T
         torch.testing.assert_close(found[image], expected[where.drop[image]])
-        alone = mean_of_neighbours(flat[image : image + 1, where.keep[image]], *(one[image] for one in where), on)
+        own = Positions(*(one[image] for one in where))
+        alone = mean_of_neighbours(flat[image : image + 1, own.keep], neighbourhood(own, on))
         torch.testing.assert_close(found[image : image + 1], alone)
 
 
@@ -94,7 +94,7 @@ def test_without_a_neighbour_there_is_none():
     mask = torch.zeros(5, 5, dtype=torch.bool)
     mask[0, 0] = True
     where = positions(mask, 1)
-    found = mean_of_neighbours(torch.ones(1, 1, 2).double(), *where, LayerMap(5, 5))
+    found = mean_of_neighbours(torch.ones(1, 1, 2).double(), neighbourhood(where, LayerMap(5, 5)))
     near = torch.tensor([i in (1, 5, 6) for i in where.drop.tolist()])
     assert found[0, near].eq(1).all() and found[0, ~near].eq(0).all()
 
@@ -114,7 +114,7 @@ def test_a_gradient_that_changes_evenly_is_lent_as_it_is():
     mask = (row + column) % 2 == 0
     gradient = torch.stack([row + 2.0 * column, 3.0 - row], -1).flatten(0, 1)[None].double()
     where = positions(mask, side**2 // 2)
-    found = mean_of_neighbours(gradient[:, where.keep], *where, LayerMap(side, side))
+    found = mean_of_neighbours(gradient[:, where.keep], neighbourhood(where, LayerMap(side, side)))
     inner = ((row > 0) & (row < side - 1) & (column > 0) & (column < side - 1)).flatten()[where.drop]
     assert inner.sum() == 18
     torch.testing.assert_close(found[:, inner], gradient[:, where.drop[inner]])
