@@ -17,11 +17,11 @@ from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, 
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
-from sbp import input_gradient, recompute
+from sbp import input_gradient, neighbours, recompute
 from sbp.backbone import Backbone, only
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
-from sbp.neighbours import Neighbourhood, lend, neighbourhood
+from sbp.neighbours import Neighbourhood, neighbourhood
 from sbp.recompute import Function
 from sbp.state import LayerMap, Pass, Shape, State
 
@@ -121,18 +121,20 @@ class ConvNeXtState(State):
             if where is None:
                 yield None
                 continue
-            size = layer[1].kernel_size[0] if isinstance(layer, nn.Sequential) else 1  # patches of a downsampling layer
+            size = layer.sbp_patch
             if (id(where), size) not in known:
                 pixels = where if size == 1 else patches_of(where, on.width, size)
                 known[id(where), size] = neighbourhood(pixels, LayerMap(*(size * one for one in on)))
             yield known[id(where), size]
 
-    def entering(self, streams: Streams, index: int | None, scale: float) -> Streams:
-        """The streams of a branch's input, of which dropped positions may have a gradient, too."""
+    def split(self, x: Tensor, where: Positions, index: int | None, scale: float) -> Streams:
+        """The streams that enter the branch of SBP layer `index`, of x (B, N, C); where: what it keeps of N."""
+        if self.settings.dropped == "neighbours":
+            return neighbours.split(x, self.running.around[index])  # type: ignore[index]
+        streams = split(x, *where)
         if self.passes_input:  # the scale is for the weights alone
             return Streams(rescale_gradient(streams.kept, 1 / scale), streams.dropped)
-        around = self.running.around[index] if index is not None and self.running.around else None
-        return streams if around is None else lend(streams, around)
+        return streams
 
 
 class SBPConvNeXtBlock(ConvNeXtBlock):
@@ -142,7 +144,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     """
 
     sbp_compiled_method = "run"
-    sbp_lends = True
+    sbp_patch = 1  # the side of what it reads for each of its positions
     sbp_state: ConvNeXtState
     sbp_index: int | None
     mlp: Any  # with timm's own attributes, which torch's types do not know
@@ -181,9 +183,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     def _pointwise(self, where: Positions | None, scale: float, x: Tensor, again: bool = False) -> Streams:
         """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
         y = self.conv_dw(x).flatten(2).transpose(1, 2)
-        streams = Streams(y, None) if where is None else split(y, *where)
-        if where is not None:
-            streams = self.sbp_state.entering(streams, self.sbp_index, scale)
+        streams = Streams(y, None) if where is None else self.sbp_state.split(y, where, self.sbp_index, scale)
         mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
@@ -219,9 +219,14 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
 class SBPDownsample(nn.Sequential):
     """A norm and a convolution whose patches do not overlap: kept output positions can be computed alone."""
 
-    sbp_lends = True
     sbp_state: ConvNeXtState
     sbp_index: int | None
+
+    @property
+    def sbp_patch(self) -> int:
+        """As of a block."""
+        conv: Any = self[1]
+        return conv.kernel_size[0]
 
     @classmethod
     def sbp_input_obstacle(cls, layers: Any) -> str | None:
@@ -236,14 +241,15 @@ class SBPDownsample(nn.Sequential):
         conv: Any = self[1]
         if where is None and (again == "none" or not _is_patchwise(conv)):
             return super().forward(x)
-        size = conv.kernel_size[0]
+        size, scale = self.sbp_patch, self.sbp_state.pointwise_scale(self, self.sbp_index)
         height, width = x.shape[-2] // size, x.shape[-1] // size
         x = x[..., : height * size, : width * size].flatten(2).transpose(1, 2)  # (B, H * W, C), whole patches
         if where is None:
             everywhere = torch.arange(height * width, device=x.device)
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
-            streams = split(x, *patches_of(where, width, size))
+            pixels = patches_of(where, width, size)
+            streams = self.sbp_state.split(x, pixels, self.sbp_index, scale)
         weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
             weights,
@@ -252,9 +258,6 @@ class SBPDownsample(nn.Sequential):
             reads=[*norm.parameters()],
             cheap=again != "none",
         )
-        scale = self.sbp_state.pointwise_scale(self, self.sbp_index)
-        if where is not None:
-            streams = self.sbp_state.entering(streams, self.sbp_index, scale)
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
             streams = Streams(to_output(streams.kept), input_gradient.branch(streams.dropped, norm, weights))

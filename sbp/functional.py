@@ -130,6 +130,9 @@ def scatter(kept: Tensor | None, dropped: Tensor | None, keep: Tensor, drop: Ten
     """A tensor with `kept` at keep and `dropped` at drop; zeros where one is None."""
     some = kept if kept is not None else dropped
     assert some is not None
+    if torch.compiler.is_compiling():
+        parts = [_or_zeros(part, some, index, dim) for part, index in ((kept, keep), (dropped, drop))]
+        return take(torch.cat(parts, dim), _inverse(torch.cat([keep, drop], -1)), dim)
     shape = list(some.shape)
     shape[dim] = keep.shape[-1] + drop.shape[-1]
     whole = kept is not None and dropped is not None
@@ -147,6 +150,24 @@ def take(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
     if index.ndim == 1:
         return x.index_select(dim, index)
     return x.flatten(0, 1).index_select(0, _in_batch(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _or_zeros(part: Tensor | None, like: Tensor, index: Tensor, dim: int) -> Tensor:
+    if part is not None:
+        return part
+    shape = list(like.shape)
+    shape[dim] = index.shape[-1]
+    return like.new_zeros(shape)
+
+
+def _inverse(order: Tensor) -> Tensor:
+    """Where each of 0..N-1 stands in permutations (..., N).
+
+    For what is compiled: fused, reading from there costs no more than writing to `order` does, and torch 2.11 compiles
+    several tensors that are made empty, then written to, into gradients of zero.
+    """
+    numbers = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.zeros_like(order).scatter(-1, order, numbers)
 
 
 def _in_batch(index: Tensor, positions: int) -> Tensor:

@@ -41,19 +41,19 @@ def neighbourhood(positions: Positions, where: LayerMap) -> Neighbourhood:
     return Neighbourhood(keep, drop, _cells(drop, where), kept.clamp_min(1), where)  # of none the sum is 0
 
 
-def lend(streams: Streams, to: Neighbourhood) -> Streams:
-    """The same streams, (B, K, C) and (B, D, C); the gradient that reaches the kept one is lent to the dropped one."""
-    assert streams.dropped is not None
-    return Streams(_Lend.apply(streams.kept, streams.dropped, *to), streams.dropped)
+def split(x: Tensor, around: Neighbourhood) -> Streams:
+    """As `functional.split`, of x (B, N, C). In its gradient the kept positions lend theirs to the dropped ones."""
+    return Streams(*_Split.apply(x, *around))
 
 
-def mean_of_neighbours(kept: Tensor, around: Neighbourhood) -> Tensor:
-    """For each dropped position the mean of the kept ones in its own and the eight cells around it; 0 without any.
+def lent(kept: Tensor, around: Neighbourhood) -> Tensor:
+    """Kept positions (B, K, C) as they are; dropped ones as the mean of those in the 3 x 3 cells around theirs, or 0.
 
-    kept: (B, K, C). Returns (B, D, C).
+    Returns (B, N, C).
     """
-    means = _around(scatter(kept, None, around.keep, around.drop, 1), around.where) / around.kept.to(kept.dtype)
-    return take(means, around.cells)
+    sums = _around(scatter(kept, None, around.keep, around.drop, 1), around.where)
+    dropped = take(sums / around.kept.to(kept.dtype), around.cells)
+    return scatter(kept, dropped, around.keep, around.drop, 1)
 
 
 def _around(x: Tensor, where: LayerMap) -> Tensor:
@@ -71,16 +71,20 @@ def _cells(positions: Tensor, where: LayerMap) -> Tensor:
     return row * columns + column
 
 
-class _Lend(torch.autograd.Function):
+class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, dropped: Tensor, *to: Any) -> Tensor:
-        *tensors, ctx.where = to
-        ctx.save_for_backward(*tensors)
-        return kept.view_as(kept)
+    def forward(
+        ctx: Any, x: Tensor, keep: Tensor, drop: Tensor, cells: Tensor, kept: Tensor, where: LayerMap
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(keep, drop, cells, kept)
+        ctx.where = where
+        dropped = take(x, drop)
+        ctx.mark_non_differentiable(dropped)
+        return take(x, keep), dropped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         keep, drop, cells, kept = ctx.saved_tensors
         around = Neighbourhood(keep, drop, cells, kept, ctx.where)
-        return grad, mean_of_neighbours(grad, around), *[None] * len(around)
+        return lent(grad, around), *[None] * len(around)

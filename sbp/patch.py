@@ -109,7 +109,7 @@ def apply(
         _check_input_gradient(name, backbone.layers[name], sbp_classes)
     for name in names if dropped == "neighbours" else []:
         kind = type(backbone.layers[name])
-        if not hasattr(sbp_classes[kind], "sbp_lends"):
+        if not hasattr(sbp_classes[kind], "sbp_patch"):
             raise ValueError(f"dropped='neighbours' is for the maps of a ConvNeXt, and {name} is a {kind.__name__}")
     if rank is None:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -41,6 +41,7 @@ MODELS = {
     "convnext, block": lambda: sbp.apply(convnext(), recompute="block"),
     "vit query, input": lambda: sbp.apply(vit(), mhsa_drop="query", dropped="input"),
     "convnext, input": lambda: sbp.apply(convnext(), dropped="input"),
+    "convnext, neighbours": lambda: sbp.apply(convnext(), dropped="neighbours"),
     "vit query, sample": lambda: sbp.apply(vit(), mhsa_drop="query", mask_per="sample", rescale=True),
     "vit head, half, rescaled": lambda: sbp.apply(
         vit(global_pool="avg"), mhsa_drop="head", mask="random", mask_per="half", rescale=True

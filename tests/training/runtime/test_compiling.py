@@ -39,6 +39,7 @@ MODELS = {
     "convnext": lambda: sbp.apply(small_convnext(**RATE)),
     "convnext rescaled": lambda: sbp.apply(small_convnext(), rescale=True),
     "convnext, input": lambda: sbp.apply(small_convnext(**RATE), dropped="input"),
+    "convnext, neighbours": lambda: sbp.apply(small_convnext(**RATE), dropped="neighbours"),
     "convnext, block": lambda: sbp.apply(small_convnext(**RATE), recompute="block"),
 }
 OTHERS = {  # a model, the pixels of an image, and how many kinds of blocks there may be

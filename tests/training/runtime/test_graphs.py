@@ -239,6 +239,7 @@ SETTINGS = {
     "convnext random cheap": lambda: sbp.apply(small_convnext(), mask="random", recompute="cheap"),
     "convnext block": lambda: sbp.apply(small_convnext(drop_path_rate=0.2), recompute="block"),
     "convnext, input": lambda: sbp.apply(small_convnext(), dropped="input", recompute="cheap"),
+    "convnext, neighbours": lambda: sbp.apply(small_convnext(), dropped="neighbours"),
     "convnext v2": lambda: sbp.apply(small_convnext(use_grn=True)),
 }
 
