@@ -129,6 +129,14 @@ def test_contexts_and_diagnostics_take_the_compiled_model(name):
     assert ours.total == pytest.approx(expected.total, abs=1e-9) and ours.per_layer.keys() == expected.per_layer.keys()
 
 
+def test_inductor_with_maps_of_two_sizes():
+    """Of which torch 2.11 made gradients of zero; all others take too long for every day."""
+    model = sbp.apply(convnext(), layers=["stages.0.blocks.0", "stages.2.blocks.0"])
+    expected = gradients(copy.deepcopy(model), images(64))
+    found = gradients(torch.compile(model, fullgraph=True), images(64))
+    assert_same_gradients(plain_names(found), expected, tolerance=1e-8)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
