@@ -90,7 +90,7 @@ def apply(
         of the backward pass of a kept one. Of ViTs and ConvNeXt v1, with GELU, SiLU or ReLU and without dropout; a
         ViT needs a `mhsa_drop` under which the loss depends on dropped tokens.
         "neighbours": that of a branch's input is the mean of the kept positions' in the 3 x 3 cells of the mask around;
-        weights as with "input". It saves nothing more than "none", and costs next to nothing. Of ConvNeXt v1 and v2.
+        weights as with "none". It saves nothing more than "none", and costs next to nothing. Of ConvNeXt v1 and v2.
     exact_recompute: `recompute` within `disabled`, where backpropagation is exact and would else save more; None for
         the same. The backward pass has to run within it, too.
 

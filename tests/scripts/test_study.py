@@ -129,3 +129,24 @@ def test_what_a_setting_starts_from_is_trained_as_well(tmp_path):
     assert [one.name for one in study.chosen(asked, SCALES["fine_tuning"])] == ["vit-before", "vit-fine_tuned"]
     everything = replace(asked, setting=None)
     assert len(study.chosen(everything, SCALES["fine_tuning"])) == len(SCALES["fine_tuning"].settings) == 4
+
+
+@pytest.mark.parametrize("only", [None, *study.KINDS])
+def test_a_part_of_the_study_can_be_done_alone(only, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(study, "by_seed", lambda *_: {"training": lambda jobs: done.append("training")})
+    kinds = ("training", "gradients", "published")
+    monkeypatch.setattr(
+        study, "tasks", lambda *_: {kind: {"a": lambda jobs, kind=kind: done.append(kind)} for kind in kinds}
+    )
+    monkeypatch.setattr(study, "measure_costs", lambda *_: done.append("costs"))
+    monkeypatch.setattr(study, "write_results", lambda folder: None)
+    given = ["scale=convnext", "setting=digits-convnext", f"run_dir={tmp_path}", f"results={tmp_path}", "jobs=1"]
+    monkeypatch.setattr(study.sys, "argv", ["study.py", *given, *([f"only={only}"] if only else [])])
+    study.main()
+    assert set(done) == ({only} if only else set(study.KINDS))
+
+
+def test_a_part_that_there_is_not():
+    with pytest.raises(SystemExit, match="only must be one of training, gradients, published, costs, got testing"):
+        study.read_config(["only=testing"])
