@@ -322,65 +322,31 @@ PHOTOGRAPHS_CONVNEXT = replace(
     **GRADIENTS_ONLY,
 )
 
+WHICH_SETTING = ("better", "neighbours", "choice", "2", "5", "1", "learning_rate", "gradients", "masks")
+WHICH_SETTING += ("alternatives", "3", "4")  # in this order
+SHORT_RUNS: dict[str, Any] = {"rounds": 12, "device": "auto", "on_one_gpu": 10, "by_seed": True}
+
 SCALES = {
     "laptop": Scale((DIGITS_VIT, CIFAR_SMALL_VIT), claims=("1", "2", "5", "exact_attention"), rounds=15, device="cpu"),
     "cifar10": Scale(
         (SMALL_VIT_ON_PHOTOGRAPHS, SMALL_CONVNEXT_ON_PHOTOGRAPHS),
-        claims=(
-            "better",
-            "neighbours",
-            "choice",
-            "learning_rate",
-            "5",
-            "2",
-            "1",
-            "gradients",
-            "masks",
-            "alternatives",
-            "3",
-            "4",
-        ),
-        rounds=12,
-        device="auto",
-        on_one_gpu=6,
-        by_seed=True,
+        claims=WHICH_SETTING,
+        **SHORT_RUNS,
     ),
     "cifar10_gpu": Scale(
         (VIT_ON_A_GPU, CONVNEXT_ON_A_GPU),
-        claims=(
-            "better",
-            "neighbours",
-            "choice",
-            "2",
-            "5",
-            "1",
-            "learning_rate",
-            "gradients",
-            "masks",
-            "alternatives",
-            "3",
-            "4",
-        ),
-        rounds=12,
-        device="auto",
-        on_one_gpu=10,
-        by_seed=True,
+        claims=WHICH_SETTING,
+        **SHORT_RUNS,
     ),
     "convnext": Scale(
         (DIGITS_CONVNEXT, CONVNEXT_ONCE),
         claims=("input_gradients",),
-        rounds=12,
-        device="auto",
-        on_one_gpu=6,
-        by_seed=True,
+        **SHORT_RUNS,
     ),
     "fine_tuning": Scale(
         (VIT_BEFORE, CONVNEXT_BEFORE, VIT_FINE_TUNED, CONVNEXT_FINE_TUNED),
         claims=("fine_tuning",),
-        rounds=12,
-        device="auto",
-        on_one_gpu=6,
-        by_seed=True,
+        **SHORT_RUNS,
     ),
     "gpu": Scale(
         (CIFAR_VIT, CIFAR_VIT_224, CIFAR_CONVNEXT_224, PHOTOGRAPHS_VIT, PHOTOGRAPHS_CONVNEXT),
