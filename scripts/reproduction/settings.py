@@ -322,8 +322,10 @@ PHOTOGRAPHS_CONVNEXT = replace(
     **GRADIENTS_ONLY,
 )
 
-WHICH_SETTING = ("better", "neighbours", "choice", "2", "5", "1", "learning_rate", "gradients", "masks")
-WHICH_SETTING += ("alternatives", "3", "4")  # in this order
+# The claims and questions in the order in which their runs matter for the choice.
+WHICH_SETTING = tuple(
+    ["better", "neighbours", "choice", "2", "5", "1", "learning_rate", "gradients", "masks", "alternatives", "3", "4"]
+)
 SHORT_RUNS: dict[str, Any] = {"rounds": 12, "device": "auto", "on_one_gpu": 10, "by_seed": True}
 
 SCALES = {
