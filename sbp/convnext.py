@@ -127,11 +127,16 @@ class ConvNeXtState(State):
                 known[id(where), size] = neighbourhood(pixels, LayerMap(*(size * one for one in on)))
             yield known[id(where), size]
 
-    def split(self, x: Tensor, where: Positions, index: int | None, scale: float) -> Streams:
-        """The streams that enter the branch of SBP layer `index`, of x (B, N, C); where: what it keeps of N."""
+    def split(
+        self, x: Tensor, where: Positions, index: int | None, scale: float, patches: tuple[int, int] | None = None
+    ) -> Streams:
+        """The streams that enter the branch of SBP layer `index`, of x (B, N, C).
+
+        where: what it keeps of N, or of patches: so many in a row, and their side.
+        """
         if self.settings.dropped == "neighbours":
             return neighbours.split(x, self.running.around[index])  # type: ignore[index]
-        streams = split(x, *where)
+        streams = split(x, *(where if patches is None else patches_of(where, *patches)))
         if self.passes_input:  # the scale is for the weights alone
             return Streams(rescale_gradient(streams.kept, 1 / scale), streams.dropped)
         return streams
@@ -248,8 +253,7 @@ class SBPDownsample(nn.Sequential):
             everywhere = torch.arange(height * width, device=x.device)
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
-            pixels = patches_of(where, width, size)
-            streams = self.sbp_state.split(x, pixels, self.sbp_index, scale)
+            streams = self.sbp_state.split(x, where, self.sbp_index, scale, patches=(width, size))
         weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
             weights,

@@ -114,8 +114,7 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, kept: Tensor, dropped: Tensor | None, keep: Tensor, drop: Tensor, dim: int) -> Tensor:
         ctx.save_for_backward(keep, drop)
         ctx.dim = dim
-        out = scatter(kept, dropped, keep, drop, dim)
-        return out.view_as(out)  # torch 2.11 compiles a tensor that was only written to as one without gradient
+        return scatter(kept, dropped, keep, drop, dim)
 
     @staticmethod
     @once_differentiable
@@ -164,7 +163,7 @@ def _inverse(order: Tensor) -> Tensor:
     """Where each of 0..N-1 stands in permutations (..., N).
 
     For what is compiled: fused, reading from there costs no more than writing to `order` does, and torch 2.11 compiles
-    several tensors that are made empty, then written to, into gradients of zero.
+    a tensor that is made, then written to, as one without gradient, or into gradients of zero.
     """
     numbers = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     return torch.zeros_like(order).scatter(-1, order, numbers)

@@ -35,6 +35,7 @@ class Neighbourhood(NamedTuple):
 
 
 def neighbourhood(positions: Positions, where: LayerMap) -> Neighbourhood:
+    """That of the map's kept and dropped positions."""
     keep, drop = positions
     ones = torch.ones(keep.shape if keep.ndim == 2 else (1, len(keep)), device=keep.device)
     kept = _around(scatter(ones[..., None], None, keep, drop, 1), where)

@@ -103,19 +103,22 @@ CIFAR_SMALL_VIT = replace(
     epochs=1,
     needs_root=True,
 )
-# The choice between settings, on photographs with two small networks. A run takes ten minutes of a core.
-SMALL_ON_PHOTOGRAPHS = (
+PHOTOGRAPHS_RECIPE = (
     "data=cifar10",
-    "data.workers=0",
-    "data.cache=true",
     "recipe=short",
-    "amp=off",
-    "threads=1",
     "recipe.crop_padding=4",
     "recipe.label_smoothing=0",
     "recipe.warmup_epochs=0",
-    "recipe.warmup_steps=300",
     "recipe.lr_base_batch_size=null",
+)
+# The choice between settings, on photographs with two small networks. A run takes ten minutes of a core.
+SMALL_ON_PHOTOGRAPHS = (
+    *PHOTOGRAPHS_RECIPE,
+    "data.workers=0",
+    "data.cache=true",
+    "amp=off",
+    "threads=1",
+    "recipe.warmup_steps=300",
     "eval_batch_size=100",
 )
 SMALL_VIT_ON_PHOTOGRAPHS = Setting(
@@ -158,18 +161,13 @@ SMALL_CONVNEXT_ON_PHOTOGRAPHS = replace(
     lr=4e-3,
     is_vit=False,
 )
-# Both in the sizes that reach 70 % on a GPU, where a run takes half a minute and several share it.
+# Both in sizes that reach 70 %, for a GPU, which several runs share.
 ON_A_GPU = (
-    "data=cifar10",
+    *PHOTOGRAPHS_RECIPE,
     "data.on_device=true",
     "data.workers=2",
-    "recipe=short",
     "threads=2",
-    "recipe.crop_padding=4",
-    "recipe.label_smoothing=0",
-    "recipe.warmup_epochs=0",
     "recipe.warmup_steps=150",
-    "recipe.lr_base_batch_size=null",
     "eval_batch_size=1000",
 )
 VIT_ON_A_GPU = replace(

@@ -29,15 +29,18 @@ class Crops:
     seed: int
 
     @classmethod
-    def of(cls, recipe: RecipeConfig, seed: int) -> "Crops":
-        """Those that `train_transform` makes; without any where `recipe.augment` is false."""
-        return cls(recipe.crop_padding or 0, recipe.flip, seed) if recipe.augment else cls(0, 0.0, seed)
+    def of(cls, recipe: RecipeConfig, seed: int) -> "Crops | None":
+        """Those that `train_transform` makes; None where `recipe.augment` is false."""
+        return cls(recipe.crop_padding or 0, recipe.flip, seed) if recipe.augment else None
 
     def draw(self, turn: int, length: int) -> np.ndarray:
         """For each image of pass `turn` the first row, the first column, and 1 where it is mirrored. (length, 3)."""
         rng = np.random.default_rng(np.random.SeedSequence((self.seed, seeding.SAMPLE, turn)))
         corners = rng.integers(2 * self.padding + 1, size=(length, 2))
         return np.column_stack([corners, rng.random(length) < self.flip])
+
+
+_drawn = lru_cache(maxsize=2)(Crops.draw)  # a batch may be of two passes
 
 
 def cropped(images: Tensor, draws: Tensor, padding: int) -> Tensor:
@@ -71,19 +74,26 @@ class ResidentLoader:
         crops: Crops | None = None,
     ) -> None:
         self.dataset, self.images, self.labels, self.sampler, self.crops = dataset, images, labels, sampler, crops
-        self._drawn = lru_cache(maxsize=2)(lambda turn: Crops.draw(crops, turn, len(images)))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.sampler:
-            indices = self._moved(np.array([index for _, index in batch]))
-            images, labels = self.images[indices], self.labels[indices]
+            turns, indices = np.array(batch).T
+            there = self._moved(indices)
+            images, labels = self.images[there], self.labels[there]
             if self.crops is not None:
-                draws = np.stack([self._drawn(turn)[index] for turn, index in batch])
+                draws = self._draws(self.crops, turns, indices)
                 images = cropped(images, self._moved(draws), self.crops.padding)
             yield Batch(images, labels, [])
+
+    def _draws(self, crops: Crops, turns: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        draws = np.empty((len(turns), 3), dtype=np.int64)
+        for turn in np.unique(turns):
+            of_it = turns == turn
+            draws[of_it] = _drawn(crops, int(turn), len(self.images))[indices[of_it]]
+        return draws
 
     def _moved(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.images.device, non_blocking=True)
@@ -118,7 +128,7 @@ def resident_loader(
     done = 0
     for batch in loader:
         some, their = readable(batch)
-        images[done : done + len(some)] = some.to(device)
-        labels[done : done + len(some)] = their.to(device)
+        images[done : done + len(some)] = some
+        labels[done : done + len(some)] = their
         done += len(some)
     return ResidentLoader(SeededDataset(dataset, seed), images, labels, sampler, crops)

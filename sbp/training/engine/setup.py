@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from sbp.training.config.rules import SLOPE_IMAGES
 from sbp.training.config.run import Config
 from sbp.training.data.loading import (
     SUBSTITUTES,
+    Batches,
     Images,
     TrainSampler,
     ValidationSampler,
@@ -106,30 +106,19 @@ def _load_images(config: Config, device: torch.device) -> Images:
         plan.world_size,
     )
     probe = spread_samples(train_set, config.probe.images, config.seed, task.collate)
+    common: dict[str, Any] = {"seed": config.seed, "workers": config.data.workers, "device": device}
+    train: Batches
+    evaluated: Batches
     if config.data.on_device:
         unchanged = replace(config, recipe=replace(config.recipe, augment=False))
-        keep = partial(resident_loader, seed=config.seed, workers=config.data.workers, device=device)
         size, crops = config.data.size_in_training, Crops.of(config.recipe, config.seed)
-        return Images(
-            keep(task.build_datasets(unchanged)[0], order, size=size, crops=crops),
-            order,
-            keep(validation_set, validation, size=config.data.image_size),
-            probe,
-        )
-    loader = partial(
-        make_loader,
-        seed=config.seed,
-        workers=config.data.workers,
-        device=device,
-        prefetch=config.data.prefetch,
-        collate=task.collate,
-    )
-    return Images(
-        loader(train_set, order, substitutes=SUBSTITUTES),
-        order,
-        loader(validation_set, validation),
-        probe,
-    )
+        train = resident_loader(task.build_datasets(unchanged)[0], order, size=size, crops=crops, **common)
+        evaluated = resident_loader(validation_set, validation, size=config.data.image_size, **common)
+    else:
+        common |= {"prefetch": config.data.prefetch, "collate": task.collate}
+        train = make_loader(train_set, order, substitutes=SUBSTITUTES, **common)
+        evaluated = make_loader(validation_set, validation, **common)
+    return Images(train, order, evaluated, probe)
 
 
 def build_trainer(

@@ -105,7 +105,7 @@ def test_evaluation_sees_the_images_that_a_loader_gives(tmp_path):
 def test_training_images_are_those_of_the_folder(tmp_path):
     config = folder_config(image_folders(tmp_path), *AT_16, "recipe.augment=false", "data.on_device=true")
     images = setup.load_images(config, CPU)
-    assert images.train.crops.padding == 0
+    assert images.train.crops is None
     dataset, _ = build_datasets(config.data, config.recipe)
     assert torch.equal(images.train.images, torch.stack([image for image, _ in dataset]))
     assert images.train.labels.tolist() == [label for _, label in dataset]
