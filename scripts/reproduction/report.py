@@ -134,7 +134,9 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
         yield "Cosine similarity to the exact gradient, and in brackets the ratio of the norms:"
         yield markdown(list(gradients_table(claim, one)))
     if not undecided:
-        yield markdown(list(findings_table(findings, key in CLAIMS)))
+        yield markdown(list(findings_table([finding for finding in findings if finding.found.pairs], key in CLAIMS)))
+        lacking = [label(arm) for arm in arms_of([claim], one.setting) if not one.trained(arm, "top1")]
+        yield from [f"Not trained: {'; '.join(lacking)}."] if lacking else []
     figure = one.folder / f"claim-{key}.png"
     if figure.is_file():
         yield f"![{claim.title}]({figure.relative_to(figure.parents[3]).as_posix()})"

@@ -234,6 +234,7 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
             facts += [*versions, sizes, record["device"], *record.get("devices", []), *record.get("commits", [])]
             facts.append(record["versions"]["commit"])
     texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
+    texts += [f"{before} {arm.label}" for arm in ARMS.values() for before in ":;"]  # in lists of arms
     flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
     for known in sorted((*facts, *texts, *verdicts.RULE.splitlines()), key=len, reverse=True):
         flat = flat.replace(re.sub(r"`[^`]*`", "", known.strip()), "")
