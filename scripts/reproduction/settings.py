@@ -83,7 +83,7 @@ PLAIN_RECIPE = ("recipe=demo", "recipe.label_smoothing=0", "threads=1")  # no au
 
 DIGITS_VIT = Setting(
     name="digits-vit",
-    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens) on generated cluttered digits at 32 px",
+    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens and a class token) on generated digits at 32 px",
     overrides=(*SMALL_VIT, "data=cluttered_digits", "data.train_images=3072", *PLAIN_RECIPE, "recipe.warmup_epochs=1"),
     sbp_layers=4,
     other_layers=tuple(f"blocks.{i}" for i in range(4)),
@@ -98,7 +98,7 @@ DIGITS_VIT = Setting(
 CIFAR_SMALL_VIT = replace(
     DIGITS_VIT,
     name="cifar10-vit",
-    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens) on CIFAR-10 at 32 px",
+    label="a small ViT (6 blocks of 64 channels, 8 x 8 tokens and a class token) on CIFAR-10 at 32 px",
     overrides=(*SMALL_VIT, "data=cifar10", "data.workers=0", *PLAIN_RECIPE, "recipe.warmup_epochs=0"),
     epochs=1,
     needs_root=True,

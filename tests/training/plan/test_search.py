@@ -17,7 +17,7 @@ from sbp.training.plan.times import How, forecast_times
 from sbp.training.record.files import read_json
 from tests.training.configs import composed, small
 
-RECORDS = Path(__file__).parents[3] / "results" / "laptop" / "digits-vit" / "training"
+RECORDS = Path(__file__).parents[3] / "results"
 T4 = find("t4")
 EXACT = Setting(1.0, "qkv", "none")
 MIB = 2**20
@@ -39,18 +39,31 @@ def test_names_are_those_of_the_benchmark_s_arms():
 def test_what_is_not_known_of_accuracy_is_said():
     config = small()
     assert accuracy(config, EXACT) == "exact gradient"
-    assert accuracy(config, Setting(0.25, "query", "none")) == NOT_STUDIED
+    assert accuracy(config, Setting(0.125, "query", "none")) == NOT_STUDIED
     config = small("backbone.name=eva02_tiny_patch14_224")
     assert accuracy(config, Setting(0.25, "qkv", "none")) == NOT_STUDIED  # neither a ViT nor a ConvNeXt
 
 
+ARMS = {("qkv", 0.5): "sbp", ("qkv", 0.25): "ratio_0.25", ("query", 0.5): "query", ("query", 0.25): "query_0.25"}
+
+
 @pytest.mark.parametrize(
-    ("arm", "setting"), [("sbp", (0.5, "qkv")), ("ratio_0.25", (0.25, "qkv")), ("query", (0.5, "query"))]
+    ("images", "network", "setting", "digits"),
+    [
+        *(("CIFAR-10", network, setting, 1) for network in ("vit", "convnext") for setting in ARMS),
+        *(("digits", "vit", setting, 0) for setting in ARMS),
+    ],
 )
-def test_what_is_known_of_the_digits_is_what_the_records_say(arm, setting):
-    top1 = {one: fmean(run["top1"] for run in read_json(RECORDS / f"{one}.json")["runs"]) for one in ("plain", arm)}
-    said = accuracy(small(), Setting(*setting, "none"))
-    assert said.endswith(f"digits {top1[arm] - top1['plain']:+.0f}")
+def test_what_is_known_of_small_networks_is_what_the_records_say(images, network, setting, digits):
+    folder = RECORDS / {"CIFAR-10": f"cifar10_gpu/{network}", "digits": f"laptop/digits-{network}"}[images] / "training"
+    plain, arm = (read_json(folder / f"{arm}.json").get("runs", []) for arm in ("plain", ARMS[setting]))
+    backbone = [] if network == "vit" else ["backbone=convnext_tiny"]
+    said = accuracy(small(*backbone), Setting(setting[1], setting[0], "none"))
+    if not arm:
+        assert images not in said
+        return
+    gap = fmean(run["top1"] for run in arm) - fmean(run["top1"] for run in plain)
+    assert f"{images} {gap:+.{digits}f}" in said.split("; ")
 
 
 @pytest.mark.parametrize("how", [How(), How(graph=True, cast_together=True), How(compile=True)])
