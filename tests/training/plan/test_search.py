@@ -57,8 +57,7 @@ ARMS = {("qkv", 0.5): "sbp", ("qkv", 0.25): "ratio_0.25", ("query", 0.5): "query
 def test_what_is_known_of_small_networks_is_what_the_records_say(images, network, setting, digits):
     folder = RECORDS / {"CIFAR-10": f"cifar10_gpu/{network}", "digits": f"laptop/digits-{network}"}[images] / "training"
     plain, arm = (read_json(folder / f"{arm}.json").get("runs", []) for arm in ("plain", ARMS[setting]))
-    backbone = [] if network == "vit" else ["backbone=convnext_tiny"]
-    said = accuracy(small(*backbone), Setting(setting[1], setting[0], "none"))
+    said = accuracy(small(backbone=network), Setting(setting[1], setting[0], "none"))
     if not arm:
         assert images not in said
         return
