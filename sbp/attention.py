@@ -82,6 +82,7 @@ def attend(block: Any, x: Streams, read: int | None, places: Places = NOWHERE) -
 def attend_with_some_heads(block: Any, x: Streams, read: int | None, key: Tensor, places: Places = NOWHERE) -> Branch:
     """head: some heads run with gradient at all tokens, the others without; the projection's bias keeps its own."""
     attn, state, index = block.attn, block.sbp_state, block.sbp_index
+    recompute.require_plain(*([attn.q_proj, attn.k_proj, attn.v_proj] if attn.qkv is None else [attn.qkv]), attn.proj)
     assert index is not None and x.dropped is not None  # only "qkv" skips it
     count = kept_heads(attn.num_heads, state.keep_ratios[index])
     order = torch.argsort(masks.hashed_scores(key, attn.num_heads, stream=1 + index))
@@ -141,8 +142,12 @@ def _to_heads(block: Any) -> Callable[[Tensor, Tensor | None, Tensor | None], QK
     """The function from tokens (B, n, C), their rope and which are no padding to q, k and v, each (B, h, n, d)."""
     attn = block.attn
     if attn.qkv is not None:
-        bias = None if getattr(attn, "q_bias", None) is None else _packed(attn)[1]
-        to_qkv = block.sbp_linear(attn.qkv, *block.sbp_before(1), bias=bias)
+        layer = attn.qkv
+        if getattr(attn, "q_bias", None) is not None:  # timm, too, reads the weight of its layer then
+            weight, bias = _packed(attn)
+            assert bias is not None
+            layer = recompute.Weights(recompute.lowered(weight), recompute.lowered(bias), None)
+        to_qkv = block.sbp_linear(layer, *block.sbp_before(1))
         sizes = [attn.num_heads] * 3
     else:
         to_qkv = _three_layers(block)

@@ -4,7 +4,7 @@ A family is one file with three things: `find(model)`, which returns a `Backbone
 maps each timm class to the subclass that takes its place; and `SUPPORTED`, a phrase for error messages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,6 +53,15 @@ def blocks_of(name: str, network: Any) -> dict[str, nn.Module]:
     """The blocks of a network that stands under this name in the model, by their qualified names."""
     prefix = f"{name}." if name else ""
     return {f"{prefix}blocks.{i}": block for i, block in enumerate(network.blocks)}
+
+
+def is_own(
+    model: Any, kind: Any, methods: Sequence[str] = ("forward", "forward_features", "forward_head", "pool")
+) -> bool:
+    """Whether these methods of a network are those of timm's class, neither overridden nor replaced on the instance."""
+    return all(
+        getattr(type(model), name, None) is getattr(kind, name, None) and name not in vars(model) for name in methods
+    )
 
 
 def require(name: str, module: Any, *kinds: type[nn.Module]) -> None:

@@ -97,6 +97,8 @@ class ConvNeXtState(State):
 
     def enter_first_stage(self, stage: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the first stage. Its input: (B, C, H, W)."""
+        if self.is_idle:
+            return
         (x,) = args
         height, width = x.shape[-2:]
         sizes, totals, total = [], [], 1
@@ -127,15 +129,25 @@ class ConvNeXtState(State):
                 known[id(where), size] = neighbourhood(pixels, LayerMap(*(size * one for one in on)))
             yield known[id(where), size]
 
+    def around(self, where: Positions | None, index: int | None) -> Neighbourhood | None:
+        """What SBP layer `index` lends gradients by in this pass, if it does."""
+        lends = self.settings.dropped == "neighbours" and where is not None
+        return self.running.around[index] if lends else None  # type: ignore[index]
+
     def split(
-        self, x: Tensor, where: Positions, index: int | None, scale: float, patches: tuple[int, int] | None = None
+        self,
+        x: Tensor,
+        where: Positions,
+        around: Neighbourhood | None,
+        scale: float,
+        patches: tuple[int, int] | None = None,
     ) -> Streams:
-        """The streams that enter the branch of SBP layer `index`, of x (B, N, C).
+        """The streams that enter the branch of an SBP layer, of x (B, N, C).
 
         where: what it keeps of N, or of patches: so many in a row, and their side.
         """
-        if self.settings.dropped == "neighbours":
-            return neighbours.split(x, self.running.around[index])  # type: ignore[index]
+        if around is not None:
+            return neighbours.split(x, around)
         streams = split(x, *(where if patches is None else patches_of(where, *patches)))
         if self.passes_input:  # the scale is for the weights alone
             return Streams(rescale_gradient(streams.kept, 1 / scale), streams.dropped)
@@ -174,21 +186,24 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
     def run(self, x: Tensor, where: Positions | None, scale: float) -> Tensor:
         """forward, with these positions or all. scale: of the gradient that enters the branch at kept positions."""
         shortcut = self.shortcut(x)
+        # All of the pass is read here: when the branch runs again it may not be the last one any more.
+        pointwise = partial(self._pointwise, where, self.sbp_state.around(where, self.sbp_index), scale)
         if self.sbp_state.recomputes(self) == "block":
-            pointwise = partial(self._pointwise, where, scale)
             streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
         else:
-            streams = self._pointwise(where, scale, x)
+            streams = pointwise(x)
         y = _joined(streams, where, scale)  # (B, N, C)
         return self.drop_path(y.transpose(1, 2).unflatten(2, shortcut.shape[-2:])) + shortcut
 
     def extra_repr(self) -> str:
         return self.sbp_state.describe(self.sbp_index)
 
-    def _pointwise(self, where: Positions | None, scale: float, x: Tensor, again: bool = False) -> Streams:
+    def _pointwise(
+        self, where: Positions | None, around: Neighbourhood | None, scale: float, x: Tensor, again: bool = False
+    ) -> Streams:
         """The branch, from the block's input (B, C, H, W); again: without the values of dropped positions."""
         y = self.conv_dw(x).flatten(2).transpose(1, 2)
-        streams = Streams(y, None) if where is None else self.sbp_state.split(y, where, self.sbp_index, scale)
+        streams = Streams(y, None) if where is None else self.sbp_state.split(y, where, around, scale)
         mlp, linear = self.mlp, partial(recompute.linear, cheap=self.sbp_state.recomputes(self) == "cheap")
         if where is not None and self.sbp_state.passes_input:
             assert streams.dropped is not None
@@ -253,7 +268,8 @@ class SBPDownsample(nn.Sequential):
             everywhere = torch.arange(height * width, device=x.device)
             streams = Streams(x.index_select(1, patch_pixels(everywhere, width, size)), None)
         else:
-            streams = self.sbp_state.split(x, where, self.sbp_index, scale, patches=(width, size))
+            around = self.sbp_state.around(where, self.sbp_index)
+            streams = self.sbp_state.split(x, where, around, scale, patches=(width, size))
         weights = recompute.weights(conv, weight=conv.weight.permute(0, 2, 3, 1).flatten(1))  # (C', s * s * C)
         to_output = recompute.linear(
             weights,

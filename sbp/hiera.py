@@ -95,6 +95,10 @@ class SBPHieraBlock(LoopBlock, HieraBlock):
     def sbp_join(self, streams: Streams, where: Positions) -> Tensor:
         return join(streams, *_tokens_of(where, streams.kept.shape[1] // where.keep.shape[-1]))
 
+    def sbp_reads_dropped_again(self) -> bool:
+        """As of a `TokenBlock`: attention within units reads no others."""
+        return self.sbp_state.settings.mhsa_drop != "qkv" and not self.attn.use_mask_unit_attn
+
     def _branches(  # type: ignore[override]
         self,
         kept: Tensor,
@@ -108,8 +112,6 @@ class SBPHieraBlock(LoopBlock, HieraBlock):
     ) -> Streams:
         """As `TokenBlock._branches`."""
         method, within = self.sbp_state.settings.mhsa_drop, self.attn.use_mask_unit_attn
-        if again and (within or method == "qkv"):
-            dropped = None
         to_shortcut, to_qkv, project, mlp = self.sbp_shortcut(), self.sbp_qkv(), self.sbp_projection(), self.sbp_mlp()
         q, k, v = to_qkv(kept)
         if dropped is not None:

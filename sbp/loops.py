@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sbp.attention import Places
+from sbp.backbone import is_own
 from sbp.functional import Streams, join
 from sbp.masks import Positions
 from sbp.tokens import TokenBlock, TokenState, split_tokens
@@ -37,15 +38,15 @@ class LoopState(TokenState):
         if not self.is_own(model):
             return
         self.hands_on = not model.grad_checkpointing
+        if not is_own(model, self.kind):
+            return
         pools = getattr(model, "attn_pool", None) is not None
         self.prefix_only = model.global_pool == "token" and model.num_prefix_tokens > 0 and not pools
         self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
 
     def is_own(self, model: Any) -> bool:
         """Whether forward and forward_features of the network are timm's own."""
-        kind: Any = self.kind
-        own = type(model).forward is kind.forward and type(model).forward_features is kind.forward_features
-        return own and "forward" not in vars(model) and "forward_features" not in vars(model)
+        return is_own(model, self.kind, ("forward", "forward_features"))
 
     def next_positions(self, index: int) -> Positions | None:
         """The positions of the block behind SBP layer `index`; None where it drops nothing, or gets whole tokens."""

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -20,7 +19,7 @@ from sbp.state import State, states
 
 FAMILIES = (vit, eva, beit, swin, hiera, convnext)
 _PLAIN_CLASS = {sbp: plain for family in FAMILIES for plain, sbp in family.SBP_CLASSES.items()}
-_WRAPPERS = (DistributedDataParallel, DataParallel, FullyShardedDataParallel, FSDPModule)
+_WRAPPERS = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,12 +62,13 @@ def apply(
         with the first two thirds of stage 3 and the downsampling between; likewise of networks that are like these,
         Swin and Hiera being like a ConvNeXt), "all", or qualified names.
     seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
-        torch.distributed, so that each process draws its own masks.
+        torch.distributed when a mask is drawn, so that each process draws its own masks.
     evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
     recompute: what every block of the network, SBP or not, computes again in the backward pass rather than save:
         "none".
-        "cheap": norms and activation functions, which costs no matrix product. Linear layers are then read rather
-        than called: hooks on them do not run. torch.compile makes this choice by itself.
+        "cheap": norms and activation functions, which costs no matrix product. torch.compile makes this choice by
+        itself. Linear layers are then read rather than called: hooks on them do not run. So are, always, those in
+        front of a layer scale, and those that mhsa_drop="head" or dropped="input" splits up.
         "block": whole blocks (activation checkpointing), of an SBP block only the kept part.
         keep_ratio=1 with "cheap" or "block" is exact training with less memory.
     mask_per: what has a mask of its own; all keep the same number of positions (not in the paper, but for "batch"):
@@ -111,8 +111,6 @@ def apply(
         kind = type(backbone.layers[name])
         if not hasattr(sbp_classes[kind], "sbp_patch"):
             raise ValueError(f"dropped='neighbours' is for the maps of a ConvNeXt, and {name} is a {kind.__name__}")
-    if rank is None:
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     state = backbone.state(names, _keep_ratios(keep_ratio, names), settings, seed=seed, rank=rank)
     state.members = [backbone.layers[name] for name in names]
@@ -156,8 +154,13 @@ def supports(model: nn.Module) -> Support:
 
 
 def remove(model: Model) -> Model:
-    """The plain timm model again, in place; returns it. Raises ValueError when the model is not patched."""
+    """The plain timm model again, in place; returns it.
+
+    Raises ValueError, and changes nothing, when the model is not patched, or is sharded by FSDP2.
+    """
     own = states(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("call sbp.remove before the model is sharded")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
             if getattr(hook, "__self__", None) in own:
@@ -243,7 +246,7 @@ def mask_state(model: nn.Module) -> dict[str, int]:
 def load_mask_state(model: nn.Module, saved: dict[str, int]) -> None:
     """Continues the masks where `mask_state` read them."""
     state = _one_state(model)
-    state.seed, state.rank = saved["seed"], saved["rank"]
+    state.seed, state.own_rank = saved["seed"], saved["rank"]
     state.set_draw(saved["draw"])
 
 
@@ -272,6 +275,8 @@ def _check_input_gradient(name: str, layer: nn.Module, sbp_classes: dict[type, A
 
 def _refuse_wrapped(model: nn.Module) -> None:
     for module in model.modules():
+        if isinstance(module, DataParallel):
+            raise ValueError("SBP does not run in nn.DataParallel: take DistributedDataParallel, after sbp.apply")
         if isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod"):
             raise ValueError(f"call sbp.apply before the model is wrapped in {type(module).__name__}")
         if "sbp_state" in module.__dict__:

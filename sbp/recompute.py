@@ -36,8 +36,9 @@ def weights(
     """Those of an nn.Linear or of a convolution that is one, with gradient, for all calls that share them.
 
     scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight, bias: (C', C) and
-    (C',), in place of the layer's own.
+    (C',), in place of the layer's own. Raises ValueError for a layer of another type.
     """
+    require_plain(layer)
     folds = _folds(scale)
     # What is folded is in full precision, whatever copy the layer itself may read.
     own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
@@ -46,6 +47,17 @@ def weights(
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
         scale = None
     return Weights(lowered(weight), None if bias is None else lowered(bias), scale)
+
+
+def require_plain(*layers: Any) -> None:
+    """Raises ValueError for a layer that may do more than its weight and bias say, such as one with an adapter."""
+    for layer in layers:
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            raise ValueError(
+                f"mhsa_drop='head', dropped='input' and SBP downsampling read the weights of linear layers, and a "
+                f"{type(layer).__name__} may do more than these say: leave such layers as they are in timm, or take "
+                "other settings"
+            )
 
 
 def linear(
@@ -62,10 +74,12 @@ def linear(
     layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or the `weights` of one.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
     theirs. weight, bias, scale: as `weights` takes them; a scale costs no pass over the positions and saves nothing.
+    A layer of another type is called.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
     to compute again, so there, and for layers of other types, this makes no difference.
     """
     if type(layer) not in (nn.Linear, nn.Conv2d, Weights):
+        assert weight is None and bias is None
         return lambda x: _scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()
     if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
@@ -89,18 +103,24 @@ def stacked(*layers: Any) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat(biases)
 
 
-def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool) -> Any:
-    """run(*inputs, again=False), of which only the inputs are saved; for the backward pass it runs with again=True.
+def block(run: Callable[..., Any], *inputs: Tensor | None, random: bool, once: Sequence[Tensor | None] = ()) -> Any:
+    """run(*inputs, *once, again=False), of which only the inputs are saved; for the backward pass it runs again.
 
-    What it returns does not matter then, so whatever needs no gradient can be left out. random: it draws random
-    numbers, which are to be the same ones again.
+    Then with again=True, and None for each of `once`. What it returns does not matter then, so whatever needs no
+    gradient can be left out. random: it draws random numbers, which are to be the same ones again.
     """
     how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if torch.compiler.is_compiling():  # what nothing reads is left out by the compiler
-        return checkpoint(partial(run, again=False), *inputs, **how)
-    recomputing = _Recomputing()
+        return checkpoint(partial(run, again=False), *inputs, *once, **how)
+    recomputing, left = _Recomputing(), [*once]
+    none = [None] * len(left)
+
+    def run_now(*inputs: Tensor | None) -> Any:
+        rest = none if recomputing.now else [left.pop(0) for _ in none]  # kept by nothing here from then on
+        return run(*inputs, *rest, again=recomputing.now)
+
     how["context_fn"] = lambda: (nullcontext(), recomputing)  # of the forward pass, and of running again
-    return checkpoint(lambda *x: run(*x, again=recomputing.now), *inputs, **how)
+    return checkpoint(run_now, *inputs, **how)
 
 
 class _Recomputing:

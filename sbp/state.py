@@ -7,9 +7,11 @@ DDP broadcasts nothing, and a deep copy of the model gets a state of its own.
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sbp import masks
@@ -71,14 +73,14 @@ class State:
         settings: Settings,
         *,
         seed: int,
-        rank: int,
+        rank: int | None,
         prefix: int = 0,
     ) -> None:
         self.layers = list(layers)
         self.keep_ratios = list(keep_ratios)
         self.settings = settings
         self.seed = seed
-        self.rank = rank
+        self.own_rank = rank  # None for that of torch.distributed
         self.prefix = prefix
         self.members: list[nn.Module] = []  # the SBP layers themselves
         self.enabled = True
@@ -91,20 +93,34 @@ class State:
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"current": None, "_open": None}  # a copy takes part in no pass yet
+        # A copy takes part in no pass yet, and in no context that the original may be in.
+        return vars(self) | {"current": None, "_open": None, "enabled": True, "held": False, "fixed": None}
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         vars(self).update(values, _open=weakref.WeakSet())
 
+    @property
+    def rank(self) -> int:
+        """Of the process, which the masks depend on."""
+        if self.own_rank is not None:
+            return self.own_rank
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
     # -- which passes are SBP passes
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no SBP layer runs SBP now."""
+        return not any(self.is_active(layer) for layer in self.members)
 
     def is_active(self, module: nn.Module) -> bool:
         """Whether `module` runs SBP now: in training with gradient, or in the authors' own evaluation."""
         if not self.enabled:
             return False
-        if module.training:
-            return torch.is_grad_enabled()
-        return self.settings.evaluation == "published"
+        active = torch.is_grad_enabled() if module.training else self.settings.evaluation == "published"
+        if active and getattr(module, "_is_replica", False):
+            raise RuntimeError("SBP does not run in nn.DataParallel: take DistributedDataParallel, on one GPU or more")
+        return active
 
     @property
     def running(self) -> Pass:
@@ -174,7 +190,7 @@ class State:
 
     def begin(self, shape: Shape, device: torch.device) -> None:
         """Draws the masks of a forward pass. Called by the family's hook in front of the first block."""
-        if not any(self.is_active(layer) for layer in self.members):
+        if self.is_idle:
             return
         if _in_backward():  # a whole model is recomputed: its masks are those of its forward pass
             self._require_one_open_pass()
@@ -182,7 +198,8 @@ class State:
         if self.settings.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
             shape = Shape(shape.grid, shape.maps, 1, *shape[3:])
         if self.draw.device != device:
-            self.draw = self.draw.to(device)
+            with nullcontext() if not torch.is_inference_mode_enabled() else torch.inference_mode(False):
+                self.draw = self.draw.to(device)
         before = self.current if self.held else None
         if before is not None and before.shape == shape and before.fixed is self.fixed:
             return

@@ -90,6 +90,8 @@ class SwinState(State):
 
     def enter_first_stage(self, stage: nn.Module, args: tuple) -> None:
         """Forward pre-hook of the first stage. Its input: (B, H, W, C)."""
+        if self.is_idle:
+            return
         (x,) = args
         windows: list[Grid] = [tuple(one.blocks[0].window_size) for one in self.network]
         own = [windows[index] for index in self.stages]

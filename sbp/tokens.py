@@ -90,11 +90,17 @@ class TokenBlock(nn.Module):
         )
         if state.recomputes(self) != "block":
             return branches(*x)
-        if recompute.has_dropout(self):
-            return recompute.block(branches, *x, random=True)
-        # Drawn outside, as a captured graph cannot set its generator back.
-        scales = tuple(drop_path_scale(one, x.kept) for one in (self.drop_path1, self.drop_path2))
-        return recompute.block(partial(branches, scales=scales), *x, random=False)
+        random = recompute.has_dropout(self)
+        if not random:  # drawn outside, as a captured graph cannot set its generator back
+            scales = tuple(drop_path_scale(one, x.kept) for one in (self.drop_path1, self.drop_path2))
+            branches = partial(branches, scales=scales)
+        if self.sbp_reads_dropped_again():
+            return recompute.block(branches, *x, random=random)
+        return recompute.block(branches, x.kept, random=random, once=[x.dropped])
+
+    def sbp_reads_dropped_again(self) -> bool:
+        """Whether the kept tokens' backward pass, or what dropped ones pass on, needs the dropped tokens."""
+        return self.sbp_state.settings.mhsa_drop != "qkv" or self.sbp_state.passes_input
 
     def _branches(
         self,
@@ -117,7 +123,7 @@ class TokenBlock(nn.Module):
         same ones whether or not the dropped stream follows.
         """
         again = again and not self.sbp_state.passes_input
-        if self.sbp_state.settings.mhsa_drop == "qkv" and (again or read is not None):
+        if self.sbp_state.settings.mhsa_drop == "qkv" and read is not None:
             dropped = None
         if key is None:
             branch, dropped_branch = self.sbp_attend(Streams(kept, dropped), read, places)
@@ -162,7 +168,7 @@ class TokenBlock(nn.Module):
         *into, out = gated.layers
         weight, bias = recompute.stacked(*into)
         up = self.sbp_linear(into[0], *before, *gated.before, weight=weight, bias=bias)
-        down = self.sbp_linear(out, gated.gate, *gated.after, scale=scale)
+        down = self.sbp_linear(out, gated.gate, *gated.after, scale=scale, reads=[*mlp.act.parameters()])
         return lambda tokens: self.sbp_after(2, gated.end(down(up(tokens))))
 
     def sbp_mlp_passing_input(self) -> tuple[Function, Function]:
@@ -214,12 +220,19 @@ class TokenState(State):
 
     def never_regrows(self, blocks: Iterable[nn.Module]) -> bool:
         """Whether no block sees a token again that one before it dropped."""
-        indices = [getattr(block, "sbp_index", None) for block in blocks]
-        ratios = [1.0 if i is None else self.keep_ratios[i] if self.fixed is None else 0.5 for i in indices]
-        return all(after <= before for before, after in pairwise(ratios))
+
+        def kept(block: nn.Module) -> float:
+            index = getattr(block, "sbp_index", None)
+            if index is None or not self.is_active(block):
+                return 1.0
+            return self.keep_ratios[index] if self.fixed is None else 0.5
+
+        return never_rises(kept(block) for block in blocks)
 
     def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
+        if self.is_idle:
+            return
         (images,) = args
         reading = self.prefix_only, self.skips_dropped, self.hands_on
         self.prefix_only = self.skips_dropped = self.hands_on = False  # the next pass may come from elsewhere
@@ -233,6 +246,10 @@ class TokenState(State):
             )
         maps = (LayerMap(height, width),) * len(self.layers)
         self.begin(Shape((height, width), maps, len(images), *reading), images.device)
+
+
+def never_rises(keep_ratios: Iterable[float]) -> bool:
+    return all(after <= before for before, after in pairwise(keep_ratios))
 
 
 def published(layers: Sequence[str]) -> list[str]:

@@ -16,11 +16,11 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor, nn
 
 from sbp import input_gradient
-from sbp.backbone import Backbone, blocks_of, only, require
+from sbp.backbone import Backbone, blocks_of, is_own, only, require
 from sbp.functional import Streams, join
 from sbp.masks import Positions
 from sbp.settings import Settings
-from sbp.tokens import MLPS, TokenBlock, TokenState, check_heads, published, split_tokens
+from sbp.tokens import MLPS, TokenBlock, TokenState, check_heads, never_rises, published, split_tokens
 
 SUPPORTED = "timm's ViT and DeiT (`Block` with `Attention` and a position-wise MLP)"
 
@@ -55,7 +55,9 @@ def _state(
     settings: Settings,
     **kwargs: Any,
 ) -> "ViTState":
-    if settings.dropped == "input" and settings.mhsa_drop == "qkv" and _reads_prefix_only(vit):
+    ratios = dict(zip(names, keep_ratios, strict=True))
+    no_way_back = _reads_prefix_only(vit) and never_rises(ratios.get(name, 1.0) for name in blocks)
+    if settings.dropped == "input" and settings.mhsa_drop == "qkv" and no_way_back:
         raise ValueError("dropped='input' changes nothing here: with qkv a class token never reads dropped tokens")
     check_heads(blocks, names, settings)
     return ViTState(names, keep_ratios, settings, **kwargs)
@@ -161,7 +163,7 @@ class SBPBlocks(nn.Sequential):
 def _reads_prefix_only(model: Any) -> bool:
     """Whether the head of this transformer reads the class (and distillation) token and nothing else."""
     return (
-        type(model) in (VisionTransformer, VisionTransformerDistilled)
+        any(is_own(model, kind) for kind in (VisionTransformer, VisionTransformerDistilled))
         and model.attn_pool is None
         and model.global_pool == "token"
         and model.num_prefix_tokens > 0

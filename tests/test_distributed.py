@@ -41,15 +41,17 @@ def test_two_processes():
 
 
 def main() -> None:
+    before = sbp.apply(small_vit())
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for make, size in ((small_vit, 32), (small_convnext, 64)):
-        each_rank_draws_its_own_masks(make, size, rank)
+        each_rank_draws_its_own_masks(make, size, rank, before)
         for recompute in ("none", "cheap", "block"):
             wrapped_models_give_the_gradients_of_one_process(make, size, rank, recompute)
         contexts_and_diagnostics_take_the_wrapped_model(make, size)
         cosines_of_a_sharded_model_are_those_of_one_process(make, size)
         wrapped_models_are_refused(make)
+        sharded_models_are_not_taken_back(make)
     for make, size, grid in (
         (small_eva, 32, 4),
         (small_beit, 32, 4),
@@ -63,9 +65,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def each_rank_draws_its_own_masks(make, size, rank):
+def each_rank_draws_its_own_masks(make, size, rank, before):
+    """before: a model that was patched when the process did not know its rank yet, as a LightningModule's is."""
     model = sbp.apply(make(), mask="random")
-    assert sbp.mask_state(model)["rank"] == rank
+    assert sbp.mask_state(model)["rank"] == sbp.mask_state(before)["rank"] == rank
     ddp = DistributedDataParallel(model)
     kept = []
     for _ in range(2):
@@ -99,6 +102,13 @@ def sharded(model):
     for layer in blocks_of(model):
         fully_shard(layer)
     return fully_shard(model)
+
+
+def sharded_models_are_not_taken_back(make):
+    model = sharded(sbp.apply(make()))
+    with pytest.raises(ValueError, match="before the model is sharded"):
+        sbp.remove(model)
+    assert sbp.mask_state(model)["draw"] == 0 and any(one._forward_pre_hooks for one in model.modules())
 
 
 def contexts_and_diagnostics_take_the_wrapped_model(make, size):

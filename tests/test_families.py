@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -117,3 +118,114 @@ def test_the_less_is_kept_and_the_more_recomputed_the_less_is_saved(make, size):
     for keep_ratio, none in ((1, plain), (0.5, half)):
         cheap, block = (saved(keep_ratio=keep_ratio, recompute=how) for how in ("cheap", "block"))
         assert block < cheap < none
+
+
+@pytest.mark.parametrize("name", ["vit", "eva"])
+def test_a_frozen_block_sees_the_tokens_that_blocks_before_it_dropped(name):
+    """It runs as timm's, so that what others dropped has to be there: as with a keep-ratio of one."""
+    make, size = FAMILIES[name]
+    ratios = [1 if i == 4 else 0.5 for i in range(6)]
+    expected = gradients(sbp.apply(make(), layers="all", keep_ratio=ratios, seed=3), images(size))
+    model = sbp.apply(make(), layers="all", seed=3)
+    model.blocks[4].eval()
+    assert_same_gradients(gradients(model, images(size)), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva", "beit"])
+@pytest.mark.parametrize("method", ["forward_head", "pool", "forward"])
+def test_a_head_of_ones_own_may_read_every_token(name, method):
+    """Where methods behind the blocks are not timm's, the dropped tokens are there, as in forward_features."""
+    make, size = FAMILIES[name]
+    model = sbp.apply(make(), seed=3)
+    expected = sbp.apply(make(), seed=3).forward_features(images(size))
+    own = model.forward_features if method == "forward" else lambda x, *_, **__: x
+    setattr(model, method, own)
+    found = model(images(size))
+    if method == "pool" and name != "beit":
+        expected = model.head(model.fc_norm(expected))
+    if not (method == "pool" and name == "beit"):  # whose forward_head pools by itself
+        assert torch.equal(found, expected)
+
+
+class Adapted(torch.nn.Linear):
+    """A linear layer that does more than its weight and bias say, as LoRA's do."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_of_other_types_are_called_or_refused(name):
+    """Their forward pass is timm's; where weights would have to be read instead, an error says so."""
+    make, size = FAMILIES[name]
+
+    def adapted(**settings):
+        model = make()
+        for one in list(model.modules()):
+            if type(one) is torch.nn.Linear and one is not getattr(model, "head", None):
+                one.__class__ = Adapted
+        return sbp.apply(model, layers="all", **settings) if settings else model
+
+    x, exact = images(size), {"convnext": {}, "hiera": {"mhsa_drop": "query"}}.get(name, {"mhsa_drop": "qkv_exact"})
+    for recompute in ("none", "cheap"):
+        model = adapted(recompute=recompute, **exact)
+        torch.testing.assert_close(model(x), adapted()(x), rtol=1e-10, atol=1e-10)
+    refused = [{"dropped": "input", **exact}] if name in ("vit", "convnext") else []
+    refused += [{"mhsa_drop": "head"}] if name in ("vit", "eva", "beit") else []
+    for settings in refused:
+        with pytest.raises(ValueError, match="a Adapted may do more"):
+            adapted(**settings)(x)
+
+
+@each_family
+def test_data_parallel_is_refused(make, size):
+    """Its replicas have no parameters of their own, and would share the masks' state among threads."""
+    model = sbp.apply(make(), recompute="cheap")
+    for module in model.modules():
+        module._is_replica = True
+    with pytest.raises(RuntimeError, match="take DistributedDataParallel"):
+        model(images(size))
+    model.eval()(images(size))
+
+
+@each_family
+def test_a_copy_is_in_no_context_that_the_original_was_in(make, size):
+    model = sbp.apply(make(), layers="all")
+    expected = gradients(copy.deepcopy(model), images(size))
+    with sbp.disabled(model), sbp.hold_mask(model):
+        for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_same_gradients(gradients(one, images(size)), expected, tolerance=0)
+            assert sbp.mask_state(one)["draw"] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "convnext"])
+def test_block_recomputation_saves_nothing_of_dropped_positions(name):
+    """Under qkv; other methods, and a ConvNeXt's convolutions, read them again."""
+    make, size = FAMILIES[name]
+    if name in ("vit", "eva", "beit"):
+        make = partial(make, global_pool="avg")
+    x, saved = images(size, batch=2), {}
+    for ratio in (0.25, 0.5, 1):
+        model = sbp.apply(make(), layers="all", keep_ratio=ratio, recompute="block")
+        saved[ratio] = sbp.saved_bytes(lambda model=model: model(x).sum())
+    assert 1.1 * saved[0.25] < saved[0.5] < saved[1]
+
+
+def test_what_sbp_could_not_train_runs_as_timm_has_it_otherwise():
+    """Windows that no mask tiles, and images of no whole grid of patches, are errors of SBP passes alone."""
+    window = {"img_size": 48, "window_size": 4}
+    swin, plain, x = sbp.apply(small_swin(**window), layers="all"), small_swin(**window), images(48)
+    with pytest.raises(ValueError, match="multiples of the smallest one"):
+        swin(x)
+    with sbp.disabled(swin):
+        assert_same_gradients(gradients(swin, x), gradients(plain, x), tolerance=0)
+    assert torch.equal(swin.eval()(x), plain.eval()(x))
+
+
+def test_masks_are_drawn_in_training_after_an_evaluation_in_inference_mode():
+    """Where the number of the draw first moves to the model's device."""
+    model = sbp.apply(small_vit(), evaluation="published").to("meta")
+    x = images().to("meta")
+    with torch.inference_mode():
+        model.eval()(x)
+    model.train()(x).sum().backward()

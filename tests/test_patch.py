@@ -308,7 +308,7 @@ def test_models_that_cannot_be_patched():
     model = sbp.apply(small_vit())
     with pytest.raises(ValueError, match="already patched"):
         sbp.apply(model)
-    with pytest.raises(ValueError, match="wrapped in DataParallel"):
+    with pytest.raises(ValueError, match="take DistributedDataParallel"):
         sbp.apply(DataParallel(small_vit()))
     with pytest.raises(ValueError, match="wrapped in OptimizedModule"):
         sbp.apply(torch.compile(small_vit()))

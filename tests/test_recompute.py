@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sbp
 from sbp import recompute
+from sbp.settings import DROPPED
 from scripts.saved_memory import saved_by
 from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
 
@@ -21,6 +22,7 @@ BITWISE = {  # nothing but norms, activations or whole blocks runs again: the ve
     "vit, registers and qk norm": lambda: small_vit(reg_tokens=2, qk_norm=True),
     "vit, norms within attention and mlp": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit, gated mlp": lambda: small_vit(mlp_layer=GluMlp),
+    "vit, gated mlp with a trained activation": lambda: small_vit(mlp_layer=GluMlp, act_layer=nn.PReLU),
 }
 TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convolution of patches is a linear layer
     "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),  # two layers are one
@@ -127,10 +129,13 @@ def test_heads_where_nothing_is_dropped(mode):
 
 
 @pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("name", ["vit", "convnext"])
-def test_two_forward_passes_before_one_backward(name, mode):
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [("vit", "none"), *(("convnext", one) for one in DROPPED), ("convnext v2", "neighbours")],
+)
+def test_two_forward_passes_before_one_backward(name, dropped, mode):
     def run(recompute):
-        settings = {"mask": "random", "mask_per": "sample", "rescale": True, "keep_ratio": 0.4}
+        settings = {"mask": "random", "mask_per": "sample", "rescale": True, "keep_ratio": 0.4, "dropped": dropped}
         model = sbp.apply(MODELS[name](), mhsa_drop="head", recompute=recompute, **settings)
         forward = model.forward
         model.forward = lambda x: (forward(x), forward(x))
