@@ -51,7 +51,7 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
             sys.exit(EXIT_PREEMPTED)
     _show_any_name()
     requeue = Requeue()
-    before = None if distributed.from_main(is_taken(folder)) else read_status(folder)
+    before = None if distributed.from_main(distributed.is_main() and is_taken(folder)) else read_status(folder)
     if distributed.is_main() and before is not None:
         (folder / FAILURE).unlink(missing_ok=True)
     message = result = None  # an exception must not outlive its job: its frames hold the model

@@ -45,9 +45,12 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | str | None, wor
 
 
 def evaluation_batch(config: Config, micro_batch_size: int | None = None) -> int:
-    """Images in one pass of an evaluation. micro_batch_size: of training, where it is not the config's."""
+    """Images in one pass of an evaluation. micro_batch_size: of training, where it is not the config's.
+
+    Where neither is known, on how many processes a run was trained is not either: 256 at the most.
+    """
     own = None if config.micro_batch_size == AUTO else config.micro_batch_size
-    in_training = micro_batch_size or own or config.global_batch_size
+    in_training = micro_batch_size or own or min(config.global_batch_size, 256)
     return config.eval_batch_size or (1 if config.task == "detection" else in_training)
 
 

@@ -80,8 +80,9 @@ class Config:
     )
     eval_batch_size: int | None = key(
         None,
-        "images in one pass of an evaluation; null for as many as in training, but in detection for one: how far an "
-        "image is padded to the largest of its batch changes a little what is found in it",
+        "images in one pass of an evaluation; null for as many as a process takes at once in training (in `sbp eval`, "
+        "where that is not known, at most 256), but in detection for one: how far an image is padded to the largest of "
+        "its batch changes a little what is found in it",
         at_least=1,
         free="always",
     )

@@ -44,7 +44,10 @@ def open_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Data
 
 
 def prepare(data: DataConfig) -> None:
-    """What one process does before all of them open the data sets: finds where the images lie in tar shards."""
+    """What one process does before all of them open the data sets: finds where images lie in tar shards, downloads."""
+    if data.source == "timm" and data.download:
+        for split in ("train", "val"):
+            _dataset(data, split, None)
     if data.source == "webdataset":
         for split in (data.train_split, data.val_split):
             shards, _, label = find_shards(Path(data.root or ""), split)

@@ -12,6 +12,7 @@ from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.engine import setup
 from sbp.training.plan.auto import Expected, choose
+from sbp.training.record.checkpoint import Checkpoints
 from sbp.training.record.files import read_json
 from sbp.training.record.status import RunStatus
 from sbp.training.record.summary import RUN
@@ -43,17 +44,20 @@ def planned(run: Callable[..., T]) -> Callable[[Config, Path, RunStatus], T]:
 def resolve(config: Config, folder: Path) -> Expected:
     """The micro batch of the run in this folder, the same on all processes."""
     device, world_size = setup.pick_device(config), distributed.world_size()
-    expected = distributed.only_main(lambda: kept(config, folder) or choose(config, device, world_size))
+    expected = distributed.only_main(lambda: kept(config, folder, world_size) or choose(config, device, world_size))
     log.info("micro batch   %d images, as %s", expected.micro_batch_size, _why(expected))
     return expected
 
 
-def kept(config: Config, folder: Path) -> Expected | None:
-    """That of a run that goes on in this folder; None for one that starts."""
-    if config.resume == "never":
+def kept(config: Config, folder: Path, world_size: int) -> Expected | None:
+    """That of a run that goes on in this folder; None for one that starts, or whose processes are too many for it."""
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if config.resume == "never" or not (checkpoints.paths() or checkpoints.best.is_file()):
         return None
     stored: Any = read_json(folder / RUN).get("config", {}).get("micro_batch_size")
-    return Expected(stored) if isinstance(stored, int) else None
+    if not isinstance(stored, int) or config.global_batch_size % (stored * world_size):
+        return None
+    return Expected(stored)
 
 
 def _why(expected: Expected) -> str:

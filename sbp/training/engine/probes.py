@@ -81,7 +81,7 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, targets: Targets) ->
     """
     images, targets = trainer.to_device(images, targets)
     half = len(images) // 2
-    trainer.model.train()
+    trainer.begin_training()
 
     def saved(count: int) -> int:
         return sbp.saved_bytes(lambda: trainer.plain_loss(images[:count], targets[:count]))
@@ -104,7 +104,7 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     depends on the weights, the images, the run's seed and `draw` only.
     """
     images, targets = trainer.to_device(images, targets)
-    trainer.model.train()
+    trainer.begin_training()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
 
     def loss() -> Tensor:

@@ -69,13 +69,28 @@ def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, 
     check_name(name)
     arguments = {"num_classes": num_classes, "drop_path_rate": backbone.drop_path} | options
     try:
-        model: Any = timm.create_model(name, **arguments, **backbone.kwargs)
+        model: Any = _create(name, **arguments, **backbone.kwargs)
     except TypeError as error:
         raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {error}") from None
     if backbone.frozen:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
     return model
+
+
+def _create(name: str, drop_path_rate: float, **arguments: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, drop_path_rate=drop_path_rate, **arguments)
+    except TypeError as error:
+        if drop_path_rate or "drop_path_rate" not in str(error):
+            raise
+        return timm.create_model(name, **arguments)  # has no drop path
+
+
+def is_frozen(part: nn.Module) -> bool:
+    """Whether it has parameters, and trains none of them."""
+    parameters = list(part.parameters())
+    return bool(parameters) and not any(one.requires_grad for one in parameters)
 
 
 def check_name(name: str) -> None:

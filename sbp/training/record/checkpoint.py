@@ -140,8 +140,8 @@ def resume_point(resume: str, checkpoints: Checkpoints) -> Origin | None:
 
     resume: "never", "auto" (the latest good one of this run, if any), or the path of another run's, which counts as
     long as this run has none of its own. The main process chooses, the others read the same file.
-    Raises ValueError, on all processes, for a path without a good checkpoint, when "never" would overwrite those of an
-    earlier run, for an own checkpoint that is not the latest, and when there are damaged ones only.
+    Raises ValueError, on all processes, for a path without a good checkpoint where one is needed, when "never" would
+    overwrite those of an earlier run, for an own checkpoint that is not the latest, and when all are damaged.
     """
     path = distributed.only_main(lambda: _choose(resume, checkpoints))
     if path is None:
@@ -157,13 +157,13 @@ def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
         raise ValueError(
             f"{checkpoints.folder} holds checkpoints of a run: resume=auto goes on with it; or take another run_dir"
         )
-    given = None if resume in ("never", "auto") else find(Path(resume))[0]
     if not there:
-        return given
+        return None if resume in ("never", "auto") else find(Path(resume))[0]
     found = checkpoints.latest()
     if found is None:
         raise ValueError(f"every checkpoint in {checkpoints.folder} is damaged: remove them to start afresh")
-    if given is not None and checkpoints.own(given) and not given.samefile(found[0]):
+    given = Path(resume)  # of another run it may be gone by now
+    if given.is_file() and checkpoints.own(given) and not given.samefile(found[0]):
         raise ValueError(
             f"resume={resume} is an earlier checkpoint of this run, which goes on from {found[0]} with resume=auto. "
             "To try another way from there, take another run_dir; to go back, remove the later checkpoints"

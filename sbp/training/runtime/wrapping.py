@@ -136,7 +136,11 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         index: {name: _share(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": shares})
+    # How a step is computed is this process's own matter: a checkpoint may be another device's.
+    how = ("fused", "foreach", "capturable")
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [stored | {key: own[key] for key in how if key in own} for stored, own in pairs]
+    optimizer.load_state_dict(state | {"state": shares, "param_groups": groups})
 
 
 def _share(value: Any, parameter: Tensor) -> Any:

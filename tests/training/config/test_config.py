@@ -9,7 +9,7 @@ import pytest
 from hydra.errors import ConfigCompositionException
 from omegaconf.errors import OmegaConfBaseException
 
-from sbp.training.config.batches import BatchPlan, plan_batches, scaled_lr
+from sbp.training.config.batches import BatchPlan, evaluation_batch, plan_batches, scaled_lr
 from sbp.training.config.keys import from_dict
 from sbp.training.config.requests import EvalConfig, overridden
 from sbp.training.config.rules import validate
@@ -146,6 +146,22 @@ def test_exact_epochs_need_sbp_in_the_others():
         validate(small("sbp.exact_recompute=cheap"))
     with pytest.raises(ValueError, match=r"sbp\.exact_recompute must be one of none, cheap, block, got 'all'"):
         validate(small("sbp.exact_epochs=1", "sbp.exact_recompute=all"))
+
+
+def test_keys_that_would_do_nothing_are_refused():
+    with pytest.raises(
+        ValueError, match=r"sbp\.recompute=cheap needs .*; exact gradients with it are sbp\.keep_ratio=1"
+    ):
+        validate(small("sbp=none", "sbp.recompute=cheap"))
+    with pytest.raises(ValueError, match=r"data\.train_images=100 is for generated images \(.*\), not digits"):
+        validate(small("data.train_images=100"))
+
+
+def test_an_evaluation_takes_no_global_batch_at_once():
+    assert evaluation_batch(Config(global_batch_size=4096)) == 256
+    assert evaluation_batch(Config(global_batch_size=4096), 512) == 512
+    assert evaluation_batch(Config(global_batch_size=4096, micro_batch_size=64)) == 64
+    assert evaluation_batch(Config(global_batch_size=4096, eval_batch_size=1000), 64) == 1000
 
 
 @pytest.mark.parametrize("option", ["data=imagenet", "data=timm"])

@@ -4,6 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from sbp.training.config.batches import plan_batches
+from sbp.training.config.images import DataConfig
+from sbp.training.data import sources
 from sbp.training.data.classes import check_same_classes
 from sbp.training.data.loading import (
     SeededDataset,
@@ -130,6 +133,21 @@ def test_preprocessing_is_ours_not_the_models():
     normalize = Normalize(published.data, published.recipe)
     torch.testing.assert_close(normalize.mean.flatten() / 255, torch.tensor([0.485, 0.456, 0.406]))
     assert normalize.random_erasing == 0.25
+
+
+def test_one_process_downloads_before_the_others_look(monkeypatch):
+    asked = []
+
+    def opened(name, **given):
+        asked.append((name, given["split"], given["download"]))
+        return SyntheticImages(4, 10, 32, None)
+
+    monkeypatch.setattr(sources, "create_dataset", opened)
+    data = DataConfig("timm", name="torch/cifar10", train_split="train", val_split="validation", download=True)
+    sources.prepare(data)
+    assert asked == [("torch/cifar10", "train", True), ("torch/cifar10", "validation", True)]
+    sources.prepare(replace(data, download=False))
+    assert len(asked) == 2
 
 
 def test_padded_crops_are_parts_of_the_padded_image_at_its_own_scale():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sbp.training.config.rules import validate
+from sbp.training.engine import setup
 from sbp.training.engine.train import train
 from sbp.training.memory.forecast import forecast
 from sbp.training.record.checkpoint import find
@@ -41,3 +42,20 @@ def test_a_detector_trains_all_that_stands_on_the_backbone():
 def test_sbp_has_nothing_to_drop_there():
     with pytest.raises(ValueError, match=r"backbone\.frozen=true .*: take sbp=none"):
         validate(small("backbone.frozen=true"))
+
+
+def test_batch_norms_and_drop_paths_of_the_backbone_are_those_of_evaluation(tmp_path):
+    """What is frozen gives the classifier the features that it will have to read."""
+    name = ("backbone=timm", "backbone.name=resnet10t", "backbone.drop_path=0.5")
+    config = composed("data=digits", "recipe=demo", "recipe.epochs=1", "recipe.warmup_epochs=0", *name, *FROZEN)
+    device = setup.pick_device(config)
+    trainer = setup.build_trainer(config, setup.load_images(config, device).order, device)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)
+    for step in range(2):
+        trainer.step(step, [(images, targets)])
+        trainer.model.eval()  # as evaluations do, between steps
+    trainer.begin_training()
+    assert torch.equal(trainer.model.forward_features(images), trainer.model.eval().forward_features(images))
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed == {"fc.weight", "fc.bias"}

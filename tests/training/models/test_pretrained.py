@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from sbp.training.config.model import BackboneConfig
 from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
@@ -217,3 +218,9 @@ def test_the_preprocessing_of_a_file_is_that_of_its_run_or_of_timms_config_besid
     timm.models.save_for_hf(model, str(tmp_path), model_config={"pretrained_cfg": {"std": (0.1, 0.2, 0.3)}})
     found = pretrained._preprocessing_beside(tmp_path / "model.safetensors")
     assert preprocessing_differences(found, here.data) == ["data.std=[0.1,0.2,0.3], and this run has [0.5, 0.5, 0.5]"]
+
+
+def test_a_network_without_drop_path_is_made_as_it_is():
+    assert create(BackboneConfig("dla46_c"), 3).num_classes == 3
+    with pytest.raises(ValueError, match=r"timm cannot make dla46_c with .*drop_path_rate"):
+        create(BackboneConfig("dla46_c", drop_path=0.1), 3)

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 from itertools import count
 
@@ -59,6 +60,10 @@ def test_a_run_plans_once_and_keeps_the_answer(tmp_path, monkeypatch):
     monkeypatch.setattr(planned, "choose", lambda *_: asked.append(1) or Expected(4))
     assert planned.resolve(config, tmp_path).micro_batch_size == 8 and len(asked) == 1
     assert planned.resolve(replace(config, resume="never"), tmp_path).micro_batch_size == 4
+    assert planned.kept(config, tmp_path, 2) == Expected(8)
+    assert planned.kept(config, tmp_path, 4) is None  # more processes than that micro batch leaves room for
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert planned.kept(config, tmp_path, 1) is None  # nothing to go on from: another run may have another answer
 
 
 @pytest.mark.parametrize("value", ["some", "2.5", "true", "0"])

@@ -120,11 +120,13 @@ def test_where_a_run_starts(tmp_path):
     checkpoints.path(4).unlink()
     with pytest.raises(ValueError, match="resume=auto goes on"):
         resume_point("never", checkpoints)
+    other.unlink()
+    assert resume_point(str(other), checkpoints)[:2] == (path, True)  # it has its own by now
     with pytest.raises(ValueError, match="no checkpoint"):
-        resume_point(str(tmp_path / "nothing.pt"), checkpoints)
-    DAMAGES["truncated"](path)
+        resume_point(str(other), Checkpoints(tmp_path / "new"))
     with pytest.raises(ValueError, match="no good checkpoint"):
-        resume_point(str(tmp_path), checkpoints)
+        resume_point(str(tmp_path / "other"), Checkpoints(tmp_path / "new"))
+    DAMAGES["truncated"](path)
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         resume_point("auto", checkpoints)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sbp.training.engine import setup
-from sbp.training.runtime import distributed
+from sbp.training.runtime import distributed, wrapping
 from tests.training.configs import small
 
 
@@ -26,3 +26,19 @@ def test_more_processes_than_cuda_devices_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"4 processes .* 2 CUDA devices: .* --nproc_per_node=2, or set device=cpu"):
         distributed.pick_device("auto")
     assert distributed.pick_device("cpu") == torch.device("cpu")
+
+
+def test_an_optimizer_goes_on_in_this_process_s_own_way():
+    """A CPU's checkpoint says fused=None, with which AdamW on CUDA would lose its one kernel, and float16 its step."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    before = torch.optim.AdamW([weight], lr=0.5)
+    before.step()
+    after = torch.optim.AdamW([weight], fused=True)
+    wrapping.load_optimizer(after, before.state_dict())
+    (group,) = after.param_groups
+    assert group["fused"] is True and group["lr"] == 0.5
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+    scaler.step(after)
+    assert after.state[weight]["step"] == 2

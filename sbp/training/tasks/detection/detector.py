@@ -125,6 +125,11 @@ class Detector(nn.Module):
         detections, losses = self.roi_heads(features, proposals, sizes, targets)
         return rpn_losses | losses if self.training else detections
 
+    def no_weight_decay(self) -> set[str]:
+        """The backbone's parameters that timm does not decay, by their names here."""
+        own: set[str] = getattr(self.backbone.body, "no_weight_decay", set)()
+        return {f"backbone.body.{name}" for name in own}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Of the backbone, as timm's models have it."""
         self.backbone.body.set_grad_checkpointing(enable)

@@ -11,6 +11,8 @@ from torchvision.ops import box_iou, roi_align
 
 import sbp
 from sbp.training.config.model import DETECTORS, BackboneConfig, DetectorConfig, SbpConfig
+from sbp.training.config.recipe import RecipeConfig
+from sbp.training.models.optim import build_optimizer
 from sbp.training.runtime import wrapping
 from sbp.training.tasks.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
 from sbp.training.tasks.detection.heads import AlignedPool, crop_masks
@@ -34,6 +36,26 @@ DOWNSAMPLES = ["stages.1.downsample", "stages.2.downsample"]
 
 def plain(model):
     return sbp.remove(copy.deepcopy(model))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "names"),
+    [
+        ("swin_tiny_patch4_window7_224", {"relative_position_bias_table"}),
+        ("swinv2_tiny_window8_256", {"logit_scale", "cpb_mlp"}),
+    ],
+)
+def test_what_timm_does_not_decay_is_not_decayed_in_a_detector(backbone, names):
+    model = small_swin_detector(backbone)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    decayed = [
+        name_of[parameter]
+        for group in build_optimizer(model, RecipeConfig(weight_decay=0.05), 1.0).param_groups
+        for parameter in group["params"]
+        if group["weight_decay"]
+    ]
+    assert all(any(part in name for name in name_of.values()) for part in names)
+    assert decayed and not any(part in name for name in decayed for part in names)
 
 
 @pytest.mark.parametrize("name", DETECTORS)
