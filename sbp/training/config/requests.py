@@ -85,7 +85,7 @@ class BenchmarkDataConfig:
 
 @dataclass
 class BenchmarkConfig:
-    """One comparison of ways to train a network; the ways are the arms in sbp/training/benchmark/benchmark.py."""
+    """One comparison of ways to train a network; the ways are the arms in sbp/training/benchmark/arms.py."""
 
     task: str = key("classification", "as in training", one_of=TASKS)
     backbone: BackboneConfig = group(BackboneConfig)
