@@ -23,6 +23,9 @@ def draw(jobs: list[Job], path: Path) -> None:
     Runs that differ in their seed alone are dots around the line of their means. Without a finished job: no figure.
     """
     shown = {"top1": "top-1, %", "box_ap": "box AP", "mask_ap": "mask AP"}
+    finished = [job.summary for job in jobs if job.summary]
+    if finished and all({"top1_ema", "box_ap_ema"} & one.keys() for one in finished):  # of which best.pt is
+        shown = {f"{name}_ema": f"{label} (EMA)" for name, label in shown.items()}
     shown = {name: label for name, label in shown.items() if any(job.summary.get(name) is not None for job in jobs)}
     done = [job for job in jobs if shown and all(job.summary.get(name) is not None for name in shown)]
     if not done:

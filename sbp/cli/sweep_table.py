@@ -34,8 +34,11 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], Any]] = {  # heading -> how a valu
     "keep_ratio": lambda summary: summary["keep_ratio"],
     "effective": _number("effective_keep_ratio", 3),
     "top-1 %": _number("top1", 2),
+    "top-1 % (EMA)": _number("top1_ema", 2),
     "box AP": _number("box_ap", 1),
+    "box AP (EMA)": _number("box_ap_ema", 1),
     "mask AP": _number("mask_ap", 1),
+    "mask AP (EMA)": _number("mask_ap_ema", 1),
     "saved MiB/image": _number("saved_bytes_per_image", 2, 2**20),
     "peak MiB": lambda s: _number("peak_allocated" if "peak_allocated" in s else "peak_rss", 0, 2**20)(s),
     "gradient cosine": _number("gradient_cosine", 3),
@@ -103,9 +106,16 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 
 
 def columns_of(summaries: Iterable[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    """COLUMNS, without the figures of the other task than that of these runs."""
-    others = ("top-1 %",) if any("box_ap" in summary for summary in summaries) else ("box AP", "mask AP")
-    return {heading: show for heading, show in COLUMNS.items() if heading not in others}
+    """COLUMNS, without figures of the task, or of averaged weights, that none of these runs has."""
+    summaries = list(summaries)
+    detects = any("box_ap" in summary for summary in summaries)
+    averages = any(f"{name}_ema" in summary for summary in summaries for name in ("top1", "box_ap"))
+
+    def fits(heading: str) -> bool:
+        of_task = heading.startswith("top-1") != detects or not heading.startswith(("top-1", "box", "mask"))
+        return of_task and (averages or "EMA" not in heading)
+
+    return {heading: show for heading, show in COLUMNS.items() if fits(heading)}
 
 
 def table(jobs: list[Job]) -> str:

@@ -15,7 +15,8 @@ _OF_APPLY = ("keep_ratio", "mask", "mhsa_drop", "layers", "mask_per", "rescale",
 @dataclass(frozen=True)
 class Arm:
     """overrides: of train.py, in a setting. vit_only: needs attention, or tokens to leave out; convnext_only: the
-    opposite. many_epochs: needs more than one. fine_tuning_only: needs weights that training starts from.
+    opposite. many_epochs: needs more than one; of_epochs: a multiple of so many. fine_tuning_only: needs weights that
+    training starts from.
 
     same_as: the arm with the very same gradients, whose accuracy is taken: only what a step costs is measured.
     parts: of an arm with several kinds of steps, those of which arms they are, and their share: its step takes their
@@ -27,6 +28,7 @@ class Arm:
     vit_only: bool = False
     convnext_only: bool = False
     many_epochs: bool = False
+    of_epochs: int = 1
     fine_tuning_only: bool = False
     same_as: str | None = None
     parts: Mapping[str, float] | None = None
@@ -82,8 +84,8 @@ def half_batches(setting: Setting) -> list[str]:
 
 
 def exact_end(tenths: int) -> Callable[[Setting], list[str]]:
-    """So many tenths of the epochs, at least as many epochs."""
-    return lambda setting: [f"sbp.exact_epochs={max(tenths, tenths * setting.epochs // 10)}"]
+    """So many tenths of the epochs."""
+    return lambda setting: [f"sbp.exact_epochs={tenths * setting.epochs // 10}"]
 
 
 def query(keep_ratio: float) -> Callable[[Setting], list[str]]:
@@ -145,13 +147,13 @@ ARMS = {
     "exact_end": Arm(
         "exact backpropagation in the last 10 % of epochs",
         exact_end(1),
-        many_epochs=True,
+        of_epochs=10,
         parts={"sbp": 0.9, "plain": 0.1},
     ),
     "exact_end_20": Arm(
         "exact backpropagation in the last 20 % of epochs",
         exact_end(2),
-        many_epochs=True,
+        of_epochs=5,
         parts={"sbp": 0.8, "plain": 0.2},
     ),
     "rising_epochs": Arm(
@@ -191,7 +193,7 @@ def exists(arm: str, setting: Setting) -> bool:
     if one is None or (one.convnext_only if setting.is_vit else one.vit_only):
         return False
     fits = setting.starts_from is not None or not one.fine_tuning_only
-    return fits and (setting.epochs > 1 or not one.many_epochs)
+    return fits and setting.epochs % one.of_epochs == 0 and (setting.epochs > 1 or not one.many_epochs)
 
 
 def sbp_arguments(arm: str, setting: Setting) -> dict[str, Any]:

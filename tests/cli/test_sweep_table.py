@@ -71,6 +71,16 @@ def test_a_row_for_each_run_in_the_order_of_what_was_swept(folder):
     assert len({len(line) for line in lines}) == 1 and "disk \\| full" in table(jobs)
 
 
+def test_averaged_weights_have_a_column_where_there_are_any(folder):
+    assert "EMA" not in table(read_jobs(folder))
+    path = job(folder, "recipe.lr=11", top1=12.3)
+    (path / "summary.json").write_text(json.dumps(FIGURES | {"top1": 12.3, "top1_ema": 81.0, "config": {}}))
+    heading, *rows = table(read_jobs(folder)).splitlines()
+    column = [cell.strip() for cell in heading.split("|")].index("top-1 % (EMA)")
+    found = [row.split("|")[column].strip() for row in rows if "done" in row]
+    assert sorted(found) == ["", "", "81.00"] and "box AP" not in heading
+
+
 def test_the_files_hold_the_table_and_whole_numbers(folder):
     write_table(folder)
     assert (folder / "table.md").read_text() == table(read_jobs(folder)) + "\n"

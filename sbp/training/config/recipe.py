@@ -32,8 +32,8 @@ class RecipeConfig:
     )
     scheduler: str = key(
         "cosine",
-        "constant stays at the peak; multistep multiplies the rate by decay_rate at each of decay_milestones; the others "
-        "end at min_lr, poly with the power decay_rate",
+        "constant stays at the peak; multistep multiplies the rate by decay_rate at each of decay_milestones; the "
+        "others end at min_lr, poly with the power decay_rate",
         one_of=SCHEDULERS,
     )
     decay_milestones: list[int] | None = key(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from itertools import zip_longest
 from typing import Any
 
 from sbp.training.config.keys import from_dict
@@ -23,6 +24,22 @@ def check_same_run(stored: Mapping[str, Any], config: Config, own: bool = True) 
     ]
     if changed:
         raise ValueError(f"the checkpoint to resume from is of another run: {'; '.join(changed)}")
+
+
+def check_same_images(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+    """Raises ValueError where a run would go on with other images than those of before, wherever they may lie now.
+
+    Each is {"images": how many there are to train on, "classes": the names of the labels}. stored: None where the
+    checkpoint does not know.
+    """
+    if stored is None or stored == now:
+        return
+    if stored["images"] != now["images"]:
+        what = f"{stored['images']} images to train on, and now {now['images']}"
+    else:
+        pairs = zip_longest(stored["classes"], now["classes"])
+        what = "class {} where now is {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
+    raise ValueError(f"the run goes on with other images than before: it had {what}. Take these for a new run_dir")
 
 
 def _freedom(kind: Any, path: str = "") -> list[tuple[str, str]]:

@@ -181,12 +181,21 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """All images of a run. probe: (images, labels), those that gradient cosines are measured on."""
+    """All images of a run. probe: (images, labels), those that gradient cosines are measured on.
+
+    classes: their names in the order of the labels; [] where the data set has none.
+    """
 
     train: Batches
     order: TrainSampler
     validation: Batches
     probe: tuple[Tensor, Any]
+    classes: list[str]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What they have to have in common with those of a run that goes on."""
+        return {"images": self.order.length, "classes": self.classes}
 
     def some(self, count: int) -> tuple[Tensor, Any]:
         """So many images of the probe and their labels: the first ones, again and again where it has fewer."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sbp.training.config.run import Config
-from sbp.training.config.same_run import check_same_run
+from sbp.training.config.same_run import check_same_images, check_same_run
 from sbp.training.engine import setup
 from sbp.training.engine.epoch import Step, train_epoch
 from sbp.training.engine.probes import PeakMemory, gradient_cosines
@@ -67,6 +67,8 @@ class Run:
     def _go_on(self, origin: Origin) -> None:
         """Where the checkpoint stands."""
         content = origin.content
+        if origin.own:
+            check_same_images(content.get("data"), self.images.facts)
         load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
         self.trainer.load_state_dict(content)
         self.incidents.load_state_dict(content["incidents"])
@@ -131,6 +133,7 @@ class Run:
         """A checkpoint of now."""
         content = self.trainer.state_dict() | {"incidents": self.incidents.state_dict()}
         content |= {"config": asdict(self.config), "step": self.step, "run_id": self.run_id}
+        content["data"] = self.images.facts
         distributed.only_main(lambda: self.checkpoints.save(self.step, content))
         newest = self.checkpoints.newest()
         self.status.update(step=self.step, checkpoint=None if newest is None else str(newest))

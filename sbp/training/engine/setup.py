@@ -11,6 +11,7 @@ import sbp
 from sbp.training.config.batches import evaluation_batch, plan_batches, scaled_lr
 from sbp.training.config.rules import SLOPE_IMAGES
 from sbp.training.config.run import Config
+from sbp.training.data.classes import class_names
 from sbp.training.data.loading import (
     SUBSTITUTES,
     Batches,
@@ -118,7 +119,7 @@ def _load_images(config: Config, device: torch.device) -> Images:
         common |= {"prefetch": config.data.prefetch, "collate": task.collate}
         train = make_loader(train_set, order, substitutes=SUBSTITUTES, **common)
         evaluated = make_loader(validation_set, validation, **common)
-    return Images(train, order, evaluated, probe)
+    return Images(train, order, evaluated, probe, class_names(train_set))
 
 
 def build_trainer(

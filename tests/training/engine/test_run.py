@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import load_checkpoint
 
 from sbp.training.config.requests import EvalConfig
@@ -131,6 +132,33 @@ def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
     before = find(tmp_path)[1]["state_dict"]
     assert train(small("resume=auto"), tmp_path)["top1"] is not None  # finished: nothing is left to do
     assert_equal(dict(find(tmp_path)[1]["state_dict"]), dict(before))
+
+
+def test_a_run_goes_on_with_the_images_that_it_had_wherever_they_lie(tmp_path):
+    def folders(root, classes=("a", "b"), count=8):
+        for split in ("train", "val"):
+            for number, name in enumerate(classes):
+                (tmp_path / root / split / name).mkdir(parents=True)
+                for place in range(count):
+                    Image.new("RGB", (32, 32), (100 * number, 9 * place, 0)).save(
+                        tmp_path / root / split / name / f"{place}.png"
+                    )
+        given = ("data=imagenet", f"data.root={tmp_path / root}", "data.num_classes=2", "data.image_size=32")
+        return small(*given, "global_batch_size=8", "recipe.epochs=2", "probe.every_steps=null", "data.workers=0")
+
+    def interrupted():
+        for name in ("summary.json", "status.json", "checkpoints/step-00000004.pt", "checkpoints/best.pt"):
+            (tmp_path / "run" / name).unlink()
+
+    config = folders("here")
+    config.checkpoint.keep = 9
+    train(config, tmp_path / "run")
+    interrupted()
+    with pytest.raises(ValueError, match="other images than before: it had 16 images to train on, and now 20"):
+        train(folders("more", count=10), tmp_path / "run")
+    with pytest.raises(ValueError, match="other images than before: it had class b where now is c"):
+        train(folders("others", classes=("a", "c")), tmp_path / "run")
+    assert train(folders("copied"), tmp_path / "run")["top1"] is not None
 
 
 def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_diverged(tmp_path):

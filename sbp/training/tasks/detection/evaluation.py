@@ -9,13 +9,13 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from sbp.training.data.loading import Batches
 from sbp.training.runtime import distributed
 from sbp.training.runtime.precision import autocast
 from sbp.training.tasks.accuracy import validation_batches
 from sbp.training.tasks.detection.annotations import quiet
+from sbp.training.tasks.detection.heads import paste_masks
 from sbp.training.tasks.detection.target import Target
 
 FIGURES = ("ap", "ap50", "ap75")  # the first three of COCOeval's: the mean over IoU 0.50 to 0.95, and at two of them
@@ -80,7 +80,7 @@ def coco_results(detection: dict[str, Tensor], target: Target) -> list[dict[str,
     at_once = max(1, _PASTED // (height * width))
     for first in range(0, len(boxes), at_once):
         some = slice(first, first + at_once)
-        masks = paste_masks_in_image(detection["masks"][some], boxes[some], (height, width))[:, 0] > 0.5  # (n, h, w)
+        masks = paste_masks(detection["masks"][some], boxes[some], (height, width))
         codes += run_lengths.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
     return [
         {

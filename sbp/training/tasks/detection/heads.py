@@ -1,5 +1,7 @@
 """What reads an image's regions in Mask R-CNN, and in each stage of the cascade: torchvision's, in full precision."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,6 +154,26 @@ def as_detections(
     by_image = masks[:, None].split([len(one) for one in boxes])
     found = zip(boxes, scores, labels, by_image, strict=True)
     return [{"boxes": box, "scores": score, "labels": label, "masks": mask} for box, score, label, mask in found]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: Size) -> Tensor:
+    """The masks of boxes in an image of this size (h, w): bool (n, h, w). The inverse of `crop_masks`, on the CPU.
+
+    masks: probabilities (n, 1, M, M), read at the middle of each pixel within the box, as mmdetection does;
+    torchvision's own pasting takes whole pixels for the box, and one more on each side. boxes: (n, 4).
+    """
+    height, width = size
+    pasted = torch.zeros(len(masks), height, width, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2), image in zip(masks, boxes.tolist(), pasted, strict=True):
+        left, right = max(math.floor(x1), 0), min(math.ceil(x2), width)
+        top, bottom = max(math.floor(y1), 0), min(math.ceil(y2), height)
+        if left >= right or top >= bottom:
+            continue
+        x = 2 * (torch.arange(left, right) + 0.5 - x1) / max(x2 - x1, 1e-6) - 1
+        y = 2 * (torch.arange(top, bottom) + 0.5 - y1) / max(y2 - y1, 1e-6) - 1
+        places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None].to(mask.dtype)
+        image[top:bottom, left:right] = F.grid_sample(mask[None], places, align_corners=False)[0, 0] >= 0.5
+    return pasted
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Tensor:

@@ -8,7 +8,6 @@ import matplotlib
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_area
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
@@ -17,6 +16,7 @@ from sbp.training.data.loading import SeededDataset, readable, spread
 from sbp.training.data.naming import path
 from sbp.training.tasks.detection.augmentation import collate
 from sbp.training.tasks.detection.evaluation import detect
+from sbp.training.tasks.detection.heads import paste_masks
 
 FONT = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")  # torchvision has none to scale
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#fabebe")
@@ -63,7 +63,7 @@ def draw(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], thresh
     smaller = box_area(found["boxes"]).argsort(descending=True)  # lies upon what is larger
     boxes, masks, labels = (found[name][smaller] for name in ("boxes", "masks", "labels"))
     if masks.ndim == 4:
-        masks = paste_masks_in_image(masks, boxes, tuple(image.shape[1:]))[:, 0] > 0.5
+        masks = paste_masks(masks, boxes, (image.shape[1], image.shape[2]))
     names = [classes[label - 1] for label in labels.tolist()]
     if "scores" in found:
         names = [f"{name} {score:.0%}" for name, score in zip(names, found["scores"][smaller].tolist(), strict=True)]
