@@ -6,6 +6,7 @@ maps each timm class to the subclass that takes its place; and `SUPPORTED`, a ph
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import unwrap
 from typing import Any, TypeVar
 
 from torch import nn
@@ -58,9 +59,14 @@ def blocks_of(name: str, network: Any) -> dict[str, nn.Module]:
 def is_own(
     model: Any, kind: Any, methods: Sequence[str] = ("forward", "forward_features", "forward_head", "pool")
 ) -> bool:
-    """Whether these methods of a network are those of timm's class, neither overridden nor replaced on the instance."""
+    """Whether these methods of a network are those of timm's class, neither overridden nor replaced on the instance.
+
+    What wraps one of them there, as accelerate does for autocast, does not replace it.
+    """
     return all(
-        getattr(type(model), name, None) is getattr(kind, name, None) and name not in vars(model) for name in methods
+        (unwrap(vars(model)[name]) if name in vars(model) else getattr(type(model), name, None))
+        is getattr(kind, name, None)
+        for name in methods
     )
 
 

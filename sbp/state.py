@@ -7,7 +7,6 @@ DDP broadcasts nothing, and a deep copy of the model gets a state of its own.
 
 import weakref
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -198,8 +197,11 @@ class State:
         if self.settings.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
             shape = Shape(shape.grid, shape.maps, 1, *shape[3:])
         if self.draw.device != device:
-            with nullcontext() if not torch.is_inference_mode_enabled() else torch.inference_mode(False):
+            if torch.compiler.is_compiling():
                 self.draw = self.draw.to(device)
+            else:
+                with torch.inference_mode(False):  # else training could not count on
+                    self.draw = self.draw.to(device)
         before = self.current if self.held else None
         if before is not None and before.shape == shape and before.fixed is self.fixed:
             return

@@ -231,11 +231,11 @@ class TokenState(State):
 
     def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""
-        if self.is_idle:
-            return
         (images,) = args
         reading = self.prefix_only, self.skips_dropped, self.hands_on
         self.prefix_only = self.skips_dropped = self.hands_on = False  # the next pass may come from elsewhere
+        if self.is_idle:
+            return
         height, width = patch_embed.dynamic_feat_size(images.shape[-2:])
         patch_height, patch_width = _patch_size(patch_embed)
         whole = (height * patch_height, width * patch_width) == tuple(images.shape[-2:])

@@ -147,3 +147,11 @@ def test_inductor(name):
     x = images(size_of(model))
     for _ in range(3):
         assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("make", [small_vit, small_swin])
+def test_a_model_on_another_device_is_one_graph_from_its_first_pass_on(make):
+    """Where the number of the draw still has to move there; "meta" stands for CUDA."""
+    model = sbp.apply(make()).to("meta")
+    size = 64 if make is small_swin else 32
+    torch.compile(model, backend="eager", fullgraph=True)(images(size).to("meta"))

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -125,26 +126,48 @@ def test_a_frozen_block_sees_the_tokens_that_blocks_before_it_dropped(name):
     """It runs as timm's, so that what others dropped has to be there: as with a keep-ratio of one."""
     make, size = FAMILIES[name]
     ratios = [1 if i == 4 else 0.5 for i in range(6)]
+    make = partial(make, global_pool="token")
     expected = gradients(sbp.apply(make(), layers="all", keep_ratio=ratios, seed=3), images(size))
     model = sbp.apply(make(), layers="all", seed=3)
     model.blocks[4].eval()
     assert_same_gradients(gradients(model, images(size)), expected)
 
 
-@pytest.mark.parametrize("name", ["vit", "eva", "beit"])
-@pytest.mark.parametrize("method", ["forward_head", "pool", "forward"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, method) for name in ("vit", "eva", "beit") for method in ("forward_head", "forward")]
+    + [("vit", "pool"), ("eva", "pool")],
+)
 def test_a_head_of_ones_own_may_read_every_token(name, method):
     """Where methods behind the blocks are not timm's, the dropped tokens are there, as in forward_features."""
-    make, size = FAMILIES[name]
+    make, size = partial(FAMILIES[name][0], global_pool="token"), FAMILIES[name][1]
     model = sbp.apply(make(), seed=3)
     expected = sbp.apply(make(), seed=3).forward_features(images(size))
-    own = model.forward_features if method == "forward" else lambda x, *_, **__: x
-    setattr(model, method, own)
-    found = model(images(size))
-    if method == "pool" and name != "beit":
+    assert expected.shape[1] == 17
+    setattr(model, method, model.forward_features if method == "forward" else lambda x, *_, **__: x)
+    if method == "pool":
         expected = model.head(model.fc_norm(expected))
-    if not (method == "pool" and name == "beit"):  # whose forward_head pools by itself
-        assert torch.equal(found, expected)
+    assert torch.equal(model(images(size)), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "eva", "beit"])
+def test_what_wraps_timms_forward_does_not_replace_it(name):
+    """As accelerate does for autocast: dropped tokens, which nothing reads, are still not computed."""
+    make, size = partial(FAMILIES[name][0], global_pool="token"), FAMILIES[name][1]
+    model, wrapped = sbp.apply(make()), sbp.apply(make())
+    wrapped.forward = MethodType(torch.autocast("cpu", enabled=False)(type(wrapped).forward), wrapped)
+    x = images(size)
+    assert sbp.count_flops(lambda: wrapped(x).sum()).forward == sbp.count_flops(lambda: model(x).sum()).forward
+
+
+@pytest.mark.parametrize("name", ["vit", "eva", "beit"])
+def test_an_evaluation_leaves_nothing_for_the_next_pass(name):
+    """Which may come from elsewhere, and read every token."""
+    make, size = partial(FAMILIES[name][0], global_pool="token"), FAMILIES[name][1]
+    model = sbp.apply(make(), seed=3)
+    expected = sbp.apply(make(), seed=3).forward_features(images(size))
+    model.eval()(images(size))
+    assert torch.equal(model.train().forward_features(images(size)), expected)
 
 
 class Adapted(torch.nn.Linear):

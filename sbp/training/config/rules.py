@@ -42,11 +42,22 @@ def validate(config: Config) -> Config:
     _check_milestones(config.recipe)
     _check_scheduler(config.recipe.scheduler)
     _check_exact_epochs(config)
-    _check_recompute(config)
     _check_frozen(config)
     _check_rates(config)
     _check_optimizer(config.recipe.optimizer)
     return config
+
+
+def check_new_run(config: Config) -> None:
+    """Raises ValueError for keys that would do nothing. Not of a run that goes on, which has done without them."""
+    if config.sbp.recompute != "none" and not config.sbp.enabled:
+        raise ValueError(
+            f"sbp.recompute={config.sbp.recompute} needs sbp.enabled=true; exact gradients with it are sbp.keep_ratio=1"
+        )
+    data = config.data
+    for key in ("train_images", "val_images"):
+        if data.source not in GENERATED and (value := getattr(data, key)) != getattr(DataConfig, key):
+            raise ValueError(f"data.{key}={value} is for generated images ({', '.join(GENERATED)}), not {data.source}")
 
 
 def _check_source(config: Config) -> None:
@@ -63,9 +74,6 @@ def _check_source(config: Config) -> None:
         raise ValueError(f"data.shuffle=shards needs data.source=webdataset, got {data.source}")
     if data.cache and data.source != "folder":
         raise ValueError(f"data.cache=true needs data.source=folder, got {data.source}")
-    for key in ("train_images", "val_images"):
-        if data.source not in GENERATED and (value := getattr(data, key)) != getattr(DataConfig, key):
-            raise ValueError(f"data.{key}={value} is for generated images ({', '.join(GENERATED)}), not {data.source}")
     if data.source == "timm" and data.name is None:
         raise ValueError("data.name is needed: a name that timm.data.create_dataset takes, such as torch/cifar10")
 
@@ -122,13 +130,6 @@ def _check_exact_epochs(config: Config) -> None:
         raise ValueError(
             f"sbp.exact_recompute={sbp.exact_recompute} is of exact epochs and needs sbp.exact_epochs in [1, {epochs}] "
             f"(recipe.epochs), got {sbp.exact_epochs}; what all epochs recompute is sbp.recompute"
-        )
-
-
-def _check_recompute(config: Config) -> None:
-    if config.sbp.recompute != "none" and not config.sbp.enabled:
-        raise ValueError(
-            f"sbp.recompute={config.sbp.recompute} needs sbp.enabled=true; exact gradients with it are sbp.keep_ratio=1"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from sbp.training.config.rules import check_new_run
 from sbp.training.config.run import Config
 from sbp.training.config.same_run import check_same_images, check_same_run
 from sbp.training.engine import setup
@@ -47,7 +48,9 @@ class Run:
         self.peak = PeakMemory(self.device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
         origin = resume_point(self.config.resume, self.checkpoints)
-        if origin is not None:
+        if origin is None:
+            check_new_run(self.config)
+        else:
             check_same_run(origin.content["config"], self.config, own=origin.own)
         return origin
 

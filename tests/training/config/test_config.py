@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sbp.training.config.batches import BatchPlan, evaluation_batch, plan_batches, scaled_lr
 from sbp.training.config.keys import from_dict
 from sbp.training.config.requests import EvalConfig, overridden
-from sbp.training.config.rules import validate
+from sbp.training.config.rules import check_new_run, validate
 from sbp.training.config.run import Config
 from sbp.training.config.same_run import check_same_run
 from sbp.training.tasks.choice import task_of
@@ -152,9 +152,11 @@ def test_keys_that_would_do_nothing_are_refused():
     with pytest.raises(
         ValueError, match=r"sbp\.recompute=cheap needs .*; exact gradients with it are sbp\.keep_ratio=1"
     ):
-        validate(small("sbp=none", "sbp.recompute=cheap"))
+        check_new_run(small("sbp=none", "sbp.recompute=cheap"))
     with pytest.raises(ValueError, match=r"data\.train_images=100 is for generated images \(.*\), not digits"):
-        validate(small("data.train_images=100"))
+        check_new_run(small("data.train_images=100"))
+    check_new_run(small("sbp.recompute=cheap", "sbp.keep_ratio=1"))
+    validate(small("sbp=none", "sbp.recompute=cheap"))  # of a run that goes on, or is evaluated
 
 
 def test_an_evaluation_takes_no_global_batch_at_once():
