@@ -93,7 +93,7 @@ def test_hugging_faces_own():
 
 def test_a_model_that_is_patched_or_wrapped():
     assert "already patched" in sbp.supports(sbp.apply(small_vit())).reason
-    assert "wrapped" in sbp.supports(nn.DataParallel(small_vit())).reason
+    assert "take DistributedDataParallel" in sbp.supports(nn.DataParallel(small_vit())).reason
 
 
 def test_vitamins_mlp_is_position_wise():

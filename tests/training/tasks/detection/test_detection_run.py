@@ -137,7 +137,8 @@ def test_one_class_is_enough(tmp_path, name):
     data = ("data=coco", f"data.root={root}", "data.train_split=images/train", "data.val_split=images/val")
     sizes = ("data.num_classes=1", "data.image_size=48", "data.max_size=96", "data.workers=0")
     options = (f"detector.name={name}", "data.background=true", "global_batch_size=2", "recipe.augment=false")
-    config = small_detector_run(*data, *sizes, *options)
+    of_files = ("data.train_images=1024", "data.val_images=256")  # the defaults: how many there are to generate
+    config = small_detector_run(*data, *of_files, *sizes, *options)
     summary = train(config, tmp_path)
     assert 0 <= summary["box_ap"] <= 100 and summary["gradient_cosine"] > 0
     weights = find(tmp_path)[1]["state_dict"]
