@@ -35,7 +35,7 @@ class LoopState(TokenState):
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the network. Its own forward looks at nothing between the blocks."""
-        if not self.is_own(model):
+        if not self.has_own_loop(model):
             return
         self.hands_on = not model.grad_checkpointing
         if not is_own(model, self.kind):
@@ -44,7 +44,7 @@ class LoopState(TokenState):
         self.prefix_only = model.global_pool == "token" and model.num_prefix_tokens > 0 and not pools
         self.skips_dropped = self.prefix_only and self.settings.mhsa_drop == "qkv" and self.never_regrows(model.blocks)
 
-    def is_own(self, model: Any) -> bool:
+    def has_own_loop(self, model: Any) -> bool:
         """Whether forward and forward_features of the network are timm's own."""
         return is_own(model, self.kind, ("forward", "forward_features"))
 

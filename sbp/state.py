@@ -197,10 +197,10 @@ class State:
         if self.settings.mask_per == "batch":  # not by _replace: torch 2.11 cannot compile what that makes
             shape = Shape(shape.grid, shape.maps, 1, *shape[3:])
         if self.draw.device != device:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # which no graph can do within the other
                 self.draw = self.draw.to(device)
             else:
-                with torch.inference_mode(False):  # else training could not count on
+                with torch.inference_mode(False):  # what is made in that mode, training could not count on
                     self.draw = self.draw.to(device)
         before = self.current if self.held else None
         if before is not None and before.shape == shape and before.fixed is self.fixed:

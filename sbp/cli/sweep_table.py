@@ -107,15 +107,14 @@ def swept_keys(jobs: list[Job]) -> list[str]:
 
 def columns_of(summaries: Iterable[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """COLUMNS, without figures of the task, or of averaged weights, that none of these runs has."""
-    summaries = list(summaries)
-    detects = any("box_ap" in summary for summary in summaries)
-    averages = any(f"{name}_ema" in summary for summary in summaries for name in ("top1", "box_ap"))
-
-    def fits(heading: str) -> bool:
-        of_task = heading.startswith("top-1") != detects or not heading.startswith(("top-1", "box", "mask"))
-        return of_task and (averages or "EMA" not in heading)
-
-    return {heading: show for heading, show in COLUMNS.items() if fits(heading)}
+    figures = {key for summary in summaries for key in summary}
+    other_task = ("top-1",) if "box_ap" in figures else ("box AP", "mask AP")
+    averaged = "top1_ema" in figures or "box_ap_ema" in figures
+    return {
+        heading: show
+        for heading, show in COLUMNS.items()
+        if not heading.startswith(other_task) and (averaged or "EMA" not in heading)
+    }
 
 
 def table(jobs: list[Job]) -> str:

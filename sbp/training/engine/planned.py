@@ -51,8 +51,7 @@ def resolve(config: Config, folder: Path) -> Expected:
 
 def kept(config: Config, folder: Path, world_size: int) -> Expected | None:
     """That of a run that goes on in this folder; None for one that starts, or whose processes are too many for it."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if config.resume == "never" or not (checkpoints.paths() or checkpoints.best.is_file()):
+    if config.resume == "never" or Checkpoints(folder / "checkpoints").is_empty:
         return None
     stored: Any = read_json(folder / RUN).get("config", {}).get("micro_batch_size")
     if not isinstance(stored, int) or config.global_batch_size % (stored * world_size):

@@ -135,8 +135,7 @@ class Run:
     def save(self) -> None:
         """A checkpoint of now."""
         content = self.trainer.state_dict() | {"incidents": self.incidents.state_dict()}
-        content |= {"config": asdict(self.config), "step": self.step, "run_id": self.run_id}
-        content["data"] = self.images.facts
+        content |= {"config": asdict(self.config), "data": self.images.facts, "step": self.step, "run_id": self.run_id}
         distributed.only_main(lambda: self.checkpoints.save(self.step, content))
         newest = self.checkpoints.newest()
         self.status.update(step=self.step, checkpoint=None if newest is None else str(newest))

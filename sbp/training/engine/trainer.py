@@ -18,7 +18,7 @@ import sbp
 from sbp.state import states
 from sbp.training.data.loading import moved
 from sbp.training.data.preprocessing import Normalize
-from sbp.training.models.build import is_frozen
+from sbp.training.models.build import frozen_parts
 from sbp.training.runtime import distributed, seeding, wrapping
 from sbp.training.runtime.graphs import Graphs, Pass, Recorder
 from sbp.training.runtime.precision import DTYPES, Casts, autocast
@@ -71,7 +71,7 @@ class Trainer:
         self.patched, self.hold_mask, self.seed = patched, hold_mask, seed
         self.fixed_mask, self.exact_from, self.keep_ratio_at = fixed_mask, exact_from, keep_ratio_at
         self.device = next(model.parameters()).device
-        self.frozen = [one for one in model.modules() if is_frozen(one)]
+        self.frozen = list(frozen_parts(model))
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.normalize = None if normalize is None else normalize.to(self.device)
         # A captured pass cannot exchange gradients while it computes them, so they are averaged after it, without DDP.

@@ -1,5 +1,6 @@
 """timm models by name, with SBP."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -87,10 +88,14 @@ def _create(name: str, drop_path_rate: float, **arguments: Any) -> nn.Module:
         return timm.create_model(name, **arguments)  # has no drop path
 
 
-def is_frozen(part: nn.Module) -> bool:
-    """Whether it has parameters, and trains none of them."""
-    parameters = list(part.parameters())
-    return bool(parameters) and not any(one.requires_grad for one in parameters)
+def frozen_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The parts that have parameters and train none of them, each as a whole."""
+    for part in model.children():
+        trained = [one.requires_grad for one in part.parameters()]
+        if trained and not any(trained):
+            yield part
+        else:
+            yield from frozen_parts(part)
 
 
 def check_name(name: str) -> None:

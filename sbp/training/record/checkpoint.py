@@ -31,6 +31,11 @@ class Checkpoints:
         """Oldest first, without the best."""
         return sorted(self.folder.glob("step-*.pt"))
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are none, the best included."""
+        return not (self.paths() or self.best.is_file())
+
     def newest(self) -> Path | None:
         return self.paths()[-1] if self.paths() else None
 
@@ -152,7 +157,7 @@ def resume_point(resume: str, checkpoints: Checkpoints) -> Origin | None:
 
 
 def _choose(resume: str, checkpoints: Checkpoints) -> Path | None:
-    there = [path for path in (*checkpoints.paths(), checkpoints.best) if path.is_file()]
+    there = not checkpoints.is_empty
     if resume == "never" and there:
         raise ValueError(
             f"{checkpoints.folder} holds checkpoints of a run: resume=auto goes on with it; or take another run_dir"
