@@ -87,8 +87,14 @@ def test_what_is_far_off_is_said():
 
 def test_the_first_steps_are_compared_once():
     ticks = count()
-    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: 0.2 * next(ticks), peak=lambda: 1)
+    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: 0.02 * next(ticks), peak=lambda: 1)
     found = [first.done() for _ in range(40)]
     assert sum(bool(lines) for lines in found) == 1
     assert "+100 %" in found[auto._LAST - 1][0]
     assert FirstSteps(None, CPU).done() == FirstSteps(Expected(8, 1.0, 1), CPU).done() == []
+
+
+def test_an_evaluation_among_the_first_steps_does_not_count():
+    times = (0.01 * step + (60 if step > 4 else 0) for step in count())
+    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: next(times), peak=lambda: 1)
+    assert not any(first.done() for _ in range(40))
