@@ -26,15 +26,15 @@ def check_same_run(stored: Mapping[str, Any], config: Config, own: bool = True) 
         raise ValueError(f"the checkpoint to resume from is of another run: {'; '.join(changed)}")
 
 
-def check_same_images(stored: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
+def check_same_images(stored: Mapping[str, Any] | None, now: Mapping[str, Any], own: bool = True) -> None:
     """Raises ValueError where a run would go on with other images than those of before, wherever they may lie now.
 
     Each is {"images": how many there are to train on, "classes": the names of the labels}. stored: None where the
-    checkpoint does not know.
+    checkpoint does not know. own: as in `check_same_run`; else there may be more images of the same classes, or fewer.
     """
-    if stored is None or stored == now:
+    if stored is None or stored["classes"] == now["classes"] and (not own or stored["images"] == now["images"]):
         return
-    if stored["images"] != now["images"]:
+    if own and stored["images"] != now["images"]:
         what = f"{stored['images']} images to train on, and now {now['images']}"
     else:
         pairs = zip_longest(stored["classes"], now["classes"])

@@ -4,7 +4,7 @@ A class that one split lacks moves the numbers of those after it, and nothing wo
 with other labels than it has learned.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,8 @@ def check_labels(dataset: Any, place: str, num_classes: int, training: bool) -> 
         )
 
 
-def check_same_classes(train: Any, val: Any, places: tuple[str, str]) -> None:
-    """Raises ValueError where both sets name their classes and the names, or their order, differ."""
-    one, other = class_names(train), class_names(val)
+def check_same_classes(one: Sequence[str], other: Sequence[str], places: tuple[str, str]) -> None:
+    """Raises ValueError where both name their classes, in the order of the labels, and names or order differ."""
     if not one or not other or one == other:
         return
     if differing := sorted(map(str, set(one) ^ set(other))):

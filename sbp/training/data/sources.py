@@ -14,7 +14,7 @@ from torchvision.transforms import Compose
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.recipe import RecipeConfig
-from sbp.training.data.classes import check_labels, check_same_classes, hidden
+from sbp.training.data.classes import check_labels, check_same_classes, class_names, hidden
 from sbp.training.data.cluttered import DIGITS, ClutteredDigits
 from sbp.training.data.preprocessing import decode, train_transform, validation_transform
 from sbp.training.data.shards import Shards, find_shards, indexed
@@ -33,7 +33,8 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
     """
     train, val = open_datasets(data, recipe)
     check_labels(train, _place(data, "train"), data.num_classes, training=True)
-    check_same_classes(train, val, (_place(data, "train"), _place(data, "val")))  # which says more than their number
+    names, places = (class_names(train), class_names(val)), (_place(data, "train"), _place(data, "val"))
+    check_same_classes(*names, places)  # which says more than their number
     check_labels(val, _place(data, "val"), data.num_classes, training=False)
     return train, val
 

@@ -10,6 +10,7 @@ from sbp.training.config.keys import from_dict
 from sbp.training.config.requests import EvalConfig, overridden
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
+from sbp.training.data.classes import check_same_classes, class_names
 from sbp.training.data.loading import ValidationSampler, make_loader
 from sbp.training.engine import setup
 from sbp.training.models.build import fit_position_embedding
@@ -37,6 +38,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
         raise ValueError(f"pictures={request.pictures} needs a run with task=detection; {path} is of another one")
     device = setup.pick_device(config)
     images = task.build_validation_set(config)
+    trained = checkpoint.get("data", {"classes": []})["classes"]
+    check_same_classes(trained, class_names(images), (f"the run of {path}", "what it is to be evaluated on"))
     model = task.build_model(config).to(device)
     load_weights(model, fit_position_embedding(model, weights))
     order = ValidationSampler(len(images), evaluation_batch(config), distributed.rank(), distributed.world_size())  # type: ignore[arg-type]

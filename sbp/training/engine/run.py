@@ -70,8 +70,7 @@ class Run:
     def _go_on(self, origin: Origin) -> None:
         """Where the checkpoint stands."""
         content = origin.content
-        if origin.own:
-            check_same_images(content.get("data"), self.images.facts)
+        check_same_images(content.get("data"), self.images.facts, origin.own)
         load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
         self.trainer.load_state_dict(content)
         self.incidents.load_state_dict(content["incidents"])

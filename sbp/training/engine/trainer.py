@@ -18,7 +18,7 @@ import sbp
 from sbp.state import states
 from sbp.training.data.loading import moved
 from sbp.training.data.preprocessing import Normalize
-from sbp.training.models.build import frozen_parts
+from sbp.training.models.build import frozen_parts, running_averages
 from sbp.training.runtime import distributed, seeding, wrapping
 from sbp.training.runtime.graphs import Graphs, Pass, Recorder
 from sbp.training.runtime.precision import DTYPES, Casts, autocast
@@ -78,6 +78,8 @@ class Trainer:
         self.wrapped = wrapping.wrap(model) if recorder is None else wrapping.same_everywhere(model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
         self.casts = Casts(model, DTYPES[amp]) if cast_together and amp in DTYPES else None
+        self._averages = list(running_averages(model))
+        self._averages_before = [one.clone() for one in self._averages]  # the step that is being computed
         self.eager = Pass(self._forward, self._backward)
         self.graphs = None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder)
 
@@ -96,6 +98,8 @@ class Trainer:
     def backward(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> "PendingFigures":
         """The gradients of step number `step`, averaged over micro batches and processes; returns the mean loss."""
         self.begin_training()
+        if self._averages:
+            torch._foreach_copy_(self._averages_before, self._averages)
         self.scheduler.step_update(step)
         exact = self.is_exact(step)
         keep_ratio = None if self.keep_ratio_at is None else self.keep_ratio_at(step)
@@ -158,8 +162,10 @@ class Trainer:
         return None if norm is None or self.scaler.is_enabled() else wrapping.number(norm)
 
     def skip(self) -> None:
-        """Forgets the gradients: the weights stay, only the schedule goes on."""
+        """Forgets the gradients: weights and running averages are as before the step, only the schedule goes on."""
         self.optimizer.zero_grad()
+        if self._averages:
+            torch._foreach_copy_(self._averages, self._averages_before)
 
     def is_exact(self, step: int) -> bool:
         """Whether backpropagation is exact in a step of a patched model."""

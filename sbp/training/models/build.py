@@ -98,6 +98,13 @@ def frozen_parts(model: nn.Module) -> Iterator[nn.Module]:
             yield from frozen_parts(part)
 
 
+def running_averages(model: nn.Module) -> Iterator[Tensor]:
+    """What batch norms remember of their inputs, which a forward pass in training changes."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from (one for one in (module.running_mean, module.running_var) if one is not None)
+
+
 def check_name(name: str) -> None:
     """Raises ValueError for a name that timm does not know."""
     if not timm.is_model(name):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,7 +69,7 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if distributed.world_size() == 1 or device.type != "cuda":
         return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return convert_sync_batchnorm(model)  # timm's: torch's own leaves out the activation of timm's batch norms
 
 
 def shard(model: nn.Module, device: Any, ema: ModelEmaV3 | None = None) -> None:

@@ -157,8 +157,15 @@ def test_a_run_goes_on_with_the_images_that_it_had_wherever_they_lie(tmp_path):
     with pytest.raises(ValueError, match="other images than before: it had 16 images to train on, and now 20"):
         train(folders("more", count=10), tmp_path / "run")
     with pytest.raises(ValueError, match="other images than before: it had class b where now is c"):
-        train(folders("others", classes=("a", "c")), tmp_path / "run")
+        train(others := folders("others", classes=("a", "c")), tmp_path / "run")
+    others.resume = str(tmp_path / "run" / "checkpoints" / "step-00000002.pt")
+    with pytest.raises(ValueError, match="other images than before: it had class b where now is c"):
+        train(others, tmp_path / "another run")
     assert train(folders("copied"), tmp_path / "run")["top1"] is not None
+    request = EvalConfig(checkpoint=str(tmp_path / "run"))
+    request.data.root = str(tmp_path / "others")
+    with pytest.raises(ValueError, match="the run of .* and what it is to be evaluated on have different classes: b"):
+        evaluate_checkpoint(request, tmp_path)
 
 
 def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_diverged(tmp_path):
@@ -189,6 +196,25 @@ def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     for step in range(2, 30):
         loss = trainer.step(step, [batch])
     assert loss < 2.1 and trainer.scaler.get_scale() <= first
+
+
+def test_a_step_that_is_left_out_leaves_batch_norms_as_they_were():
+    """Their averages of an infinite batch would stay: no checkpoint could be written any more."""
+    recipe = small().recipe
+    model = timm.create_model("test_efficientnet", num_classes=10)
+    optimizer = build_optimizer(model, recipe, 1e-2)
+    trainer = Trainer(
+        model, optimizer, build_scheduler(optimizer, recipe, 10), build_criterion(recipe), patched=False, accumulation=2
+    )
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    trainer.step(0, [(images, labels)] * 2)
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
+    trainer.backward(1, [(images, labels), (images * torch.inf, labels)])
+    assert not model.state_dict()["bn1.running_mean"].isfinite().all()
+    trainer.skip()
+    assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    trainer.step(2, [(images, labels)] * 2)
+    assert not torch.equal(model.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
 
 
 def double_trainer(config, accumulation):

@@ -1,6 +1,7 @@
 """What one process can show of several; the rest is in `test_processes.py`."""
 
 import pytest
+import timm
 import torch
 
 from sbp.training.engine import setup
@@ -42,3 +43,13 @@ def test_an_optimizer_goes_on_in_this_process_s_own_way():
     scaler.scale(weight.sum()).backward()
     scaler.step(after)
     assert after.state[weight]["step"] == 2
+
+
+def test_batch_norms_over_all_processes_compute_the_same(monkeypatch):
+    """timm's batch norms have an activation, which torch's own conversion leaves out without a word."""
+    model, images = timm.create_model("test_efficientnet").eval(), torch.randn(2, 3, 64, 64)
+    before = model(images)
+    monkeypatch.setattr("sbp.training.runtime.distributed.world_size", lambda: 2)
+    converted = wrapping.synchronise_batch_norm(model, torch.device("cuda"))
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+    assert torch.equal(converted(images), before)
