@@ -32,7 +32,7 @@ def check_same_images(stored: Mapping[str, Any] | None, now: Mapping[str, Any], 
     Each is {"images": how many there are to train on, "classes": the names of the labels}. stored: None where the
     checkpoint does not know. own: as in `check_same_run`; else there may be more images of the same classes, or fewer.
     """
-    if stored is None or stored["classes"] == now["classes"] and (not own or stored["images"] == now["images"]):
+    if stored is None or (stored["classes"] == now["classes"] and (not own or stored["images"] == now["images"])):
         return
     if own and stored["images"] != now["images"]:
         what = f"{stored['images']} images to train on, and now {now['images']}"

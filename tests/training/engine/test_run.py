@@ -164,7 +164,7 @@ def test_a_run_goes_on_with_the_images_that_it_had_wherever_they_lie(tmp_path):
     assert train(folders("copied"), tmp_path / "run")["top1"] is not None
     request = EvalConfig(checkpoint=str(tmp_path / "run"))
     request.data.root = str(tmp_path / "others")
-    with pytest.raises(ValueError, match="the run of .* and what it is to be evaluated on have different classes: b"):
+    with pytest.raises(ValueError, match=r"the run of .* and what it is to be evaluated on have different classes: b"):
         evaluate_checkpoint(request, tmp_path)
 
 
