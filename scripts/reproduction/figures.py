@@ -44,7 +44,7 @@ def differences(findings: list[Finding]) -> Any:
     titles = {"val_loss": "advantage in validation loss (nats)", "cosine": "advantage in cosine similarity"}
     measures = [measure for measure in titles if any(one.measure == measure for one in findings)]
     most = max(sum(one.measure == measure for one in findings) for measure in measures)
-    size = (8, (0.9 + 0.42 * most) * len(measures))
+    size = (8, (1.1 + 0.42 * most) * len(measures))
     figure, axes = plt.subplots(len(measures), 1, figsize=size, squeeze=False, layout="constrained")
     for axis, measure in zip(axes[:, 0], measures, strict=True):
         rows = [one for one in findings if one.measure == measure]
@@ -54,7 +54,7 @@ def differences(findings: list[Finding]) -> Any:
         axis.axvline(0, color="black", linewidth=0.8, linestyle="--")
         axis.set_yticks(range(len(rows)), [one.what for one in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
-        axis.set_xlabel(f"{titles[measure]} of the first over the second")
+        axis.set_xlabel(f"{titles[measure]}\nof the first over the second")
         bare(axis)
     return figure
 

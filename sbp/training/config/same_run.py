@@ -32,13 +32,15 @@ def check_same_images(stored: Mapping[str, Any] | None, now: Mapping[str, Any], 
     Each is {"images": how many there are to train on, "classes": the names of the labels}. stored: None where the
     checkpoint does not know. own: as in `check_same_run`; else there may be more images of the same classes, or fewer.
     """
-    if stored is None or (stored["classes"] == now["classes"] and (not own or stored["images"] == now["images"])):
+    if stored is None:
         return
+    differing = [pair for pair in zip_longest(stored["classes"], now["classes"]) if pair[0] != pair[1]]
     if own and stored["images"] != now["images"]:
         what = f"{stored['images']} images to train on, and now {now['images']}"
+    elif differing:
+        what = "class {} where now is {}".format(*differing[0])
     else:
-        pairs = zip_longest(stored["classes"], now["classes"])
-        what = "class {} where now is {}".format(*next(pair for pair in pairs if pair[0] != pair[1]))
+        return
     raise ValueError(f"the run goes on with other images than before: it had {what}. Take these for a new run_dir")
 
 

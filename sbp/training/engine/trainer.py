@@ -79,7 +79,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "float16")
         self.casts = Casts(model, DTYPES[amp]) if cast_together and amp in DTYPES else None
         self._averages = list(running_averages(model))
-        self._averages_before = [one.clone() for one in self._averages]  # the step that is being computed
+        self._averages_before = [one.clone() for one in self._averages]  # before the step that is under way
         self.eager = Pass(self._forward, self._backward)
         self.graphs = None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder)
 
