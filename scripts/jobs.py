@@ -14,7 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sbp.cli.torchrun import PASSED_ON, ROOT
+from sbp.cli.torchrun import ROOT
+from sbp.training.runtime import signals
 
 
 class Jobs:
@@ -35,7 +36,7 @@ class Jobs:
         self._timer = None if minutes is None else Timer(60 * minutes, self.stop)
 
     def __enter__(self) -> "Jobs":
-        self._before = {one: signal.signal(one, self.stop) for one in PASSED_ON}
+        self._before = {one: signal.signal(one, self.stop) for one in signals.heeded()}
         if self._timer is not None:
             self._timer.daemon = True
             self._timer.start()

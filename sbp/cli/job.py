@@ -117,7 +117,11 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
     overrides = list(hydra_config.overrides.task)
     if sweeping:
         overrides.append(f"logger.group={quoted(config.logger.group)}")
-    return run_children(torchrun(config.processes, overrides, folder, hydra_config.job.config_name), folder)
+    overrides += [one for one in hydra_config.overrides.hydra if one.lstrip("+").startswith("hydra.searchpath=")]
+    sources = hydra_config.runtime.config_sources
+    config_dir = next((one.path for one in sources if one.provider == "command-line"), None)
+    command = torchrun(config.processes, overrides, folder, hydra_config.job.config_name, config_dir)
+    return run_children(command, folder)
 
 
 def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:

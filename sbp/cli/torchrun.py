@@ -23,12 +23,6 @@ from sbp.training.runtime import signals
 
 ROOT = Path(__file__).parents[2]
 SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # torchrun's own, and the one that SLURM is told to send
-PASSED_ON = {  # what comes here -> what torchrun gets: a run does not know a closed terminal
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,
-}
 LONGEST_SHUTDOWN = 120  # seconds, not torchrun's 30, from a signal to the end of the checkpoint
 
 
@@ -36,10 +30,21 @@ class RunFailed(Exception):  # noqa: N818 - nothing is wrong here
     """The run in the child processes failed, and has written down why."""
 
 
-def torchrun(processes: int, overrides: list[str], folder: Path, config_name: str | None = "train") -> list[str]:
-    """The command that trains in `folder` with so many processes on this machine."""
+def torchrun(
+    processes: int,
+    overrides: list[str],
+    folder: Path,
+    config_name: str | None = "train",
+    config_dir: str | None = None,
+) -> list[str]:
+    """The command that trains in `folder` with so many processes on this machine.
+
+    config_name, config_dir: of Hydra's options of these names.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = ["-m", "sbp.cli", "train", f"--config-name={config_name}"]
+    if config_dir is not None:
+        command.append(f"--config-dir={config_dir}")
     # The folder and its .hydra are there already.
     return [
         sys.executable, *launcher, f"--signals-to-handle={SIGNALS_TO_HANDLE}",
@@ -93,9 +98,9 @@ def _passing_on(process: subprocess.Popen) -> Iterator[list[signal.Signals]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(signal.Signals(number))
-        process.send_signal(PASSED_ON[signal.Signals(number)])
+        process.send_signal(number)
 
-    before = {one: signal.signal(one, pass_on) for one in PASSED_ON}
+    before = {one: signal.signal(one, pass_on) for one in signals.heeded()}
     try:
         yield came
     finally:

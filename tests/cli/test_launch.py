@@ -15,6 +15,7 @@ from sbp.cli.torchrun import RunFailed, quoted, run_children, torchrun
 from sbp.training.config.rules import validate
 from sbp.training.record.status import Preempted, write_status
 from sbp.training.record.summary import finished
+from sbp.training.runtime import signals
 from tests.training.configs import small
 
 
@@ -98,6 +99,9 @@ def write_status(folder, state, **facts):  # that of sbp would import torch
 def stop(*_):
     write_status(folder, "preempted", message="stopped by a signal")
     sys.exit(1)
+if how == "hangs up":
+    os.kill(os.getppid(), signal.SIGHUP)
+    time.sleep(0.1)
 if how == "waits":
     signal.signal(signal.SIGUSR1, stop)
     os.kill(os.getppid(), signal.SIGUSR1)
@@ -127,6 +131,23 @@ def test_what_became_of_the_children(tmp_path):
     with pytest.raises(RunFailed, match=r"^no good$"):
         outcome("fails")
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_terminal_that_is_closed_stops_what_nohup_has_not_started(tmp_path, ignored):
+    command = [sys.executable, "-c", CHILD, str(tmp_path), "hangs up"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        if ignored:
+            assert run_children(command, tmp_path) == {"top1": 1.0}
+        else:
+            with pytest.raises(Preempted, match="stopped by SIGHUP"):
+                run_children(command, tmp_path)
+        heeded = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1} | (set() if ignored else {signal.SIGHUP})
+        with signals.deferred():
+            assert {one for one in signals.SIGNALS if signal.getsignal(one) == signals._note} == heeded
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_objectives_are_figures_of_the_summary():

@@ -100,9 +100,13 @@ def test_a_sweep_that_is_stopped_ends_with_its_table_on_disk(tmp_path, seeds, co
 
 @pytest.mark.slow
 def test_each_job_has_a_torchrun_of_its_own(tmp_path):
-    """A mistake that only the children can see fails alone, with its message."""
-    command = (ROOT / "train.py", "-m", *TINY, "processes=2", "run_dir=sweep", "global_batch_size=32,33")
-    result = run(*command, folder=tmp_path)
+    """A mistake that only the children can see fails alone, with its message; a user's own configs are found there."""
+    for folder, group in (("mine", "sbp"), ("more", "logger")):
+        (tmp_path / folder / group).mkdir(parents=True)
+        (tmp_path / folder / group / "own.yaml").write_text("defaults: [none]\n")
+    own = ("--config-dir=mine", "-m", "hydra.searchpath=[file://more]", "sbp=own", "logger=own")
+    given = (*TINY[1:], "processes=2", "run_dir=sweep", "global_batch_size=32,33")
+    result = run(ROOT / "train.py", *own, *given, folder=tmp_path)
     assert result.returncode == 1
     done, failed = (tmp_path / "sweep" / f"global_batch_size-{size}" for size in (32, 33))
     assert json.loads((done / "summary.json").read_text())["world_size"] == 2

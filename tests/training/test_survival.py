@@ -91,13 +91,17 @@ def test_signals_end_in_a_checkpoint_and_the_next_start_goes_on(tmp_path, whole)
 
 
 def test_two_processes_agree_to_stop(tmp_path):
-    """torchrun passes SIGTERM on by itself, SIGUSR1 when told so; it exits 1, the status file says the rest."""
+    """torchrun passes SIGTERM on by itself, SIGUSR1 when told so, and SIGHUP, of a terminal that is closed, under nohup
+    too; it exits 1, the status file says the rest.
+    """
     handled = (*TORCHRUN, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     result = train("whole", folder=tmp_path, launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
-    for launcher, number in ((TORCHRUN, signal.SIGTERM), (handled, signal.SIGUSR1)):
+    for launcher, number in ((TORCHRUN, signal.SIGTERM), (handled, signal.SIGUSR1), (TORCHRUN, signal.SIGHUP)):
         before = read_status(tmp_path / "parts").get("step", 0)
+        own = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does, which torchrun does not heed
         process = start(*launcher, ROOT / "train.py", *RUN, "run_dir=parts", folder=tmp_path)
+        signal.signal(signal.SIGHUP, own)
         wait_until(lambda: read_status(tmp_path / "parts").get("step", 0) > before, process)  # noqa: B023
         process.send_signal(number)
         _, err = process.communicate(timeout=100)

@@ -67,10 +67,13 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save raises the latter when the disk is full
             log.warning("cannot write %s (%s); the newest checkpoint is %s", path, _first_line(error), self.newest())
             return None
-        paths = self.paths()
-        now = paths.index(path)
-        for other in (*paths[: max(now + 1 - self.keep, 0)], *paths[now + 1 :]):
-            other.unlink()
+        try:
+            paths = self.paths()
+            now = paths.index(path)
+            for other in (*paths[: max(now + 1 - self.keep, 0)], *paths[now + 1 :]):
+                other.unlink(missing_ok=True)
+        except (OSError, ValueError) as error:  # a network file system may not show the new file yet
+            log.warning("cannot remove older checkpoints in %s (%s)", self.folder, error)
         return path
 
     def keep_best(self, step: int) -> None:

@@ -73,14 +73,19 @@ class Tracker:
             return
         record = {"step": step, **figures}
         self._unwritten += json.dumps(record) + "\n"
-        size = self.path.stat().st_size if self.path.is_file() else 0
+        size = None
         try:
+            size = self.path.stat().st_size if self.path.is_file() else 0
             with open_text(self.path, "a") as file:
                 file.write(self._unwritten)
             self._unwritten = ""
         except OSError as error:  # a full disk; the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
-            os.truncate(self.path, size)
+            try:
+                if size is not None:
+                    os.truncate(self.path, size)
+            except OSError:
+                self._unwritten = "\n" + self._unwritten.lstrip("\n")  # half a line may have been written
         self._try(
             "log",
             lambda: self._run.log(record | {f"pictures/{shown(name)}": wandb.Image(one) for name, one in pictures}),

@@ -11,7 +11,7 @@ from typing import Any
 
 from sbp.training.runtime import distributed
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 _SECOND_PRESS = 2.0  # seconds; torchrun passes one Ctrl-C on a moment after the terminal has sent it
 
 received: signal.Signals | None = None
@@ -39,7 +39,12 @@ def listen() -> dict[signal.Signals, Any]:
         return {}
     remember(None)
     _owner = os.getpid()
-    return {one: signal.signal(one, _note) for one in SIGNALS}
+    return {one: signal.signal(one, _note) for one in heeded()}
+
+
+def heeded() -> list[signal.Signals]:
+    """SIGNALS, but for a SIGHUP that is ignored: what was started with nohup is to outlive its terminal."""
+    return [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
 
 
 def listening() -> bool:

@@ -1,6 +1,7 @@
 """Checkpoints are whole, plain, and say what does not fit."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -53,6 +54,21 @@ def test_the_latest_few_stay(tmp_path):
     for step in (5, 10, 15, 100):
         checkpoints.save(step, CONTENT)
     assert [path.name for path in checkpoints.paths()] == ["step-00000015.pt", "step-00000100.pt"]
+
+
+def test_older_ones_that_cannot_be_removed_cost_a_warning(tmp_path, monkeypatch, caplog):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, CONTENT)
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.suffix == ".pt":
+            raise PermissionError("not yours")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert checkpoints.save(2, CONTENT) == checkpoints.path(2)
+    assert len(checkpoints.paths()) == 2 and "cannot remove older checkpoints" in caplog.text
 
 
 def test_later_ones_that_the_run_did_not_go_on_from_are_removed(tmp_path):

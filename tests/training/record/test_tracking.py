@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -44,8 +45,11 @@ def test_a_run_without_a_checkpoint_starts_with_an_empty_record(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 0, "lr": 1.0}]
 
 
-def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, caplog):
+@pytest.mark.parametrize("broken", [None, "truncate"], ids=["half a line is taken back", "half a line stays"])
+def test_lines_that_a_full_disk_does_not_take_are_written_later(tmp_path, caplog, monkeypatch, broken):
     path = tmp_path / "metrics.jsonl"
+    if broken is not None:
+        monkeypatch.setattr(tracking.os, broken, Mock(side_effect=OSError("the file system is gone")))
     with Tracker(tmp_path, LoggerConfig(), {}, run_id="a") as tracker:
         tracker.log(1, {"lr": 1.0})
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
