@@ -65,6 +65,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
                     one.save()
             one.save()
             one.evaluate()
+        one.summarise()
     return find(folder)[1]
 
 

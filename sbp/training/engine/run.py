@@ -216,6 +216,8 @@ class Run:
                 f"{self.checkpoints.folder}; make room there, and the same command goes on from "
                 f"{self.checkpoints.newest() or 'the start'}"
             )
+        if self.trainer.graphs is not None and self.trainer.graphs.failure is not None:
+            self.facts["cuda_graph"] = self.trainer.graphs.failure
         figures = summary.summarise(self.folder, self.facts)
         self.tracker.summarise(figures)
         return figures

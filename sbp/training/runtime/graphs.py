@@ -5,12 +5,14 @@ memory that stays where it is: images and targets, the number of the mask's draw
 generator, which torch gives to each replay. So a replay computes what the pass would compute anew.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
+from timm.layers import RotaryEmbeddingDinoV3
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -60,6 +62,7 @@ class CudaRecorder:
         torch.cuda.set_stream(stream)
         with suppress(RuntimeError):  # torch has left the memory already
             torch._C._cuda_endAllocateToPool(stream.device_index, self._pool)
+            torch._C._cuda_releasePool(stream.device_index, self._pool)
         fresh = torch.Generator(stream.device)
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh)
@@ -91,6 +94,10 @@ class Pass:
         loss, self._loss = self._loss, None
         assert loss is not None
         self._backward(loss)
+
+    def forget(self) -> None:
+        """What a forward pass has saved for a backward pass that does not come."""
+        self._loss = None
 
 
 class CapturedPass:
@@ -145,14 +152,15 @@ class Graphs:
 
     eager: the pass as it runs without. parameters: of the model. A pass that sets gradients and one that adds to them
     are two; `kind` is whatever else makes a pass another one, such as exact backpropagation. Each kind is captured
-    anew after WARM_UP steps of its own. A capture that fails is logged once, and the eager pass serves from then on.
+    anew after WARM_UP steps of its own. A capture that fails is logged once, `failure` tells why, and the eager pass
+    serves from then on.
     """
 
     def __init__(
         self, eager: Pass, parameters: Sequence[nn.Parameter], recorder: Callable[[], Recorder] = CudaRecorder
     ) -> None:
         self.eager, self.parameters, self.new_recorder = eager, list(parameters), recorder
-        self.works = True
+        self.failure: str | None = None
         self.kind: Any = None
         self._warm_steps = 0
         self.release()
@@ -178,7 +186,7 @@ class Graphs:
         inputs: a capture keeps them, and copies later ones into them. adds: it adds to the gradients that there are;
         else there must be none.
         """
-        if not self.works or self._warm_steps <= WARM_UP:
+        if self.failure is not None or self._warm_steps <= WARM_UP:
             return self.eager
         if adds not in self._captured:
             with torch.random.fork_rng([one.device for one in inputs[:1] if one.is_cuda]):
@@ -191,21 +199,21 @@ class Graphs:
             self._recorder = self.new_recorder()
         try:
             self._captured[adds] = CapturedPass(self.eager, self._recorder, self.parameters, inputs)
+            return
         except Exception as error:  # whatever CUDA, the compiler or a user's layer raises there
-            self.works = False
-            self.release()
-            cause: BaseException = error
-            while cause.__context__ is not None:  # what made the capture invalid comes before what noticed it
-                cause = cause.__context__
-            reason = (str(cause).splitlines() or [""])[0]
-            self.eager.take(inputs)
-            culprit = ", ".join(obstacles(self.eager.forward)) or _innermost(cause)
-            log.warning(
-                "cuda_graph    could not be captured (%s: %s); at %s. The run goes on without",
-                type(cause).__name__,
-                reason,
-                culprit,
-            )
+            reason, place = _cause(error)
+        # Only now, as the error's frames hold all that the pass has saved.
+        self.release()
+        self._forget()
+        self.eager.take(inputs)
+        culprit = ", ".join(obstacles(self.eager.forward)) or place
+        self._forget()
+        self.failure = f"could not be captured ({reason}); at {culprit}"
+        log.warning("cuda_graph    %s. The run goes on without", self.failure)
+
+    def _forget(self) -> None:
+        self.eager.forget()
+        gc.collect()
 
 
 def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool) -> str | None:
@@ -218,11 +226,18 @@ def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool)
         return "parallel=fsdp gathers the weights in each pass"
     if distributed.world_size() > 1 and any(True for _ in model.buffers()):
         return "the model has buffers, such as those of batch norms, which processes exchange in each pass"
+    if any(isinstance(one, RotaryEmbeddingDinoV3) and _is_made_anew(one) for one in model.modules()):
+        return "the rotary embedding is made on the CPU in each pass; backbone.kwargs.dynamic_img_size=false keeps it"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
     settings: list[Settings] = [block.sbp_state.settings for block in blocks]  # type: ignore[union-attr, misc]
     if any((one.recompute, one.exact_recompute) != ("none", "none") for one in settings) and has_dropout(*blocks):
         return "dropout is computed again in the backward pass, and a replay cannot set the generator back"
     return None
+
+
+def _is_made_anew(embedding: RotaryEmbeddingDinoV3) -> bool:
+    """In each pass, on the host."""
+    return embedding.pos_embed_cached is None or embedding.aug_active
 
 
 class _Obstacles(TorchDispatchMode):
@@ -260,9 +275,12 @@ def obstacles(run: Callable[[], Any]) -> list[str]:
     return list(dict.fromkeys(mode.found))
 
 
-def _innermost(error: BaseException) -> str:
-    """Where it was raised."""
+def _cause(error: BaseException) -> tuple[str, str]:
+    """What was raised first, in a line, and where: what made a capture invalid comes before what noticed it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return "an unknown place" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+    return reason, "an unknown place" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

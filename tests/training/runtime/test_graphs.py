@@ -1,6 +1,9 @@
 """Captured passes: the loop's logic against a stand-in that calls again, what a capture must not meet, and CUDA."""
 
+import gc
+import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import sbp
 from sbp.training.engine import setup, trainer
 from sbp.training.runtime import graphs
 from sbp.training.runtime.graphs import WARM_UP, CapturedPass, CudaRecorder, Graphs, Pass, obstacles
-from tests.conftest import cuda_only, images, small_convnext, small_vit
+from tests.conftest import cuda_only, images, small_convnext, small_eva, small_vit
 from tests.training import runs
 from tests.training.again import Again
 from tests.training.comparing import assert_equal
@@ -115,9 +118,53 @@ def test_a_capture_that_fails_is_named_and_the_run_goes_on(tmp_path, device, rec
     with caplog.at_level(logging.WARNING):
         end = runs.run(config, tmp_path / "fails")
     (message,) = [record.getMessage() for record in caplog.records if "cuda_graph" in record.getMessage()]
-    assert "RuntimeError: operation not permitted when stream is capturing); at aten::_local_scalar_dense" in message
+    wanted = "could not be captured (RuntimeError: operation not permitted when stream is capturing); at aten::_local"
+    assert wanted in message and json.loads((tmp_path / "fails" / "summary.json").read_text())["cuda_graph"] in message
     config.cuda_graph = False
     assert_equal(end["state_dict"], runs.run(config, tmp_path / "eager")["state_dict"])
+
+
+@pytest.mark.parametrize("which", [1, 2], ids=["forward", "backward"])
+def test_a_capture_that_fails_leaves_nothing_in_memory(which):
+    """Neither what the pass has saved, nor what the search for the culprit has."""
+    weight, saved = nn.Parameter(torch.ones(3)), []
+
+    class Saved:
+        pass
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.saved = Saved()
+            saved.append(weakref.ref(ctx.saved))
+            return x.square()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def forward(x):
+        return Square.apply(x * weight).sum(), x.sum()[None]
+
+    class Fails(Again):
+        def record(self, run):
+            found = super().record(run)
+            if Again.recorded == before + which:
+                raise RuntimeError("not possible while capturing") from ValueError("a buffer")
+            return found
+
+    before = Again.recorded
+    eager = Pass(forward, lambda loss: loss.backward())
+    some = Graphs(eager, [weight], lambda: Fails([weight]))
+    gc.disable()
+    try:
+        for _ in range(WARM_UP + 1):
+            some.begin_step(None)
+            assert some.pass_for((torch.ones(2, 3),), adds=False) is eager
+        assert len(saved) == 2 and not any(one() is not None for one in saved)
+    finally:
+        gc.enable()
+    assert some.failure is not None and "not possible while capturing" in some.failure
 
 
 @pytest.mark.gpu
@@ -200,6 +247,9 @@ def test_reasons_against():
     assert "dropout" in graphs.reason_against(sbp.apply(dropout, exact_recompute="cheap"), cuda, same_shapes=True)
     sbp.remove(dropout)
     assert graphs.reason_against(sbp.apply(dropout), cuda, same_shapes=True) is None
+    dinov3 = "vit_small_patch16_dinov3"
+    assert "dynamic_img_size=false" in graphs.reason_against(small_eva(dinov3), cuda, same_shapes=True)
+    assert graphs.reason_against(small_eva(dinov3, dynamic_img_size=False), cuda, same_shapes=True) is None
     with pytest.raises(ValueError, match="cuda_graph=true is not possible here: the device is cpu"):
         config = runs.configured(cuda_graph=True, device="cpu")
         setup.build_trainer(config, setup.load_images(config, cpu).order, cpu)
@@ -235,6 +285,7 @@ SETTINGS = {
     "vit half, ratios": lambda: sbp.apply(small_vit(), mask_per="half", keep_ratio=[0.75, 0.5, 0.5, 0.3]),
     "vit query, input": lambda: sbp.apply(small_vit(), mhsa_drop="query", dropped="input"),
     "vit rescaled": lambda: sbp.apply(small_vit(), rescale=True),
+    "dinov3": lambda: sbp.apply(small_eva("vit_small_patch16_dinov3", dynamic_img_size=False)),
     "convnext": lambda: sbp.apply(small_convnext(drop_path_rate=0.2)),
     "convnext random cheap": lambda: sbp.apply(small_convnext(), mask="random", recompute="cheap"),
     "convnext block": lambda: sbp.apply(small_convnext(drop_path_rate=0.2), recompute="block"),
