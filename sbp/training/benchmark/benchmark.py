@@ -6,7 +6,7 @@ over the rounds. Memory is each arm's own. Nothing here needs more than torch, t
 
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from time import perf_counter
@@ -148,10 +148,10 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     """The arm after its warm-up; writes its memory to the record: its own, with its batch, without other arms'.
 
     CUDA: what stays between steps, and the peaks of a step. What is reserved includes what lies unused beside the other
-    arms' tensors: the allocator gives it to this arm, too. A graph arm is captured in between: replays allocate
-    nothing, they work in the memory of the capture, so that the capture's own peak is that of every replay. What the
-    graph holds on to, the batch and the gradients, is part of it. CPU: what autograd saves for the
-    backward pass.
+    arms' tensors, which the allocator gives to this arm, too, but not what their graphs hold, which it does not. A
+    graph arm is captured in between: replays allocate nothing, they work in the memory of the capture, so that the
+    capture's own peak is that of every replay. What the graph holds on to, the batch and the gradients, is part of it.
+    CPU: what autograd saves for the backward pass.
     """
     log.info("starting %s", arm.label)
     _free()
@@ -162,6 +162,7 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
         record |= runner.launches(batch)
         return runner
     allocated = torch.cuda.memory_allocated(device) - bytes_of(batch)
+    reserved = allocated + unused_in_pools(torch.cuda.memory_snapshot())
     runner = Runner(config, arm, device)
     runner.turn(batch, config.warmup)
     torch.cuda.empty_cache()
@@ -173,12 +174,18 @@ def _start(config: BenchmarkConfig, arm: Arm, batch: Batch, device: torch.device
     figures = {
         "resident": resident,
         "peak_allocated": torch.cuda.max_memory_allocated(device) - allocated,
-        "peak_reserved": torch.cuda.max_memory_reserved(device) - allocated,
+        "peak_reserved": torch.cuda.max_memory_reserved(device) - reserved,
     }
     record |= dict(zip(figures, map(int, distributed.maxima(list(figures.values()))), strict=True))
     with _recorded(record, "launches_error"):  # not every machine lets its GPU be profiled
         record |= runner.launches(batch)
     return runner
+
+
+def unused_in_pools(segments: Sequence[Mapping[str, Any]]) -> int:
+    """Bytes that captured graphs hold on to and that no tensor is in now, of `torch.cuda.memory_snapshot`."""
+    pools = [one for one in segments if tuple(one["segment_pool_id"]) != (0, 0)]
+    return sum(one["total_size"] - one["allocated_size"] for one in pools)
 
 
 def _add_times(record: dict[str, Any], turn: list[dict[str, float]]) -> None:

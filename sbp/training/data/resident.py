@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sbp.training.config.images import DataConfig
 from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import Batch, SeededDataset, TrainSampler, ValidationSampler, make_loader, readable
+from sbp.training.data.sources import open_datasets
 from sbp.training.runtime import seeding
 
 AT_ONCE = 500  # images that a loader process decodes in one go
@@ -99,6 +101,18 @@ class ResidentLoader:
         return torch.from_numpy(numbers).to(self.images.device, non_blocking=True)
 
 
+def resident_bytes(data: DataConfig, recipe: RecipeConfig) -> int:
+    """What the images of a run take on its device: 0 but with data.on_device. Raises as `build_datasets` does."""
+    if not data.on_device:
+        return 0
+    train, validation = open_datasets(data, recipe)
+    return _bytes(len(train), data.size_in_training) + _bytes(len(validation), data.image_size)  # type: ignore[arg-type]
+
+
+def _bytes(images: int, size: int) -> int:
+    return images * 3 * size**2
+
+
 def resident_loader(
     dataset: Dataset,
     sampler: TrainSampler | ValidationSampler,
@@ -115,7 +129,7 @@ def resident_loader(
     Raises ValueError where the device has not the memory for them, before any is read, and for unreadable ones.
     """
     length = len(dataset)  # type: ignore[arg-type]
-    needed = length * 3 * size**2
+    needed = _bytes(length, size)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     if free is not None and needed > free:
         raise ValueError(

@@ -35,6 +35,10 @@ class PeakMemory:
         self._before = self._largest()
         return dict(zip(self._before, distributed.maxima(list(self._before.values())), strict=True))
 
+    def allocated(self) -> int:
+        """That of this process, on CUDA."""
+        return int(self._largest()["memory/peak_allocated"])
+
     @contextmanager
     def excluded(self) -> Iterator[None]:
         self._before = self._largest()

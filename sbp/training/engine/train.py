@@ -27,7 +27,7 @@ def train(config: Config, folder: Path, status: RunStatus, expected: Expected | 
     """
     validate(config)
     run = Run(config, folder, status)
-    first = FirstSteps(expected, run.device)
+    first = FirstSteps(expected, run.device, run.peak.allocated)
     with run.tracker:
         if run.step == 0:
             run.log({key: run.facts[key] for key in ("saved_bytes_per_image", "effective_keep_ratio")})

@@ -9,6 +9,7 @@ import torch
 from sbp.settings import RECOMPUTE
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.run import Config
+from sbp.training.data.resident import resident_bytes
 from sbp.training.memory.forecast import KEEP_RATIOS, forecast, mixes, with_sbp
 from sbp.training.runtime import distributed
 
@@ -62,7 +63,8 @@ def advised(run: Callable[Concatenate[Config, P], T]) -> Callable[Concatenate[Co
             world_size = distributed.world_size()
             plan = plan_batches(config.global_batch_size, config.micro_batch_size, world_size)
             try:
-                lines = advice(config, plan.micro_batch_size, available_memory(), world_size=world_size)
+                available = available_memory() - resident_bytes(config.data, config.recipe)
+                lines = advice(config, plan.micro_batch_size, available, world_size=world_size)
             except ValueError as reason:
                 lines = f"no forecast of what would have fitted: {reason}"
             raise ValueError(f"out of memory with micro_batch_size={plan.micro_batch_size}\n{lines}") from error

@@ -9,6 +9,7 @@ from time import perf_counter
 import torch
 
 from sbp.training.config.run import Config
+from sbp.training.data.resident import resident_bytes
 from sbp.training.memory.advice import available_memory
 from sbp.training.plan.gpus import USABLE, Gpu, find, matching
 from sbp.training.plan.search import Line, Point, fastest, line, of_runs, ways
@@ -56,20 +57,22 @@ def choose(
     if device.type != "cuda" and gpu is None:
         return Expected(config.global_batch_size // world_size)
     known = gpu_of(device) if gpu is None else gpu
-    free = USABLE * available_memory() if available is None else available
+    images = resident_bytes(config.data, config.recipe)
+    free = (USABLE * available_memory() if available is None else available) - images
     plain = replace(config, micro_batch_size=None)
     (found,) = of_runs([plain], lambda configs: [forecast(one) for one in configs])
     point = _point(plain, found, known, free, world_size)
     if point is None:
         raise ValueError(
-            f"micro_batch_size=auto: by forecast not even the smallest one fits into {free / 2**30:.1f} GiB, as "
-            f"many as are free; `sbp plan gpu={known.name} ...` says which settings do"
+            f"micro_batch_size=auto: by forecast not even the smallest one fits into {free / 2**30:.1f} GiB, as many "
+            f"as are free{' beside the images' if images else ''}; `sbp plan gpu={known.name} ...` says which "
+            "settings do"
         )
     # What is not in the data sheet is not expected: how fast an unknown GPU is, or processes that wait for each other.
     timed = known.name != "unknown" and world_size == 1
     first = found.own_peak(point.micro_batch_size, point.accumulation > 1 or world_size > 1)
-    step, more = point.times.step if timed else None, point.peak if point.peak > first else None
-    return Expected(point.micro_batch_size, step, first, more)
+    step, more = point.times.step if timed else None, point.peak + images if point.peak > first else None
+    return Expected(point.micro_batch_size, step, first + images, more)
 
 
 def _point(config: Config, found: Line, gpu: Gpu, available: float, world_size: int) -> Point | None:
@@ -97,19 +100,19 @@ class FirstSteps:
     """Compares the first steps of a run with what is expected. Without CUDA, or with nothing expected, it does not.
 
     A step's time is the median of some, so that an evaluation or a checkpoint between two of them does not count.
-    clock, peak: for other devices' tests.
+    peak: the bytes that training has allocated at most so far. clock: for other devices' tests.
     """
 
     def __init__(
         self,
         expected: Expected | None,
         device: torch.device,
+        peak: Callable[[], int],
         *,
         clock: Callable[[], float] | None = None,
-        peak: Callable[[], int] | None = None,
     ) -> None:
-        self.expected, self.device = expected, device
-        self._clock, self._peak = clock or perf_counter, peak or self._allocated
+        self.expected = expected
+        self._clock, self._peak = clock or perf_counter, peak
         self._works = expected is not None and (device.type == "cuda" or clock is not None)
         self._steps, self._ends = 0, list[float]()
 
@@ -124,6 +127,3 @@ class FirstSteps:
             return []
         self._works = False
         return differences(self.expected, median(end - begin for begin, end in pairwise(self._ends)), self._peak())
-
-    def _allocated(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)

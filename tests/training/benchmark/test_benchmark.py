@@ -14,7 +14,7 @@ import sbp
 from sbp.training.benchmark import report
 from sbp.training.benchmark.arms import ARMS, KINDS, Arm
 from sbp.training.benchmark.authors_release import release_model
-from sbp.training.benchmark.benchmark import _choose_arms, benchmark, search_largest
+from sbp.training.benchmark.benchmark import _choose_arms, benchmark, search_largest, unused_in_pools
 from sbp.training.benchmark.report import merged, pareto, table
 from sbp.training.benchmark.runner import PARTS, Runner
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
@@ -230,6 +230,15 @@ def test_the_release_has_the_sizes_of_the_timm_model(family):
     assert timm.__version__ == before
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
     theirs(torch.randn(2, 3, *(2 * [32 if family == "vit" else 64]))).sum().backward()
+
+
+def test_what_other_arms_graphs_hold_is_not_this_arms():
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},  # whoever asks gets the rest
+        {"segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 20},
+        {"segment_pool_id": (0, 2), "total_size": 7, "allocated_size": 0},
+    ]
+    assert unused_in_pools(segments) == 30 + 7
 
 
 @pytest.mark.gpu

@@ -31,6 +31,16 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
         choose(config, CPU, 1, gpu=H100, available=1e3)
 
 
+def test_images_that_stay_on_the_device_take_their_room():
+    keys = ("micro_batch_size=auto", "global_batch_size=64", "data=synthetic", "data.on_device=true")
+    config = small(*keys, "data.train_images=200", "data.val_images=100", "data.image_size=32")
+    images = 300 * 3 * 32**2
+    whole = forecast(config, 64).peak
+    assert choose(config, CPU, 1, gpu=H100, available=1.01 * whole).micro_batch_size < 64
+    found = choose(config, CPU, 1, gpu=H100, available=1.01 * whole + images)
+    assert found.micro_batch_size == 64 and found.peak == pytest.approx(whole + images, rel=0.01)
+
+
 @pytest.mark.long
 def test_the_micro_batch_fits_every_phase_of_the_run():
     keys = ("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.5", "sbp.exact_epochs=1", "recipe.epochs=4")
@@ -87,14 +97,14 @@ def test_what_is_far_off_is_said():
 
 def test_the_first_steps_are_compared_once():
     ticks = count()
-    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: 0.02 * next(ticks), peak=lambda: 1)
+    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, lambda: 1, clock=lambda: 0.02 * next(ticks))
     found = [first.done() for _ in range(40)]
     assert sum(bool(lines) for lines in found) == 1
     assert "+100 %" in found[auto._LAST - 1][0]
-    assert FirstSteps(None, CPU).done() == FirstSteps(Expected(8, 1.0, 1), CPU).done() == []
+    assert FirstSteps(None, CPU, int).done() == FirstSteps(Expected(8, 1.0, 1), CPU, int).done() == []
 
 
 def test_an_evaluation_among_the_first_steps_does_not_count():
     times = (0.01 * step + (60 if step > 4 else 0) for step in count())
-    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, clock=lambda: next(times), peak=lambda: 1)
+    first = FirstSteps(Expected(8, step=0.01, peak=1), CPU, lambda: 1, clock=lambda: next(times))
     assert not any(first.done() for _ in range(40))

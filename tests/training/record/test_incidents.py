@@ -217,6 +217,16 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
     assert summary["peak_rss"] == 9
 
 
+def test_the_peak_of_training_outlives_what_is_excluded(monkeypatch):
+    now, peak = {}, PeakMemory(torch.device("cpu"))
+    monkeypatch.setattr(peak, "_now", lambda: {"memory/peak_allocated": now["bytes"]})
+    now["bytes"] = 5  # a step
+    with peak.excluded():
+        now["bytes"] = 900  # a probe
+    now["bytes"] = 3  # another step
+    assert peak.allocated() == 5
+
+
 @pytest.mark.long
 def test_what_a_kill_between_two_writes_left_undone_is_done_at_the_next_start(tmp_path, monkeypatch):
     config = small("recipe.epochs=2", "probe.every_steps=null")
