@@ -31,8 +31,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training.data.sources import build_datasets
-from sbp.training.record.status import EXIT_PREEMPTED
-from sbp.training.runtime import distributed
+from sbp.training.record.status import EXIT_PREEMPTED, read_json
+from sbp.training.runtime import distributed, environment
 from scripts import dry_run
 from scripts.jobs import Jobs
 from scripts.reproduction.claims import ANSWERED, Claim, arms_of
@@ -44,8 +44,9 @@ KINDS = ("training", "gradients", "published", "costs")  # of what there is to d
 
 @dataclass
 class StudyConfig:
-    """scale: "laptop", "convnext", "cifar10", "fine_tuning", "gpu", or "imagenet". claim: one or a list of the keys of
-        CLAIMS and QUESTIONS in scripts/reproduction/claims.py, "all", or null for what the scale answers by default.
+    """scale: "laptop", "convnext", "cifar10", "cifar10_gpu", "fine_tuning", "gpu", or "imagenet".
+    claim: one or a list of the keys of CLAIMS and QUESTIONS in scripts/reproduction/claims.py, "all", or null for what
+        the scale answers by default.
     setting: what is trained, by its name in scripts/reproduction/settings.py; null for all that `data_root` allows.
     data_root: the images of the settings that need some: a folder with one for each split, with one for each class.
     seeds: runs of each arm; null for the setting's own number. jobs: runs at once; null for what the scale has on each
@@ -83,6 +84,7 @@ def main() -> None:
     experiments = [Experiment.of(config.scale, setting, device, *folders, config.seeds) for setting in settings]
     for experiment in experiments:
         check_images(experiment, config.data_root)
+        check_device(experiment)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = (config.only,) if config.only else KINDS
     with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:
@@ -175,6 +177,22 @@ def check_images(experiment: Experiment, root: str | None) -> None:
             build_datasets(config.data, config.recipe)
         except (ValueError, OSError) as error:
             sys.exit(f"error: data_root={root} does not fit setting={experiment.setting.name}: {error}")
+
+
+def check_device(experiment: Experiment) -> None:
+    """Ends the program with one line where the results hold figures of another device, of which none may be set beside
+    this one's.
+    """
+    here = kind_of(environment.device_name(experiment.device))
+    for path in sorted(experiment.results.rglob("*.json")):
+        there = kind_of(read_json(path).get("device", here))
+        if there != here:
+            sys.exit(f"error: {path} was measured on {there}, and this is {here}: results= needs another folder")
+
+
+def kind_of(device: str) -> str:
+    """Without the number of threads."""
+    return device.partition(",")[0]
 
 
 def write_results(folder: Path) -> None:

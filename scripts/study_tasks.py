@@ -154,10 +154,14 @@ def train(experiment: Experiment, arm: str, jobs: Jobs) -> str | None:
     sweep, own = (
         (["-m"], folder) if len(experiment.seeds) > 1 else ([], folder / f"seed-{seeds}")
     )  # as a sweep names it
-    while is_taken(own) and not jobs.stopping:  # by a run whose study was killed
+    of_seeds = [folder / f"seed-{seed}" for seed in experiment.seeds]
+    while any(map(is_taken, of_seeds)) and not jobs.stopping:  # by a run whose study was killed
         time.sleep(5)
-    jobs.run(["train.py", *sweep, *given, f"seed={seeds}", f"run_dir={quoted(own)}"], folder / "log.txt")
-    summaries = [json.loads((run / SUMMARY).read_text()) for run in experiment.finished(arm).values()]
+    begun = time.time()
+    done = jobs.run(["train.py", *sweep, *given, f"seed={seeds}", f"run_dir={quoted(own)}"], folder / "log.txt")
+    # Where it has refused to go on, what lies there may be of other settings.
+    found = [run / SUMMARY for run in experiment.finished(arm).values()]
+    summaries = [json.loads(path.read_text()) for path in found if done or path.stat().st_mtime >= begun]
     if not summaries:
         return None
     with _writing:  # another seed of the arm may end at the same time

@@ -39,7 +39,9 @@ def table(claim: Claim, one: Evidence) -> Iterator[list[str]]:
         top1, costs = one.trained(arm, "top1"), relative(one, arm)
         gaps = ["" if of is top1 or of == top1 else in_points(top1, of) for of in (plain, published)]
         shares = ["", ""] if costs is None else [f"{share:.2f}" for share in costs]
-        yield [label(arm), str(len(top1)), f"{fmean(top1.values()):.2f}", *gaps, *shares]
+        same = ARMS[arm].same_as
+        runs = str(len(top1)) if same is None else f"as {label(same)}"
+        yield [label(arm), runs, f"{fmean(top1.values()):.2f}", *gaps, *shares]
 
 
 def in_points(top1: Mapping[int, float], of: Mapping[int, float]) -> str:

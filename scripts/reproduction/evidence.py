@@ -118,7 +118,7 @@ class Evidence:
         for one in claim.comparisons:
             if self.setting.gradients_only and one.measure != "cosine":
                 continue
-            if not all(arm in NULLS | PARTIAL or exists(arm, self.setting) for arm in (one.better, one.worse)):
+            if not (self._applies(one.better) and self._applies(one.worse)):
                 continue
             what = f"{label(one.better)} against {label(one.worse)}"
             if one.measure == "cosine":
@@ -137,6 +137,10 @@ class Evidence:
                 verdict, why = not_dominated(gap, own, other), needs_more(own, other)
             found.append(Finding(f"not dominated by {label(arm)}", "val_loss", gap, verdict, why))
         return found
+
+    def _applies(self, arm: str) -> bool:
+        """Whether there can be such an arm, such a part of a batch or, of attention, such an evaluation."""
+        return arm in NULLS or (self.setting.is_vit if arm in PARTIAL else exists(arm, self.setting))
 
     def verdict(self, claim: Claim) -> str:
         """ "" where the claim says nothing of such a setting."""

@@ -54,7 +54,8 @@ class Scale:
     """claims: what is answered unless others are asked for. rounds: of measuring what a step costs.
 
     device: "cpu", or "auto" for a GPU where there is one. on_one_gpu: runs beside one another on each GPU.
-    by_seed: all arms of one seed, in all settings, before any of the next: the study can end after any of them.
+    by_seed: claim by claim, and of each all arms of one seed, in all settings, before any of the next: the study can
+    end after any of them.
     """
 
     settings: tuple[Setting, ...]

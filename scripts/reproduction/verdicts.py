@@ -16,10 +16,11 @@ for their number.
 - **reproduced**: the whole interval lies on the side that is claimed
 - **opposite**: the whole interval lies on the other side
 - **not separated**: zero is within it
-- **not run**: fewer than three pairs
+- **not run**: fewer than three pairs, or a cost that decides and was not measured
 
-That 0.5 is the sweet spot is compared with every other ratio and way to train: reproduced where the other needs more
-memory in a step or, by more than two in a hundred, more time in all; else by the difference of the losses.
+That 0.5 is the sweet spot is compared with the other ratios and ways to train in the claim's table: reproduced where
+the other needs more memory in a step or, by more than two in a hundred, more time in all; else by the difference of
+the losses.
 Table 1's memory is one measurement on a GPU: reproduced when SBP takes at most the talk's share of what plain training
 takes, for all four networks.
 

@@ -1,5 +1,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch
 from sbp.training.benchmark.report import write_record
 from sbp.training.models.build import build_model
 from sbp.training.runtime import seeding
-from scripts import study
+from scripts import study, study_tasks
 from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
@@ -145,6 +146,33 @@ def test_a_part_of_the_study_can_be_done_alone(only, tmp_path, monkeypatch):
     monkeypatch.setattr(study.sys, "argv", ["study.py", *given, *([f"only={only}"] if only else [])])
     study.main()
     assert set(done) == ({only} if only else set(study.KINDS))
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_what_lies_in_a_folder_whose_run_was_refused_is_not_this_commands(tmp_path, monkeypatch, done):
+    experiment = replace(experiment_of("small-vit", tmp_path), seeds=[1, 2])
+    for seed in experiment.seeds:
+        summary = {"seed": seed, "val_loss": 1.0, **dict.fromkeys(study_tasks.RUN_FACTS, "of before"), "versions": {}}
+        write_record(summary, experiment.runs / "sbp" / f"seed-{seed}" / "summary.json")
+    taken = iter([False, True, False, False])  # the second seed's folder, at first
+    asked = []
+    monkeypatch.setattr(study_tasks, "is_taken", lambda folder: asked.append(folder.name) or next(taken))
+    monkeypatch.setattr(study_tasks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(study_tasks.time, "time", lambda: float("inf"))
+    jobs = SimpleNamespace(stopping=False, run=lambda command, log: done)
+    assert bool(study_tasks.train(experiment, "sbp", jobs)) == done == experiment.has("training", "sbp")
+    assert asked == 2 * ["seed-1", "seed-2"]
+
+
+def test_figures_of_another_device_are_not_added_to(tmp_path):
+    experiment = experiment_of("small-vit", tmp_path)
+    write_record({"device": "CPU x86_64, 99 threads"}, experiment.file("training", "sbp"))
+    here = study.environment.device_name(torch.device("cpu")).partition(",")[0]
+    write_record({"device": f"{here}, 99 threads", "runs": []}, experiment.file("training", "sbp"))
+    study.check_device(experiment)
+    write_record({"device": "NVIDIA H100 80GB HBM3"}, experiment.results / "costs.json")
+    with pytest.raises(SystemExit, match=r"costs.json was measured on NVIDIA H100 80GB HBM3, and this is CPU"):
+        study.check_device(experiment)
 
 
 def test_a_part_that_there_is_not():
