@@ -18,7 +18,7 @@ are in the repository. Keys: StudyConfig below.
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,7 +116,7 @@ def at_measured_time(experiment: Experiment, claims: list[Claim], scale: Scale, 
     if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, experiment.setting)):
         return experiment
     jobs.do(f"{experiment.setting.name}, time", {"of a step": partial(measure_costs, experiment, [], scale.rounds)})
-    return experiment if jobs.stopping else experiment.with_measured_time()
+    return replace(experiment, setting=experiment.setting.timed(read_json(experiment.results / "costs.json")))
 
 
 def read_config(arguments: list[str]) -> StudyConfig:

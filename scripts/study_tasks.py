@@ -77,12 +77,6 @@ class Experiment:
         record = read_json(self.file(kind, name))
         return {one["seed"] for one in record.get("runs", [])} >= set(self.seeds)
 
-    def with_measured_time(self) -> "Experiment":
-        """With the time of a step with SBP, relative to one without, that costs.json has."""
-        costs = read_json(self.results / "costs.json")["arms"]
-        ratio = costs["sbp"]["step_ms"] / costs["plain"]["step_ms"]
-        return replace(self, setting=replace(self.setting, sbp_time=ratio))
-
     def finished(self, arm: str) -> dict[int, Path]:
         """The folders of an arm's complete runs, by seed."""
         found = {json.loads(path.read_text())["seed"]: path.parent for path in (self.runs / arm).glob(f"*/{SUMMARY}")}

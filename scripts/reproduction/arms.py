@@ -193,6 +193,8 @@ def exists(arm: str, setting: Setting) -> bool:
     if one is None or (one.convnext_only if setting.is_vit else one.vit_only):
         return False
     fits = setting.starts_from is not None or not one.fine_tuning_only
+    if f"recipe.epochs={setting.epochs}" in one.overrides(setting):
+        return False  # more or fewer of them, but not by a whole one
     return fits and setting.epochs % one.of_epochs == 0 and (setting.epochs > 1 or not one.many_epochs)
 
 

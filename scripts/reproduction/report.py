@@ -39,7 +39,8 @@ Fixed before the runs ([verdicts.py](scripts/reproduction/verdicts.py))."""
 def evidence(folder: Path) -> dict[str, Evidence]:
     """All that there is, under SCALE/SETTING."""
     found = {f"{scale}/{one.name}": one for scale, of_it in SCALES.items() for one in of_it.settings}
-    return {name: Evidence(one, folder / name) for name, one in found.items() if (folder / name).is_dir()}
+    timed = {name: one.timed(read_json(folder / name / "costs.json")) for name, one in found.items()}
+    return {name: Evidence(one, folder / name) for name, one in timed.items() if (folder / name).is_dir()}
 
 
 def decided(known: dict[str, Evidence]) -> tuple[dict[str, Evidence], list[str]]:

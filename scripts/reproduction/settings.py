@@ -1,5 +1,6 @@
 """Where the claims are checked: the scales, and what is trained at each."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +48,13 @@ class Setting:
     @property
     def schedule(self) -> list[str]:
         return [f"recipe.epochs={self.epochs}", f"recipe.lr={self.lr:g}", f"global_batch_size={self.batch_size}"]
+
+    def timed(self, costs: Mapping[str, Any]) -> "Setting":
+        """With the time of a step with SBP, relative to one without, that a costs.json has, if it has one."""
+        arms = costs.get("arms", {})
+        if not {"plain", "sbp"} <= arms.keys():
+            return self
+        return replace(self, sbp_time=arms["sbp"]["step_ms"] / arms["plain"]["step_ms"])
 
 
 @dataclass(frozen=True)

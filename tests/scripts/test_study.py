@@ -175,6 +175,18 @@ def test_figures_of_another_device_are_not_added_to(tmp_path):
         study.check_device(experiment)
 
 
+def test_more_and_fewer_epochs_are_whole_ones():
+    setting = SETTINGS["small-convnext"][1]
+
+    def timed(ratio):
+        return setting.timed({"arms": {"plain": {"step_ms": 200.0}, "sbp": {"step_ms": 200.0 * ratio}}})
+
+    assert setting.timed({"arms": {}}) == setting
+    assert {"shorter", "longer"} <= set(known(timed(0.6)))
+    assert ARMS["shorter"].overrides(timed(0.6)) == ["sbp=none", "recipe.epochs=2"]
+    assert not {"shorter", "longer"} & set(known(timed(0.95)))  # which would be plain training, or SBP, once more
+
+
 def test_a_part_that_there_is_not():
     with pytest.raises(SystemExit, match="only must be one of training, gradients, published, costs, got testing"):
         study.read_config(["only=testing"])
