@@ -32,6 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sbp.training.data.sources import build_datasets
 from sbp.training.record.status import EXIT_PREEMPTED, read_json
+from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import distributed, environment
 from scripts import dry_run
 from scripts.jobs import Jobs
@@ -116,7 +117,10 @@ def at_measured_time(experiment: Experiment, claims: list[Claim], scale: Scale, 
     if jobs.stopping or not {"longer", "shorter"} & set(arms_of(claims, experiment.setting)):
         return experiment
     jobs.do(f"{experiment.setting.name}, time", {"of a step": partial(measure_costs, experiment, [], scale.rounds)})
-    return replace(experiment, setting=experiment.setting.timed(read_json(experiment.results / "costs.json")))
+    costs = read_json(experiment.results / "costs.json")
+    if not {"plain", "sbp"} <= costs.get("arms", {}).keys() and not jobs.stopping:
+        sys.exit("error: failed, and arms of equal time need it:\n  " + "\n  ".join(jobs.failed))
+    return replace(experiment, setting=experiment.setting.timed(costs))
 
 
 def read_config(arguments: list[str]) -> StudyConfig:
@@ -180,14 +184,14 @@ def check_images(experiment: Experiment, root: str | None) -> None:
 
 
 def check_device(experiment: Experiment) -> None:
-    """Ends the program with one line where the results hold figures of another device, of which none may be set beside
-    this one's.
+    """Ends the program with one line where there are results or runs of another device, of which no figure may be set
+    beside this one's.
     """
     here = kind_of(environment.device_name(experiment.device))
-    for path in sorted(experiment.results.rglob("*.json")):
+    for path in sorted([*experiment.results.rglob("*.json"), *experiment.runs.glob(f"*/*/{SUMMARY}")]):
         there = kind_of(read_json(path).get("device", here))
         if there != here:
-            sys.exit(f"error: {path} was measured on {there}, and this is {here}: results= needs another folder")
+            sys.exit(f"error: {path} is of {there}, and this is {here}: results= and run_dir= need other folders")
 
 
 def kind_of(device: str) -> str:

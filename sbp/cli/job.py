@@ -118,10 +118,14 @@ def _train(config: Config, folder: Path, job: Callable[..., Any]) -> dict[str, A
     if sweeping:
         overrides.append(f"logger.group={quoted(config.logger.group)}")
     overrides += [one for one in hydra_config.overrides.hydra if one.lstrip("+").startswith("hydra.searchpath=")]
-    sources = hydra_config.runtime.config_sources
-    config_dir = next((one.path for one in sources if one.provider == "command-line"), None)
-    command = torchrun(config.processes, overrides, folder, hydra_config.job.config_name, config_dir)
-    return run_children(command, folder)
+    return run_children(torchrun(config.processes, overrides, folder, _where_configs_lie(hydra_config)), folder)
+
+
+def _where_configs_lie(hydra_config: Any) -> list[str]:
+    """The options of Hydra that say so, as this command was given them."""
+    options = {"main": "--config-path", "command-line": "--config-dir"}
+    sources = [(options.get(one.provider), one.path) for one in hydra_config.runtime.config_sources]
+    return [f"--config-name={hydra_config.job.config_name}", *(f"{name}={path}" for name, path in sources if name)]
 
 
 def _objective(summary: dict[str, Any], config: Config) -> float | list[float] | None:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,21 +30,10 @@ class RunFailed(Exception):  # noqa: N818 - nothing is wrong here
     """The run in the child processes failed, and has written down why."""
 
 
-def torchrun(
-    processes: int,
-    overrides: list[str],
-    folder: Path,
-    config_name: str | None = "train",
-    config_dir: str | None = None,
-) -> list[str]:
-    """The command that trains in `folder` with so many processes on this machine.
-
-    config_name, config_dir: of Hydra's options of these names.
-    """
+def torchrun(processes: int, overrides: list[str], folder: Path, options: Sequence[str] = ()) -> list[str]:
+    """The command that trains in `folder` with so many processes on this machine. options: of Hydra."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = ["-m", "sbp.cli", "train", f"--config-name={config_name}"]
-    if config_dir is not None:
-        command.append(f"--config-dir={config_dir}")
+    command = ["-m", "sbp.cli", "train", *options]
     # The folder and its .hydra are there already.
     return [
         sys.executable, *launcher, f"--signals-to-handle={SIGNALS_TO_HANDLE}",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,12 +105,16 @@ def test_each_job_has_a_torchrun_of_its_own(tmp_path):
     for folder, group in (("mine", "sbp"), ("more", "logger")):
         (tmp_path / folder / group).mkdir(parents=True)
         (tmp_path / folder / group / "own.yaml").write_text("defaults: [none]\n")
-    own = ("--config-dir=mine", "-m", "hydra.searchpath=[file://more]", "sbp=own", "logger=own")
-    given = (*TINY[1:], "processes=2", "run_dir=sweep", "global_batch_size=32,33")
-    result = run(ROOT / "train.py", *own, *given, folder=tmp_path)
+    shutil.copytree(ROOT / "configs", tmp_path / "copy")
+    recipe = tmp_path / "copy" / "recipe" / "demo.yaml"
+    recipe.write_text(recipe.read_text().replace("weight_decay: 0.05", "weight_decay: 0.07"))
+    found = (f"--config-path={tmp_path / 'copy'}", "--config-dir=mine", "-m", "hydra.searchpath=[file://more]")
+    given = (*TINY[1:], "sbp=own", "logger=own", "processes=2", "run_dir=sweep", "global_batch_size=32,33")
+    result = run(ROOT / "train.py", *found, *given, folder=tmp_path)
     assert result.returncode == 1
     done, failed = (tmp_path / "sweep" / f"global_batch_size-{size}" for size in (32, 33))
     assert json.loads((done / "summary.json").read_text())["world_size"] == 2
+    assert json.loads((done / "summary.json").read_text())["config"]["recipe"]["weight_decay"] == 0.07
     assert "cannot be spread evenly over 2 processes" in (failed / "failure.txt").read_text().splitlines()[0]
     assert "failed: global_batch_size=33 cannot be spread" in (tmp_path / "sweep" / "table.md").read_text()
     assert not (tmp_path / "outputs").exists()

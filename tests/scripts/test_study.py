@@ -170,9 +170,22 @@ def test_figures_of_another_device_are_not_added_to(tmp_path):
     here = study.environment.device_name(torch.device("cpu")).partition(",")[0]
     write_record({"device": f"{here}, 99 threads", "runs": []}, experiment.file("training", "sbp"))
     study.check_device(experiment)
-    write_record({"device": "NVIDIA H100 80GB HBM3"}, experiment.results / "costs.json")
-    with pytest.raises(SystemExit, match=r"costs.json was measured on NVIDIA H100 80GB HBM3, and this is CPU"):
-        study.check_device(experiment)
+    for path in (experiment.results / "costs.json", experiment.runs / "sbp" / "seed-1" / "summary.json"):
+        write_record({"device": "NVIDIA H100 80GB HBM3"}, path)
+        with pytest.raises(SystemExit, match=rf"{path.name} is of NVIDIA H100 80GB HBM3, and this is CPU"):
+            study.check_device(experiment)
+        path.unlink()
+
+
+def test_arms_of_equal_time_are_not_trained_without_that_time(tmp_path):
+    def fails(what, todo):
+        jobs.failed.append("of a step (OutOfMemoryError)")
+
+    jobs = SimpleNamespace(stopping=False, failed=[], do=fails)
+    with pytest.raises(SystemExit, match="OutOfMemoryError"):
+        study.at_measured_time(
+            experiment_of("small-vit", tmp_path), [ANSWERED["alternatives"]], SCALES["cifar10"], jobs
+        )
 
 
 def test_more_and_fewer_epochs_are_whole_ones():

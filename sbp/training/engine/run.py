@@ -186,6 +186,7 @@ class Run:
 
     def _keep_if_best(self) -> None:
         """Makes the checkpoint of now best.pt when no evaluation on record was better."""
+        self.tracker.flush()
         if self.step and distributed.only_main(lambda: summary.best_step(self.folder, self.config.task)) == self.step:
             self._ensure_saved()
             if distributed.is_main():
@@ -205,7 +206,7 @@ class Run:
     def summarise(self) -> dict[str, Any]:
         """The figures of a run that is done.
 
-        Raises ValueError when its last checkpoint could not be written.
+        Raises ValueError when its last checkpoint, or its last figures, could not be written.
         """
         return distributed.only_main(self._summarise)
 
@@ -215,6 +216,11 @@ class Run:
                 f"all {self.step} steps are done, but their checkpoint could not be written to "
                 f"{self.checkpoints.folder}; make room there, and the same command goes on from "
                 f"{self.checkpoints.newest() or 'the start'}"
+            )
+        if not self.tracker.flush():
+            raise ValueError(
+                f"all {self.step} steps are done, but {self.tracker.path} could not be written; make room there, and "
+                "the same command evaluates once more"
             )
         if self.trainer.graphs is not None and self.trainer.graphs.failure is not None:
             self.facts["cuda_graph"] = self.trainer.graphs.failure

@@ -81,7 +81,9 @@ class Trainer:
         self._averages = list(running_averages(model))
         self._averages_before = [one.clone() for one in self._averages]  # before the step that is under way
         self.eager = Pass(self._forward, self._backward)
-        self.graphs = None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder)
+        self.graphs = (
+            None if recorder is None else Graphs(self.eager, list(model.parameters()), recorder, list(model.buffers()))
+        )
 
     def step(self, step: int, micro_batches: Iterable[tuple[Tensor, Targets]]) -> float:
         """Optimizer step number `step`, over `accumulation` micro batches; this process's mean loss."""

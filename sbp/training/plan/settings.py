@@ -1,5 +1,6 @@
 """The settings that a plan chooses among, and what is known of their accuracy."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +31,8 @@ _KNOWN = {
     ("classification", "convnext", "input", "qkv", 0.25): "CIFAR-10 -2.4",
     ("detection", "convnext", "none", "qkv", 0.5): "COCO as published: box AP -0.2 to -0.7",
 }
+# Names of timm's models of those networks: no relatives, such as vit_small_patch16_dinov3, ViTamin and ConvNeXt v2.
+_STUDIED = {"vit": r"vit_[a-z]+_patch\d+_\d+(\..*)?", "convnext": r"convnext_[a-z]+(\..*)?"}
 # Keys whose defaults were studied.
 _AS_STUDIED = ("mask", "layers", "mask_per", "rescale", "fixed_mask", "exact_epochs", "keep_ratio_end")
 NOT_STUDIED = "not studied"
@@ -103,9 +106,10 @@ def accuracy(config: Config, setting: Setting) -> str:
     """What is known of it, in points of top-1 or AP against exact gradients."""
     if setting.exact:
         return EXACT
-    if any(getattr(config.sbp, key) != getattr(SbpConfig(), key) for key in _AS_STUDIED):
+    network = next((one for one, name in _STUDIED.items() if re.fullmatch(name, config.backbone.name)), None)
+    otherwise = any(getattr(config.sbp, key) != getattr(SbpConfig(), key) for key in _AS_STUDIED)
+    if network is None or otherwise or config.backbone.pretrained is not None:
         return NOT_STUDIED
-    network = next((one for one in ("vit", "convnext") if config.backbone.name.startswith(one)), "")
     how = config.sbp.dropped, setting.mhsa_drop, setting.keep_ratio
     return _KNOWN.get((config.task, network, *how), NOT_STUDIED)
 

@@ -73,23 +73,31 @@ class Tracker:
             return
         record = {"step": step, **figures}
         self._unwritten += json.dumps(record) + "\n"
+        self.flush()
+        self._try(
+            "log",
+            lambda: self._run.log(record | {f"pictures/{shown(name)}": wandb.Image(one) for name, one in pictures}),
+        )
+
+    def flush(self) -> bool:
+        """Writes the lines that wait for a disk that was full; returns whether none wait any more."""
+        if not self._unwritten:
+            return True
         size = None
         try:
             size = self.path.stat().st_size if self.path.is_file() else 0
             with open_text(self.path, "a") as file:
                 file.write(self._unwritten)
             self._unwritten = ""
-        except OSError as error:  # a full disk; the next call tries again
+            return True
+        except OSError as error:  # the next call tries again
             log.warning("cannot write %s (%s); its latest lines wait in memory", self.path, error)
-            try:
-                if size is not None:
-                    os.truncate(self.path, size)
-            except OSError:
-                self._unwritten = "\n" + self._unwritten.lstrip("\n")  # half a line may have been written
-        self._try(
-            "log",
-            lambda: self._run.log(record | {f"pictures/{shown(name)}": wandb.Image(one) for name, one in pictures}),
-        )
+        try:
+            if size is not None:
+                os.truncate(self.path, size)
+        except OSError:
+            self._unwritten = "\n" + self._unwritten.lstrip("\n")  # half a line may have been written
+        return False
 
     @property
     def shows(self) -> bool:
@@ -128,7 +136,8 @@ class Tracker:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, without a line that an interruption cut off; [] when there is no file."""
     records = []
-    for line in read_text(path).splitlines() if path.is_file() else []:
+    lines = read_text(path).splitlines() if path.is_file() else []
+    for line in filter(None, lines):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -7,11 +7,13 @@ block its gradients, as soon as it has them. Values and memory are those of auto
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,6 +29,13 @@ class _Weight(NamedTuple):
     parameter: nn.Parameter
 
 
+class _Group(NamedTuple):
+    """The weights of a part of the model."""
+
+    part: nn.Module
+    weights: list[_Weight]
+
+
 class Casts:
     """Copies of the weights of a model's linear layers and convolutions, for as long as a pass lasts.
 
@@ -39,26 +48,42 @@ class Casts:
         self.dtype = dtype
         self._groups = list(_groups(model))
         self._read: set[nn.Parameter] = set()  # in the backward pass
+        self._waiting: list[RemovableHandle] = []
 
     def put(self) -> None:
         """Casts, and lets the layers read the copies until `remove`, which has to wait for the backward pass."""
         self.remove()
-        copies = [[torch.empty_like(one.parameter, dtype=self.dtype) for one in group] for group in self._groups]
+        parameters = [[one.parameter for one in group.weights] for group in self._groups]
+        copies = [[torch.empty_like(p, dtype=self.dtype) for p in of_group] for of_group in parameters]
         with torch.no_grad():
-            torch._foreach_copy_(
-                [copy for group in copies for copy in group], [one.parameter for group in self._groups for one in group]
-            )
-        for group, empty in zip(self._groups, copies, strict=True):
-            for one, copy in zip(group, _Cast.apply(empty, self._read, *(one.parameter for one in group)), strict=True):
+            torch._foreach_copy_(list(chain(*copies)), list(chain(*parameters)))
+        for group, of_group in zip(self._groups, copies, strict=True):
+            self._give_when_called(group, of_group)
+
+    def _give_when_called(self, group: _Group, copies: list[Tensor]) -> None:
+        """Autograd casts gradients back in the order in which it was given the copies: those of each part when it is
+        called, so that a block's gradients are there as soon as its backward pass is through.
+        """
+
+        def give(*_: Any) -> None:
+            handle.remove()  # a recomputation calls the part again, and reads the same copies
+            with torch.enable_grad():  # of a part that runs without, to be recomputed
+                given = _Cast.apply(copies, self._read, *(one.parameter for one in group.weights))
+            for one, copy in zip(group.weights, given, strict=True):
                 vars(one.layer)[one.name] = copy  # found before the parameter of this name
 
+        handle = group.part.register_forward_pre_hook(give)
+        self._waiting.append(handle)
+
     def remove(self) -> None:
+        while self._waiting:
+            self._waiting.pop().remove()
         for group in self._groups:
-            for one in group:
+            for one in group.weights:
                 vars(one.layer).pop(one.name, None)
         if self._read:
-            groups = ([one for one in group if one.parameter in self._read] for group in self._groups)
-            self._groups = [group for group in groups if group]
+            groups = ((part, [one for one in weights if one.parameter in self._read]) for part, weights in self._groups)
+            self._groups = [_Group(part, weights) for part, weights in groups if weights]
             self._read.clear()
 
 
@@ -82,16 +107,16 @@ class _Cast(torch.autograd.Function):
         return None, None, *map(by_weight.get, ctx.weights)
 
 
-def _groups(model: nn.Module) -> Iterator[list[_Weight]]:
+def _groups(model: nn.Module) -> Iterator[_Group]:
     """The weights that autocast would cast: of each block, in what timm calls `blocks`, and of all that is left."""
     containers = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "blocks"]
     blocks = [block for container in containers for block in container.children()]
     seen: set[nn.Module] = set()
     for part in [*blocks, model]:
-        group = []
+        weights = []
         for layer in part.modules():
             if layer not in seen and type(layer) in (nn.Linear, nn.Conv2d):
                 seen.add(layer)
-                group += [_Weight(layer, n, p) for n, p in layer.named_parameters(recurse=False) if p.requires_grad]
-        if group:
-            yield group
+                weights += [_Weight(layer, n, p) for n, p in layer.named_parameters(recurse=False) if p.requires_grad]
+        if weights:
+            yield _Group(part, weights)

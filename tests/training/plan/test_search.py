@@ -40,8 +40,9 @@ def test_what_is_not_known_of_accuracy_is_said():
     config = small()
     assert accuracy(config, EXACT) == "exact gradient"
     assert accuracy(config, Setting(0.125, "query", "none")) == NOT_STUDIED
-    others = "backbone.name=eva02_tiny_patch14_224", "sbp.mask=random", "sbp.layers=all", "sbp.keep_ratio_end=1"
-    for one in others:  # neither a ViT nor a ConvNeXt; not as published
+    names = ("eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vitamin_small_224", "convnextv2_tiny")
+    otherwise = ("sbp.mask=random", "sbp.layers=all", "sbp.keep_ratio_end=1", "backbone.pretrained=timm")
+    for one in (*(f"backbone.name={name}" for name in names), *otherwise):
         assert accuracy(small(one), Setting(0.5, "qkv", "none")) == NOT_STUDIED
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from sbp.training.data import loading
 from sbp.training.engine import trainer
 from sbp.training.engine.probes import PeakMemory
 from sbp.training.engine.train import train
+from sbp.training.record import tracking
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.record.incidents import CORRUPT_IMAGES, SKIPPED_STEPS, Incidents
 from sbp.training.record.status import Preempted, RunStatus, only_run_in, read_status
-from sbp.training.record.tracking import read_metrics
+from sbp.training.record.tracking import Tracker, read_metrics
 from sbp.training.runtime import signals
 from tests.training.comparing import assert_equal, assert_same_run, record
 from tests.training.configs import small
@@ -215,6 +217,23 @@ def test_an_evaluation_that_was_stopped_is_made_up_for(tmp_path, monkeypatch):
     summary = train(config, parts)
     assert_same_run(whole, parts)
     assert summary["peak_rss"] == 9
+
+
+def test_a_disk_that_is_full_at_the_last_evaluation_costs_another_one(tmp_path, monkeypatch):
+    config = small("recipe.epochs=1", "probe.every_steps=null")
+    log = Tracker.log
+
+    def log_on_a_full_disk(self, step, figures, *more):
+        if "val/top1" in figures:
+            patch.setattr(tracking, "open_text", Mock(side_effect=OSError("no space left on the device")))
+        log(self, step, figures, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log_on_a_full_disk)
+        with pytest.raises(ValueError, match=r"all 44 steps are done, but .*metrics.jsonl could not be written"):
+            train(config, tmp_path)
+    summary = train(config, tmp_path)
+    assert summary["top1"] > 0 and summary["best_step"] == 44
 
 
 def test_the_peak_of_training_outlives_what_is_excluded(monkeypatch):

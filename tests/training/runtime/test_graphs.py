@@ -28,7 +28,9 @@ RANDOM = {
 
 def use(monkeypatch, recorder):
     """In place of CUDA graphs."""
-    monkeypatch.setattr(trainer, "Graphs", lambda eager, weights, _: Graphs(eager, weights, lambda: recorder(weights)))
+    monkeypatch.setattr(
+        trainer, "Graphs", lambda eager, weights, _, buffers: Graphs(eager, weights, lambda: recorder(weights), buffers)
+    )
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_a_capture_that_fails_is_named_and_the_run_goes_on(tmp_path, device, rec
 @pytest.mark.parametrize("which", [1, 2], ids=["forward", "backward"])
 def test_a_capture_that_fails_leaves_nothing_in_memory(which):
     """Neither what the pass has saved, nor what the search for the culprit has."""
-    weight, saved = nn.Parameter(torch.ones(3)), []
+    weight, average, saved = nn.Parameter(torch.ones(3)), torch.zeros(()), []
 
     class Saved:
         pass
@@ -144,6 +146,7 @@ def test_a_capture_that_fails_leaves_nothing_in_memory(which):
             return 2 * grad
 
     def forward(x):
+        average.add_(1)
         return Square.apply(x * weight).sum(), x.sum()[None]
 
     class Fails(Again):
@@ -155,13 +158,14 @@ def test_a_capture_that_fails_leaves_nothing_in_memory(which):
 
     before = Again.recorded
     eager = Pass(forward, lambda loss: loss.backward())
-    some = Graphs(eager, [weight], lambda: Fails([weight]))
+    some = Graphs(eager, [weight], lambda: Fails([weight]), [average])
     gc.disable()
     try:
         for _ in range(WARM_UP + 1):
             some.begin_step(None)
             assert some.pass_for((torch.ones(2, 3),), adds=False) is eager
         assert len(saved) == 2 and not any(one() is not None for one in saved)
+        assert average == 1  # of the capture, of which CUDA computes nothing
     finally:
         gc.enable()
     assert some.failure is not None and "not possible while capturing" in some.failure

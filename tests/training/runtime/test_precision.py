@@ -63,9 +63,29 @@ def test_gradients_are_those_of_autocast_bitwise_and_names_stay(name):
         assert expected.keys() == found.keys()
         assert all(torch.equal(expected[key], found[key]) for key in expected)
         assert list(model.state_dict()) == keys and not any("weight" in vars(one) for one in model.modules())
-    weights = sum(len(group) for group in casts._groups)
+    weights = sum(len(group.weights) for group in casts._groups)
     assert together["aten::_to_copy"] <= each["aten::_to_copy"] - 2 * weights  # of each weight, and of its gradient
     assert together["aten::_foreach_copy_"] == len(casts._groups)
+
+
+def test_a_blocks_gradients_are_there_before_the_backward_pass_of_the_one_below():
+    """So that processes exchange them meanwhile, as they do under autocast."""
+    model = sbp.apply(small_vit()).float()
+    seen = []
+    for number, block in enumerate(model.blocks):
+        block.register_full_backward_pre_hook(lambda *_, number=number: seen.append(f"block {number}"))
+        block.mlp.fc1.weight.register_post_accumulate_grad_hook(lambda _, number=number: seen.append(f"grad {number}"))
+    step(model, Casts(model, torch.bfloat16))
+    assert seen == [f"{what} {number}" for number in (5, 4, 3, 2, 1, 0) for what in ("block", "grad")]
+
+
+def test_copies_that_no_part_has_asked_for_are_taken_back():
+    model = small_vit().float()
+    casts = Casts(model, torch.bfloat16)
+    casts.put()
+    casts.remove()
+    model(images().float())
+    assert not any("weight" in vars(one) or one._forward_pre_hooks for one in model.modules())
 
 
 def test_what_is_frozen_is_left_to_autocast():
@@ -73,6 +93,8 @@ def test_what_is_frozen_is_left_to_autocast():
     model.blocks[0].requires_grad_(False)
     casts = Casts(model, torch.bfloat16)
     casts.put()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images().float())
     assert "weight" not in vars(model.blocks[0].attn.qkv) and model.blocks[1].attn.qkv.weight.dtype == torch.bfloat16
     assert model.blocks[1].attn.qkv._parameters["weight"].dtype == torch.float32
     casts.remove()
@@ -98,5 +120,5 @@ def step_of_trainable(model, casts):
 def test_layers_of_other_types_keep_their_weights():
     """A convolution that standardises its weight computes with what it is given: that stays in full precision."""
     model = timm.create_model("vit_small_r26_s32_224", pretrained=False)
-    types = {type(layer).__name__ for group in Casts(model, torch.bfloat16)._groups for layer, *_ in group}
+    types = {type(one.layer).__name__ for group in Casts(model, torch.bfloat16)._groups for one in group.weights}
     assert types == {"Linear", "Conv2d"}
