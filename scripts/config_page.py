@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sbp.cli.check_data import CheckDataConfig
+from sbp.cli.forecast import ForecastConfig
 from sbp.training.config.describe import as_markdown
 from sbp.training.config.requests import BenchmarkConfig, CalibrateConfig, EvalConfig, ExportConfig, PlanConfig
 from sbp.training.config.run import Config
@@ -23,6 +25,12 @@ def page() -> str:
         as_markdown(ExportConfig),
         "# Keys of `sbp benchmark`",
         as_markdown(BenchmarkConfig),
+        "# Keys of `sbp forecast`",
+        "Besides all of those of `sbp train`, above:",
+        as_markdown(ForecastConfig, besides=Config),
+        "# Keys of `sbp check-data`",
+        "Besides all of those of `sbp train`, above:",
+        as_markdown(CheckDataConfig, besides=Config),
         "# Keys of `sbp plan`",
         "Besides all of those of `sbp train`, above:",
         as_markdown(PlanConfig, besides=Config),

@@ -28,8 +28,8 @@ What the talk on stochastic backpropagation claims, and what came out here. `pyt
 and its figures from the records in [results](results), which name device, versions, commit and command;
 `python scripts/study.py` makes such records. Nothing is chosen on the images that are measured on, and of every run the
 last epoch counts. "Published SBP" is a grid mask with a keep-ratio of one half, `qkv`, the published layers and a fresh
-mask for each step; what stands beside it differs in what its name says alone. More or fewer epochs: as many as take the
-time of the other.
+mask for each step; what stands beside it differs in what its name says alone. More or fewer epochs: as many
+whole ones as come nearest to the time of the other.
 
 ## The rule
 

@@ -42,7 +42,7 @@ class DataConfig:
     max_size: int = key(1333, "in detection, of the longer side, at most", at_least=1)
     train_image_size: int | None = key(
         None,
-        "of training images, where it is not image_size; a ViT needs backbone.kwargs.dynamic_img_size=true for it",
+        "of training images, where it is not image_size; a ViT needs ++backbone.kwargs.dynamic_img_size=true for it",
         at_least=1,
     )
     mean: list[float] = key([0.485, 0.456, 0.406], "of the three channels, that images are normalised by", length=3)

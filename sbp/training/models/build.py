@@ -29,7 +29,7 @@ def build_model(
     model = create(backbone, num_classes)
     _check_image_size(model, "data.image_size", image_size, "backbone.kwargs.img_size to data.image_size")
     if train_image_size is not None:
-        _check_image_size(model, "data.train_image_size", train_image_size, "backbone.kwargs.dynamic_img_size=true")
+        _check_image_size(model, "data.train_image_size", train_image_size, "++backbone.kwargs.dynamic_img_size=true")
     apply_sbp(model, settings)
     return model
 

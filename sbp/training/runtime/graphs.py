@@ -236,7 +236,7 @@ def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool)
     if distributed.world_size() > 1 and any(True for _ in model.buffers()):
         return "the model has buffers, such as those of batch norms, which processes exchange in each pass"
     if any(isinstance(one, RotaryEmbeddingDinoV3) and _is_made_anew(one) for one in model.modules()):
-        return "the rotary embedding is made on the CPU in each pass; backbone.kwargs.dynamic_img_size=false keeps it"
+        return "the rotary embedding is made on the CPU in each pass; ++backbone.kwargs.dynamic_img_size=false keeps it"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
     settings: list[Settings] = [block.sbp_state.settings for block in blocks]  # type: ignore[union-attr, misc]
     if any((one.recompute, one.exact_recompute) != ("none", "none") for one in settings) and has_dropout(*blocks):

@@ -155,7 +155,7 @@ def test_where_a_run_starts(tmp_path):
         (("data.image_size=36",), "leaves no whole grid of 8 x 8 px patches"),
         (("data.image_size=64", "backbone.kwargs.img_size=32"), "the model is made for 32 x 32 px"),
         (("data.train_image_size=36", "+backbone.kwargs.dynamic_img_size=true"), "train_image_size=36 leaves no whole"),
-        (("data.train_image_size=16",), r"train_image_size=16, but .* set backbone\.kwargs\.dynamic_img_size=true"),
+        (("data.train_image_size=16",), r"train_image_size=16, but .* set \+\+backbone\.kwargs\.dynamic_img_size=true"),
         (("sbp.layers=[blocks.9]",), "layers must be"),
     ],
 )
