@@ -27,6 +27,7 @@ from sbp.training.record.status import (
     Preempted,
     is_taken,
     read_status,
+    write_status,
 )
 from sbp.training.record.summary import METRIC, finished
 from sbp.training.runtime import distributed, signals
@@ -61,6 +62,8 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
             result = _objective(_train(config, folder, job), config)
         else:
             job(config, folder)
+            if sweeping and distributed.is_main() and before == {}:
+                write_status(folder, "completed")
     except Preempted as stop:  # also ends a sweep
         log.warning("%s; the same command goes on from here", stop)
         requeue()

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sbp.cli.compose import CONFIGS, C
 from sbp.cli.job import run_job
-from sbp.cli.sweep_table import NOT_SWEPT, read_jobs, table, write_table
+from sbp.cli.sweep import write_all
+from sbp.cli.sweep_table import NOT_SWEPT, read_jobs, table
 from sbp.training.runtime import distributed
 
 LONGEST_NAME = 120  # of a job's folder
@@ -100,14 +100,14 @@ class Launch(Callback):
             return
         atexit.unregister(_say_how_far)
         folder = Path(config.hydra.sweep.dir)
-        jobs = write_table(folder)
+        jobs = read_jobs(folder)
         if not jobs:
             return
-        if find_spec("matplotlib"):  # which a GPU machine may lack
-            from sbp.cli.sweep_figure import draw
-
-            draw(jobs, folder / "figure.png")
-        print(f"\n{table(jobs)}\n\n{folder}: table.csv, table.md, figure.png and the runs")
+        print(f"\n{table(jobs)}\n")
+        try:
+            print(f"{folder}: {', '.join(write_all(folder))} and the runs")
+        except Exception as error:  # a full disk, or matplotlib: what failed has yet to be said
+            print(f"{folder}: no table or figure could be written ({error})")
         if failed := [job.name for job in jobs if job.failed_at >= self.started]:
             print("error: failed, as failure.txt in the folder says:", *failed, sep="\n  ", file=sys.stderr)
         if taken := [job.name for job in jobs if job.state == "running"]:

@@ -114,8 +114,8 @@ def _given(config: PlanConfig) -> list[str]:
     own = {field.name for field in fields(PlanConfig)} - {field.name for field in fields(Config)}
     decided = {*own, "run_dir", "amp", "compile", "global_batch_size", "micro_batch_size", "sbp"}
     kept = [one for one in given if one.split("=")[0].lstrip("+~") not in decided]
-    of_setting = tuple(f"sbp.{key}=" for key in ("keep_ratio", "mhsa_drop", "recompute", *OF_EPOCHS))
-    kept = [one for one in kept if not one.startswith(of_setting)]
+    of_setting = {f"sbp.{key}" for key in ("enabled", "keep_ratio", "mhsa_drop", "recompute", *OF_EPOCHS)}
+    kept = [one for one in kept if one.split("=")[0].lstrip("+~") not in of_setting]
     return [*kept, *([] if config.image_size is None else [f"data.image_size={config.image_size}"])]
 
 
@@ -124,7 +124,9 @@ def calibrate(config: CalibrateConfig, folder: Path) -> None:
     from sbp.training.plan.calibration import calibrated
 
     check_limits(config)
-    write_json(Path(config.file), calibrated(config.device, config.seconds))
+    path = Path(config.file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, calibrated(config.device, config.seconds))
     log.info("%s: sbp plan gpu=%s ...", config.file, config.file)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from sbp.cli.sweep_table import read_jobs, table, write_table
@@ -18,7 +19,15 @@ def main() -> None:
         sys.exit(f"error: {folder} {'holds no run' if folder.is_dir() else 'is no folder'}")
     print(table(jobs))
     if arguments.save:
-        from sbp.cli.sweep_figure import draw
+        print(f"\n{folder}: {', '.join(write_all(folder))}")
 
-        write_table(folder)
-        draw(jobs, folder / "figure.png")
+
+def write_all(folder: Path) -> list[str]:
+    """Writes what a sweep leaves beside its runs; returns the names of the files."""
+    jobs = write_table(folder)
+    if not find_spec("matplotlib"):  # which a GPU machine may lack
+        return ["table.csv", "table.md"]
+    from sbp.cli.sweep_figure import draw
+
+    draw(jobs, folder / "figure.png")
+    return ["table.csv", "table.md", "figure.png"]

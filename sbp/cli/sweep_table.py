@@ -76,8 +76,8 @@ def read_job(folder: Path) -> Job:
         detail = next(iter(read_text(failure).splitlines()), "")
     elif state in ("starting", "completed") and (summary := read_json(folder / SUMMARY)):
         state = "done"
-    elif state == "completed":  # a power failure took its summary
-        state = "killed"
+    elif state == "completed":  # a run whose summary a power failure took, or another command's job
+        state = "killed" if "total_steps" in status else "done"
     elif state == "failed":
         detail = next(iter(str(status.get("message") or "").splitlines()), "")
     elif state in ("running", "preempted"):

@@ -1,8 +1,10 @@
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 
+from sbp.cli import plan
 from sbp.cli.plan import report
 from sbp.training.config.requests import PlanConfig
 from tests.training.configs import composed
@@ -25,6 +27,14 @@ def test_a_plan_says_what_is_fastest_and_writes_it(tmp_path, caplog):
     assert all(set(one) == FIELDS for one in written["arms"].values())
     assert files["figure"].stat().st_size > 10_000
     assert "fastest    sbp train" in caplog.text and "exact gradient" in caplog.text
+
+
+def test_what_is_to_be_trained_is_what_was_planned(monkeypatch):
+    """Of the command line there stays what the plan does not decide."""
+    given = ["backbone=vit_tiny", "sbp.enabled=false", "++sbp.keep_ratio=0.3", "sbp.mask=random", "gpu=l40s", "amp=off"]
+    hydra = SimpleNamespace(overrides=SimpleNamespace(task=given))
+    monkeypatch.setattr(plan, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
+    assert plan._given(config("image_size=64")) == ["backbone=vit_tiny", "sbp.mask=random", "data.image_size=64"]
 
 
 def test_arms_of_the_benchmark_at_one_batch(tmp_path):

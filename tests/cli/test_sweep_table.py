@@ -5,13 +5,17 @@ import json
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import matplotlib.image
 import pytest
+from omegaconf import OmegaConf
 
+from sbp.cli import sweep
+from sbp.cli.launch import Launch
 from sbp.cli.sweep import main
 from sbp.cli.sweep_figure import draw
-from sbp.cli.sweep_table import columns_of, read_jobs, swept_keys, table, write_table
+from sbp.cli.sweep_table import columns_of, read_job, read_jobs, swept_keys, table, write_table
 from sbp.training.record.status import write_status
 
 FIGURES = {"keep_ratio": 0.5, "effective_keep_ratio": 0.5, "saved_bytes_per_image": 2**20, "peak_allocated": 2**30}
@@ -110,6 +114,25 @@ def test_the_figure_has_all_finished_jobs(tmp_path, key, values):
     job(tmp_path / "empty", "seed=1", state="failed", message="no")
     draw(read_jobs(tmp_path / "empty"), tmp_path / "empty" / "figure.png")
     assert not (tmp_path / "empty" / "figure.png").exists()
+
+
+def test_a_job_of_another_command_is_done_without_a_summary(tmp_path):
+    of_eval = job(tmp_path, "checkpoint=a", state="completed")
+    of_train = job(tmp_path, "seed=1", state="completed", total_steps=3)
+    assert (read_job(of_eval).status, read_job(of_train).status) == ("done", "killed")
+
+
+@pytest.mark.parametrize("broken", [None, OSError("no space left on the device")])
+def test_the_end_of_a_sweep_names_what_failed_also_where_nothing_can_be_written(folder, monkeypatch, capsys, broken):
+    if broken is not None:
+        monkeypatch.setattr(sweep, "write_table", Mock(side_effect=broken))
+    end = Launch()
+    end.started = 0.0
+    with pytest.raises(SystemExit):
+        end.on_multirun_end(OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}}))
+    said = capsys.readouterr()
+    assert table(read_jobs(folder)) in said.out and "error: failed, as failure.txt" in said.err
+    assert ("no space left" in said.out) == (broken is not None) != (folder / "table.csv").exists()
 
 
 def test_the_command(folder, monkeypatch, capsys):

@@ -127,10 +127,15 @@ def _choose_arms(config: BenchmarkConfig, device: torch.device) -> list[str]:
 
 @contextmanager
 def _recorded(record: dict[str, Any], key: str = "error") -> Iterator[None]:
-    """What fails inside is written to the record, and the other arms go on."""
+    """What fails inside is written to the record, and the other arms go on.
+
+    Of several processes one that fails alone ends all of them: the others wait for it within a step.
+    """
     try:
         yield
     except Exception as error:
+        if distributed.world_size() > 1 and not isinstance(error, ValueError):  # which is of the settings of all
+            raise
         record[key] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         log.warning("%s failed: %s", record["label"], record[key])
     if record.get(key):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import timm
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, to_2tuple
 from timm.models import ConvNeXt
 from torch import Tensor, nn
 
@@ -71,11 +71,15 @@ def create(backbone: BackboneConfig, num_classes: int, name: str | None = None, 
     arguments = {"num_classes": num_classes, "drop_path_rate": backbone.drop_path} | options
     try:
         model: Any = _create(name, **arguments, **backbone.kwargs)
-    except TypeError as error:
-        raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {error}") from None
+    except Exception as error:  # of any kind, by what is wrong
+        if options.get("pretrained"):  # then it may be the weights
+            raise
+        raise ValueError(f"timm cannot make {name} with {backbone.kwargs}: {type(error).__name__}: {error}") from error
     if backbone.frozen:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        heads = model.get_classifier()
+        for head in heads if isinstance(heads, tuple) else (heads,):  # a distilled model has two
+            head.requires_grad_(True)
     return model
 
 
@@ -128,6 +132,7 @@ def _check_image_size(model: nn.Module, key: str, image_size: int, remedy: str) 
     patch = getattr(patch_embed, "patch_size", None)
     if patch is None:
         return
+    patch = to_2tuple(patch)
     if any(image_size % side for side in patch):
         raise ValueError(f"{key}={image_size} leaves no whole grid of {patch[0]} x {patch[1]} px patches")
     own = getattr(patch_embed, "img_size", None)

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,11 +112,19 @@ def save(path: Path, content: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)  # else a power failure can undo the renaming
-        os.fsync(folder)
-        os.close(folder)
+        _keep_renamed(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep_renamed(folder: Path) -> None:
+    """Else a power failure can undo the renaming. Not every file system does that for a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def load(path: Path) -> dict[str, Any]:

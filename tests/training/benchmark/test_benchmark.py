@@ -14,12 +14,12 @@ import sbp
 from sbp.training.benchmark import report
 from sbp.training.benchmark.arms import ARMS, KINDS, Arm
 from sbp.training.benchmark.authors_release import release_model
-from sbp.training.benchmark.benchmark import _choose_arms, benchmark, search_largest, unused_in_pools
+from sbp.training.benchmark.benchmark import _choose_arms, _recorded, benchmark, search_largest, unused_in_pools
 from sbp.training.benchmark.report import merged, pareto, table
 from sbp.training.benchmark.runner import PARTS, Runner
 from sbp.training.config.requests import BenchmarkConfig, BenchmarkDataConfig
 from sbp.training.config.rules import validate_benchmark
-from sbp.training.runtime import environment
+from sbp.training.runtime import distributed, environment
 from scripts.gpu.networks import SMALL, benchmark_config
 from tests.conftest import cuda_only, others_long
 from tests.training.again import Again
@@ -230,6 +230,17 @@ def test_the_release_has_the_sizes_of_the_timm_model(family):
     assert timm.__version__ == before
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
     theirs(torch.randn(2, 3, *(2 * [32 if family == "vit" else 64]))).sum().backward()
+
+
+def test_an_arm_that_fails_in_one_of_several_processes_ends_them_all(monkeypatch):
+    """The others wait for it within a step; what is wrong with the settings fails in all of them."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError), _recorded({"label": "plain"}):
+        raise torch.OutOfMemoryError
+    record = {"label": "plain"}
+    with _recorded(record):
+        raise ValueError("no such layers")
+    assert record["error"] == "ValueError: no such layers"
 
 
 def test_what_other_arms_graphs_hold_is_not_this_arms():

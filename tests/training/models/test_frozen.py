@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from sbp.training.config.model import BackboneConfig, SbpConfig
 from sbp.training.config.rules import validate
 from sbp.training.engine import setup
 from sbp.training.engine.train import train
 from sbp.training.memory.forecast import forecast
+from sbp.training.models.build import build_model
 from sbp.training.record.checkpoint import find
 from sbp.training.tasks.choice import task_of
 from tests.training.configs import composed, small
@@ -30,6 +32,17 @@ def test_the_classifier_changes_and_nothing_else(tmp_path, backbone):
 def test_nothing_of_the_backbone_is_saved_and_its_weights_have_no_gradients(backbone):
     frozen, whole = (forecast(small(*given, backbone=backbone), 64) for given in (FROZEN, ("sbp=none",)))
     assert frozen.activations < 0.1 * whole.activations and frozen.gradients < 0.1 * whole.gradients
+
+
+def test_both_classifiers_of_a_distilled_model_are_trained():
+    config = BackboneConfig("deit_tiny_distilled_patch16_224", kwargs={"depth": 1}, frozen=True)
+    model = build_model(config, SbpConfig(enabled=False), 5, 224)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{head}.{kind}" for head in ("head", "head_dist") for kind in ("weight", "bias")}
+
+
+def test_a_model_whose_patches_have_one_number():
+    build_model(BackboneConfig("xcit_nano_12_p16_224", kwargs={"depth": 1}), SbpConfig(enabled=False), 5, 224)
 
 
 def test_a_detector_trains_all_that_stands_on_the_backbone():

@@ -1,6 +1,8 @@
 """Checkpoints are whole, plain, and say what does not fit."""
 
 import logging
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,26 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_system_that_cannot_sync_a_folder_takes_checkpoints(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    refused = []
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2):
+        assert checkpoints.save(step, CONTENT) == checkpoints.path(step)
+    assert checkpoints.paths() == [checkpoints.path(2)] and len(refused) == 2
+    for descriptor in refused:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
+
+
 def test_nothing_but_tensors_and_builtins_is_loaded(tmp_path):
     torch.save(CONTENT | {"other": nn.Linear(1, 1)}, tmp_path / "x.pt")
     with pytest.raises(ValueError, match="corrupt or no checkpoint"):
@@ -152,6 +174,10 @@ def test_where_a_run_starts(tmp_path):
     [
         (("backbone.name=vit_tinny",), "no timm model; near it: "),
         (("+backbone.kwargs.wings=2",), "cannot make vit_tiny_patch16_224 with"),
+        (
+            ("backbone.kwargs.embed_dim=100",),
+            r"cannot make vit_tiny_patch16_224 with .*AssertionError: dim should",
+        ),
         (("data.image_size=36",), "leaves no whole grid of 8 x 8 px patches"),
         (("data.image_size=64", "backbone.kwargs.img_size=32"), "the model is made for 32 x 32 px"),
         (("data.train_image_size=36", "+backbone.kwargs.dynamic_img_size=true"), "train_image_size=36 leaves no whole"),

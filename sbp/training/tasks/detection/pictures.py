@@ -38,13 +38,16 @@ def predicted(
     """
     was_training = model.training
     model.eval()
-    pictures, seeded = [], SeededDataset(dataset, 0)
+    pictures: list[tuple[str, Image.Image]] = []
+    seeded = SeededDataset(dataset, 0)
     for index in spread(len(dataset), count):
         images, targets = readable(collate([seeded[0, index]]))
         (found,) = detect(model, images, targets, normalize, amp)
         height, width = targets[0]["size"]
         picture = draw(images[0, :, :height, :width], found, dataset.classes, threshold)
-        pictures.append((Path(path(dataset, index)).stem, to_pil_image(picture)))
+        name = Path(path(dataset, index)).stem
+        taken = any(name == other for other, _ in pictures)  # of a file of the same name in another folder
+        pictures.append((f"{name}-{index}" if taken else name, to_pil_image(picture)))
     model.train(was_training)
     return pictures
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sbp.training.tasks.detection import pictures as module
 from sbp.training.tasks.detection.pictures import draw, predicted
 from tests.training.tasks.detection.coco_files import coco_folder, coco_settings, plain
 from tests.training.tasks.detection.finding import Finder, perfect, shapes
@@ -71,3 +72,10 @@ def test_generated_images_are_numbered():
     dataset = shapes()
     pictures = predicted(Finder(perfect(dataset.ground_truth())), dataset, 100)
     assert [name for name, _ in pictures] == [f"image {i}" for i in range(7)]
+
+
+def test_files_of_the_same_name_in_other_folders_have_pictures_of_their_own(tmp_path, monkeypatch):
+    dataset = plain(coco_settings(coco_folder(tmp_path)))[1]
+    monkeypatch.setattr(module, "path", lambda dataset, index: f"camera{index}/000001.jpg")
+    names = [name for name, _ in predicted(Finder(perfect(dataset.ground_truth())), dataset, 3)]
+    assert names[0] == "000001" and len(set(names)) == 3
