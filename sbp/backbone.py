@@ -56,6 +56,13 @@ def blocks_of(name: str, network: Any) -> dict[str, nn.Module]:
     return {f"{prefix}blocks.{i}": block for i, block in enumerate(network.blocks)}
 
 
+def of_one_network(stages: Sequence[str]) -> None:
+    """Raises ValueError where the names of stages are of several networks, which timm's features_only took apart."""
+    parents = list(dict.fromkeys(stage.rpartition(".")[0] for stage in stages))
+    if len(parents) > 1:
+        raise ValueError(f"there are several backbones ({', '.join(parents)}): call sbp.apply on each of them")
+
+
 def is_own(
     model: Any, kind: Any, methods: Sequence[str] = ("forward", "forward_features", "forward_head", "pool")
 ) -> bool:
@@ -73,6 +80,8 @@ def is_own(
 def require(name: str, module: Any, *kinds: type[nn.Module]) -> None:
     """Raises ValueError where a module is none of these timm classes, or a subclass, of which SBP knows no forward."""
     if type(module) in kinds:
+        if not is_own(module, type(module), ["forward"]):
+            raise ValueError(f"{name} has a `forward` of its own, set on the instance, which SBP would not run")
         return
     known = " or ".join(kind.__name__ for kind in kinds)
     parent = next((kind for kind in kinds if isinstance(module, kind)), None)

@@ -13,12 +13,21 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d, SimpleNorm, SimpleNorm2d
+from timm.layers import (
+    GlobalResponseNormMlp,
+    LayerNorm,
+    LayerNorm2d,
+    Mlp,
+    RmsNorm,
+    RmsNorm2d,
+    SimpleNorm,
+    SimpleNorm2d,
+)
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, ConvNeXtStage
 from torch import Tensor, nn
 
 from sbp import input_gradient, neighbours, recompute
-from sbp.backbone import Backbone, only
+from sbp.backbone import Backbone, of_one_network, only, require
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.neighbours import Neighbourhood, neighbourhood
@@ -34,6 +43,7 @@ def find(model: nn.Module) -> Backbone | None:
     stages = {name: stage for name, stage in model.named_modules() if isinstance(stage, ConvNeXtStage)}
     if not stages:
         return None
+    of_one_network([*stages])
     layers: dict[str, nn.Module] = {}
     stage_of: dict[str, int] = {}
     published: list[str] = []
@@ -45,6 +55,8 @@ def find(model: nn.Module) -> Backbone | None:
                 raise ValueError(
                     f"{name} is a {type(block).__name__} with {type(block.norm).__name__}; SBP knows {SUPPORTED}"
                 )
+            require(name, block, ConvNeXtBlock)
+            require(f"{name}.mlp", block.mlp, Mlp, GlobalResponseNormMlp)
         layers |= before | blocks
         stage_of |= dict.fromkeys(before | blocks, index)
         published += [*before, *list(blocks)[: _published_depth(index, len(blocks))]] if index < 3 else []
@@ -274,7 +286,7 @@ class SBPDownsample(nn.Sequential):
         to_output = recompute.linear(
             weights,
             partial(_normed, norm),  # (B, n * s * s, C)
-            lambda pixels: pixels.reshape(len(x), -1, size * size * pixels.shape[-1]),
+            lambda pixels: pixels.reshape(len(pixels), -1, size * size * pixels.shape[-1]),
             reads=[*norm.parameters()],
             cheap=again != "none",
         )

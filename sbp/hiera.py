@@ -63,7 +63,7 @@ class HieraState(LoopState):
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the network. Its own forward looks at nothing between the blocks."""
-        self.hands_on = self.has_own_loop(model) and not model.grad_checkpointing
+        self.hands_on = self.has_own_loop(model) and self.may_hand_on(model)
 
     def enter_patch_embed(self, patch_embed: Any, args: tuple) -> None:
         """Forward pre-hook of the patch embedding. Images: (B, 3, height, width)."""

@@ -28,7 +28,7 @@ class LoopState(TokenState):
         self, names: Sequence[str], *args: Any, blocks: Sequence[str], kind: type[nn.Module], **kwargs: Any
     ) -> None:
         super().__init__(names, *args, **kwargs)
-        self.kind = kind
+        self.kind, self.depth = kind, len(blocks)
         self.last = self.layers.index(blocks[-1]) if blocks[-1] in self.layers else None
         follows = dict(pairwise(blocks))
         self.next = [self.layers.index(n) if (n := follows.get(name)) in self.layers else None for name in self.layers]
@@ -37,7 +37,7 @@ class LoopState(TokenState):
         """Forward pre-hook of the network. Its own forward looks at nothing between the blocks."""
         if not self.has_own_loop(model):
             return
-        self.hands_on = not model.grad_checkpointing
+        self.hands_on = self.may_hand_on(model)
         if not is_own(model, self.kind):
             return
         pools = getattr(model, "attn_pool", None) is not None
@@ -47,6 +47,10 @@ class LoopState(TokenState):
     def has_own_loop(self, model: Any) -> bool:
         """Whether forward and forward_features of the network are timm's own."""
         return is_own(model, self.kind, ("forward", "forward_features"))
+
+    def may_hand_on(self, model: Any) -> bool:
+        """Not where the pass runs again, nor where the block to hand on to has been pruned."""
+        return not model.grad_checkpointing and len(model.blocks) == self.depth
 
     def next_positions(self, index: int) -> Positions | None:
         """The positions of the block behind SBP layer `index`; None where it drops nothing, or gets whole tokens."""

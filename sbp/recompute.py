@@ -143,7 +143,11 @@ def has_dropout(*modules: nn.Module) -> bool:
 def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast gives to matrix products, if it is on: what a layer behind would save of it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    return x.to(torch.get_autocast_dtype(device)) if _autocasts(device) else x
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # which raises there
 
 
 def _folds(scale: Tensor | None) -> bool:
@@ -193,6 +197,8 @@ class _Linear(torch.autograd.Function):
 
 def _autocast_of(device: str) -> Callable[[], Any]:
     """A context with the autocast of now."""
+    if device == "meta":
+        return nullcontext
     settings = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
     return partial(torch.autocast, device, **settings, cache_enabled=False)  # type: ignore[arg-type]
 

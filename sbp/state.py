@@ -87,7 +87,8 @@ class State:
         self.fixed: tuple[Tensor, int] | None = None  # a mask (H, W) and how many positions it keeps
         # The number of the next draw lives on the model's device, so that drawing never waits for it, and changes in
         # place, so that each replay of a captured graph draws a mask of its own.
-        self.draw = torch.zeros((), dtype=torch.int64)
+        with torch.inference_mode(False):
+            self.draw = torch.zeros((), dtype=torch.int64, device="cpu")
         self.current: Pass | None = None
         self._open: weakref.WeakSet[Pass] = weakref.WeakSet()
 

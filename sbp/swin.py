@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sbp import masks, recompute
 from sbp.attention import Branch, Places, attend
-from sbp.backbone import Backbone, only, require
+from sbp.backbone import Backbone, of_one_network, only, require
 from sbp.functional import Streams, join, kept_gradient, rescale_gradient, split
 from sbp.masks import Positions
 from sbp.settings import Settings
@@ -40,6 +40,7 @@ def find(model: nn.Module) -> Backbone | None:
     stages: dict[str, Any] = {name: stage for name, stage in model.named_modules() if isinstance(stage, kinds)}
     if not stages:
         return None
+    of_one_network([*stages])
     layers: dict[str, nn.Module] = {}
     stage_of: dict[str, int] = {}
     published: list[str] = []

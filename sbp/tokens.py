@@ -136,7 +136,9 @@ class TokenBlock(nn.Module):
         mlp, dropped_mlp = self.sbp_mlp_passing_input() if passes_input else (self.sbp_mlp(), None)
         # What is rescaled is for the weights.
         within = rescale_gradient(kept, 1 / scale[1], self.sbp_state.prefix) if passes_input else kept
-        branch = rescale_gradient(mlp(within), scale[1], self.sbp_state.prefix)
+        # Where dropped tokens are left out nothing needs it.
+        mlp_scale = scale[1] if passes_input or not self.sbp_state.passes_input else scale[0]
+        branch = rescale_gradient(mlp(within), mlp_scale, self.sbp_state.prefix)
         scale2 = drop_path_scale(self.drop_path2, kept) if scales is None else scales[1]
         kept = add(kept, branch, scale2)
         if dropped is None or read is not None or (again and key is None):

@@ -57,8 +57,11 @@ def _state(
 ) -> "ViTState":
     ratios = dict(zip(names, keep_ratios, strict=True))
     no_way_back = _reads_prefix_only(vit) and never_rises(ratios.get(name, 1.0) for name in blocks)
-    if settings.dropped == "input" and settings.mhsa_drop == "qkv" and no_way_back:
-        raise ValueError("dropped='input' changes nothing here: with qkv a class token never reads dropped tokens")
+    if settings.dropped == "input" and settings.mhsa_drop in ("qkv", "qkv_exact") and no_way_back:
+        raise ValueError(
+            f"dropped='input' changes nothing here: with {settings.mhsa_drop} and a class token no gradient reaches "
+            "dropped tokens"
+        )
     check_heads(blocks, names, settings)
     return ViTState(names, keep_ratios, settings, **kwargs)
 

@@ -196,3 +196,10 @@ def test_grouped_heads():
             assert_same_gradients(gradients(model, images()), expected)
     with pytest.raises(ValueError, match="heads that do not mix"):
         sbp.apply(make(), mhsa_drop="head")
+
+
+def test_blocks_that_are_pruned_after_apply():
+    model = sbp.apply(small_eva("vit_small_patch16_dinov3"))
+    model.prune_intermediate_layers(1)
+    model(images()).sum().backward()
+    assert model.blocks[1].mlp.fc1.weight.grad is not None

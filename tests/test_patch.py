@@ -4,6 +4,7 @@ import pickle
 import pytest
 import timm
 import torch
+from timm.layers import Mlp
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DataParallel
@@ -330,3 +331,55 @@ def test_bad_fixed_masks(keep, message):
     model = sbp.apply(small_vit())
     with pytest.raises(ValueError, match=message), sbp.fixed_mask(model, keep):
         model(images())
+
+
+class Adapted(Mlp):
+    """As an adapter is put around a part."""
+
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+def replaced(part):
+    part.forward = lambda x, **kwargs: x
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        (small_vit, lambda m: replaced(m.blocks[3].attn), r"blocks.3.attn has a `forward` of its own"),
+        (small_convnext, lambda m: replaced(m.stages[1].blocks[0]), r"stages.1.blocks.0 has a `forward` of its own"),
+        (
+            small_convnext,
+            lambda m: setattr(m.stages[1].blocks[0].mlp, "__class__", Adapted),
+            r"stages.1.blocks.0.mlp is a Adapted, a subclass of timm's Mlp",
+        ),
+    ],
+)
+def test_parts_whose_own_forward_would_not_run_are_refused(make, change, message):
+    model = make()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        sbp.apply(model)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_two_backbones_that_were_taken_apart_are_two(name):
+    model = nn.ModuleDict({one: timm.create_model(name, features_only=True) for one in ("before", "after")})
+    with pytest.raises(ValueError, match=r"several backbones \(before, after\): call sbp.apply on each"):
+        sbp.apply(model)
+    sbp.apply(model["before"])
+
+
+def test_a_model_is_patched_wherever_it_is_made():
+    x = images()
+    with torch.inference_mode():
+        inferred = sbp.apply(small_vit())
+    with torch.device("meta"):
+        model = sbp.apply(small_vit())
+    model = model.to_empty(device="cpu").double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.1)
+    model(x).sum().backward()
+    assert inferred.blocks[3].sbp_state.draw.is_inference() is False

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 import sbp
@@ -242,3 +243,26 @@ def test_saved_memory_of_the_published_networks(name, cuda):
 def test_an_unknown_mode():
     with pytest.raises(ValueError, match="recompute must be one of none, cheap, block, got 'all'"):
         sbp.apply(small_vit(), recompute="all")
+
+
+@pytest.mark.parametrize("keep_ratio", [0.5, 1.0])
+@pytest.mark.parametrize("again", ["none", "cheap", "block"])
+def test_nothing_holds_the_map_that_a_downsampling_layer_was_given(again, keep_ratio):
+    """Neither for the backward pass, which `saved_bytes` counts, nor by a closure, which it cannot see."""
+    model = sbp.apply(small_convnext(), recompute=again, keep_ratio=keep_ratio)
+    given = {}
+    for number in (1, 2):
+        model.stages[number].downsample.register_forward_pre_hook(
+            lambda _, args, number=number: given.update({number: StorageWeakRef(args[0].untyped_storage())})
+        )
+    loss = model(images(64)).sum()
+    plain = keep_ratio == 1 and again == "none"
+    assert len(given) == 2 and all(one.expired() != plain for one in given.values())
+    loss.backward()
+
+
+def test_a_pass_on_the_meta_device():
+    with torch.device("meta"):
+        model = sbp.apply(small_vit(init_values=0.1), recompute="cheap").to("meta")
+        model(torch.empty(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
+    assert model.blocks[2].mlp.fc1.weight.grad.device.type == "meta"
