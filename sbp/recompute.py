@@ -143,11 +143,8 @@ def has_dropout(*modules: nn.Module) -> bool:
 def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast gives to matrix products, if it is on: what a layer behind would save of it."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if _autocasts(device) else x
-
-
-def _autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # which raises there
+    lowers = device != "meta" and torch.is_autocast_enabled(device)  # which raises there
+    return x.to(torch.get_autocast_dtype(device)) if lowers else x
 
 
 def _folds(scale: Tensor | None) -> bool:

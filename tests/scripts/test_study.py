@@ -166,7 +166,6 @@ def test_what_lies_in_a_folder_whose_run_was_refused_is_not_this_commands(tmp_pa
 
 def test_figures_of_another_device_are_not_added_to(tmp_path):
     experiment = experiment_of("small-vit", tmp_path)
-    write_record({"device": "CPU x86_64, 99 threads"}, experiment.file("training", "sbp"))
     here = study.environment.device_name(torch.device("cpu")).partition(",")[0]
     write_record({"device": f"{here}, 99 threads", "runs": []}, experiment.file("training", "sbp"))
     study.check_device(experiment)

@@ -150,11 +150,10 @@ class CapturedPass:
 class Graphs:
     """Which passes of a training loop are captured, and when.
 
-    eager: the pass as it runs without. parameters: of the model. averages: what a forward pass changes besides, such as
-    those of batch norms. A pass that sets gradients and one that adds to them
-    are two; `kind` is whatever else makes a pass another one, such as exact backpropagation. Each kind is captured
-    anew after WARM_UP steps of its own. A capture that fails is logged once, `failure` tells why, and the eager pass
-    serves from then on.
+    eager: the pass as it runs without. parameters, buffers: of the model. A pass that sets gradients and one that adds
+    to them are two; `kind` is whatever else makes a pass another one, such as exact backpropagation. Each kind is
+    captured anew after WARM_UP steps of its own. A capture that fails is logged once, `failure` tells why, and the
+    eager pass serves from then on.
     """
 
     def __init__(
@@ -162,10 +161,10 @@ class Graphs:
         eager: Pass,
         parameters: Sequence[nn.Parameter],
         recorder: Callable[[], Recorder] = CudaRecorder,
-        averages: Sequence[Tensor] = (),
+        buffers: Sequence[Tensor] = (),
     ) -> None:
         self.eager, self.parameters, self.new_recorder = eager, list(parameters), recorder
-        self.averages = list(averages)
+        self.buffers = list(buffers)
         self.failure: str | None = None
         self.kind: Any = None
         self._warm_steps = 0
@@ -212,9 +211,9 @@ class Graphs:
         self.release()
         self._forget()
         self.eager.take(inputs)
-        before = [one.clone() for one in self.averages]
-        culprit = ", ".join(obstacles(self.eager.forward)) or place
-        for one, value in zip(self.averages, before, strict=True):
+        before = [one.clone() for one in self.buffers]
+        culprit = ", ".join(obstacles(self.eager.forward)) or place  # a whole forward pass, which batch norms count
+        for one, value in zip(self.buffers, before, strict=True):
             one.copy_(value)
         self._forget()
         self.failure = f"could not be captured ({reason}); at {culprit}"
