@@ -17,8 +17,12 @@ from sbp.training.config.run import Config
 C = TypeVar("C", bound=Config | EvalConfig | ExportConfig | BenchmarkConfig | CalibrateConfig)
 
 
+KINDS: dict[str, type] = {}  # of which a command's keys are the fields
+
+
 def register(name: str, kind: type) -> None:
     """The keys of configs/NAME.yaml are the fields of this dataclass."""
+    KINDS[name] = kind
     ConfigStore.instance().store(name=f"{name}_schema", node=kind)
 
 
@@ -47,9 +51,11 @@ def composed(overrides: Sequence[str]) -> Config:
 
 
 def all_keys(*, _root_: DictConfig) -> str:
-    """The keys of a training run with their meaning, for --help."""
+    """The keys of a command with their meaning, for --help."""
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"]))
-    return as_text(Config, plain).replace("$", "$$")  # Hydra fills in what stands behind a single one
+    return as_text(KINDS[_root_.hydra.job.name], plain).replace(
+        "$", "$$"
+    )  # Hydra fills in what stands behind a single one
 
 
 OmegaConf.register_new_resolver("all_keys", all_keys, replace=True)
