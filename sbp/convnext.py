@@ -49,7 +49,7 @@ def find(model: nn.Module) -> Backbone | None:
     published: list[str] = []
     for index, (stage_name, stage) in enumerate(stages.items()):
         blocks = {f"{stage_name}.blocks.{i}": block for i, block in enumerate(stage.blocks)}
-        before = {} if isinstance(stage.downsample, nn.Identity) else {f"{stage_name}.downsample": stage.downsample}
+        before = _downsampling(f"{stage_name}.downsample", stage.downsample)
         for name, block in blocks.items():
             if type(block) is not ConvNeXtBlock or type(block.norm) not in _NORMS:
                 raise ValueError(
@@ -63,26 +63,21 @@ def find(model: nn.Module) -> Backbone | None:
     strides = [_stride(stage) for stage in stages.values()]
 
     def state(names: list[str], *args: Any, **kwargs: Any) -> ConvNeXtState:
-        for name in names:
-            _check(name, layers[name])
         return ConvNeXtState(names, *args, strides=strides, stages=[stage_of[name] for name in names], **kwargs)
 
     first_stage = next(iter(stages.values()))
     return Backbone(layers, published, [(first_stage, "enter_first_stage")], state, mhsa_drops=())
 
 
-def _check(name: str, layer: nn.Module) -> None:
-    if not isinstance(layer, nn.Sequential):
-        return  # a block, and those were checked already
-    norm, conv = layer
-    if not _is_patchwise(conv):
-        raise ValueError(f"{name} convolves patches that overlap (a dilated ConvNeXt): leave it out of `layers`")
-    if type(norm) not in _NORMS:
-        raise ValueError(f"{name} has {type(norm).__name__}; SBP knows {SUPPORTED}")
-
-
-def _is_patchwise(conv: Any) -> bool:
-    return conv.kernel_size == conv.stride and conv.padding == (0, 0) and conv.dilation == (1, 1)
+def _downsampling(name: str, layer: Any) -> dict[str, nn.Module]:
+    """The layer by its name, where it can be SBP: not that of a dilated network, whose patches overlap."""
+    if isinstance(layer, nn.Identity):
+        return {}
+    norm, conv = layer if isinstance(layer, nn.Sequential) and len(layer) == 2 else (None, None)
+    if type(norm) not in _NORMS or not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{name} is not a norm over channels and a convolution; SBP knows {SUPPORTED}")
+    is_patchwise = conv.kernel_size == conv.stride and conv.padding == (0, 0) and conv.dilation == (1, 1)
+    return {name: layer} if is_patchwise else {}
 
 
 def _published_depth(stage: int, depth: int) -> int:
@@ -271,7 +266,7 @@ class SBPDownsample(nn.Sequential):
         again = self.sbp_state.recomputes(self)
         norm: Any = self[0]
         conv: Any = self[1]
-        if where is None and (again == "none" or not _is_patchwise(conv)):
+        if where is None and again == "none":
             return super().forward(x)
         size, scale = self.sbp_patch, self.sbp_state.pointwise_scale(self, self.sbp_index)
         height, width = x.shape[-2] // size, x.shape[-1] // size

@@ -72,7 +72,13 @@ def gradient(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gradient:
 
 
 def compare_gradients(one: Gradient, other: Gradient) -> GradientCosine:
-    """`one` as seen from `other`, two gradients of the same model, over the parameters for which both have one."""
+    """`one` as seen from `other`, two gradients of the same model, over the parameters for which both have one.
+
+    Raises ValueError where these are none, or the names are not the same.
+    """
+    if one.keys() != other.keys():
+        differing = ", ".join(sorted(one.keys() ^ other.keys()))
+        raise ValueError(f"the gradients are not of the same model: only one of them has {differing}")
     products: dict[str, Tensor] = {}  # layer -> (one * other, one * one, other * other)
     for name, x in one.items():
         y = other[name]
@@ -82,6 +88,8 @@ def compare_gradients(one: Gradient, other: Gradient) -> GradientCosine:
         three = torch.stack([(a * b).sum(), (a * a).sum(), (b * b).sum()])
         layer = _layer_of(name)
         products[layer] = products[layer] + three if layer in products else three
+    if not products:
+        raise ValueError("there is no gradient to compare: no parameter has one in both")
     table = torch.stack([*products.values(), torch.stack(list(products.values())).sum(0)])
     product, first, second = table.unbind(1)
     lengths = (first * second).sqrt()

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from sbp import beit, convnext, eva, hiera, masks, swin, vit
 from sbp.backbone import Backbone
 from sbp.refusals import why_not
-from sbp.settings import Settings
+from sbp.settings import Settings, check_integer
 from sbp.state import State, states
 
 FAMILIES = (vit, eva, beit, swin, hiera, convnext)
@@ -45,8 +45,10 @@ def apply(
     ViT, DeiT, EVA, EVA-02, DINOv3, BEiT, Swin, Hiera and ConvNeXt: see `supports` and docs/supported.md.
 
     Call it before DDP or FSDP, torch.compile, the optimizer and EMA. Names, identity and values of the
-    parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit. Forward
-    hooks on a transformer's SBP blocks see pairs of kept and dropped tokens in training.
+    parameters stay. In evaluation mode and under `torch.no_grad` the model is timm's own, bit for bit. In
+    training, forward hooks on a transformer's SBP blocks see pairs of kept and dropped tokens, those on their parts
+    (attention, MLP, layer scale, drop path) do not run, those on norms and activations of SBP layers see one part of
+    the positions at a time, and where the loss reads the class token alone, those on the last norm see only that.
 
     keep_ratio: share of positions with gradient, in (0, 1]; one number, or one for each SBP layer in the
         order of the network (their kept sets are then nested).
@@ -59,16 +61,16 @@ def apply(
         "qkv_exact": as "qkv", but all keys and values are seen, without gradient at dropped positions; the
         forward pass equals the plain model's (not in the paper).
     layers: None for the published choice (the last two thirds of a ViT's blocks; of a ConvNeXt stages 1 and 2
-        with the first two thirds of stage 3 and the downsampling between; likewise of networks that are like these,
-        Swin and Hiera being like a ConvNeXt), "all", or qualified names.
+        with the first 6 of 9 or 21 of 27 blocks of stage 3, else two thirds, and the downsampling between; likewise of
+        networks that are like these, Swin and Hiera being like a ConvNeXt), "all", or qualified names.
     seed, rank: masks are a pure function of (seed, rank, number of the draw). rank: by default that of
         torch.distributed when a mask is drawn, so that each process draws its own masks.
     evaluation: "exact", or "published": evaluate with masks and partial attention, as the authors' code does.
     recompute: what every block of the network, SBP or not, computes again in the backward pass rather than save:
         "none".
         "cheap": norms and activation functions, which costs no matrix product. torch.compile makes this choice by
-        itself. Linear layers are then read rather than called: hooks on them do not run. So are, always, those in
-        front of a layer scale, and those that mhsa_drop="head" or dropped="input" splits up.
+        itself. Linear layers are then read rather than called: forward hooks on them do not run. So are, always,
+        those in front of a layer scale, and those that mhsa_drop="head" or dropped="input" splits up.
         "block": whole blocks (activation checkpointing), of an SBP block only the kept part.
         keep_ratio=1 with "cheap" or "block" is exact training with less memory.
     mask_per: what has a mask of its own; all keep the same number of positions (not in the paper, but for "batch"):
@@ -99,8 +101,8 @@ def apply(
     _refuse_wrapped(model)
     exact_recompute = recompute if exact_recompute is None else exact_recompute
     settings = Settings(mask, mhsa_drop, evaluation, recompute, mask_per, rescale, dropped, exact_recompute)
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer in [0, 2^32), got {seed!r}")
+    seed = check_integer("seed", seed, below=2**32)
+    rank = None if rank is None else check_integer("rank", rank, below=2**32)
     backbone, sbp_classes = _find(model)
     if backbone.mhsa_drops and mhsa_drop not in backbone.mhsa_drops:
         raise ValueError(f"mhsa_drop must be one of {', '.join(backbone.mhsa_drops)} for this model, got {mhsa_drop!r}")
@@ -211,14 +213,20 @@ def hold_mask(model: nn.Module) -> Iterator[None]:
     own = states(model)
     for state in own:
         state.current = None  # what is held is drawn inside
-    with _set(own, held=True):
-        yield
-    for state in own:
-        state.draw.add_(1)
+    try:
+        with _set(own, held=True):
+            yield
+    finally:
+        for state in own:
+            state.draw.add_(1)
 
 
 def set_draw(model: nn.Module, draw: int) -> None:
-    """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on."""
+    """The next forward pass draws mask number `draw`, whatever came before; the ones after it count on.
+
+    Raises ValueError for a number that is no integer, or negative.
+    """
+    draw = check_integer("draw", draw)
     for state in states(model):
         state.set_draw(draw)
 
@@ -229,7 +237,7 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> Non
     To be called between steps, not between a forward pass and its backward pass. Takes the model wrapped or not. The
     masks' draws go on. Another number of kept positions is another shape: compiled code is compiled anew, and a CUDA
     graph has to be captured anew. No part of `mask_state`: set it again when a run goes on. `keep_ratio_at` says what
-    an epoch keeps. Raises ValueError, and changes nothing, for what `apply` would raise it for.
+    an epoch keeps. Raises ValueError, and changes nothing, for a ratio or a number of them that `apply` refuses.
     """
     own = states(model)
     found = [_keep_ratios(keep_ratio, state.layers) for state in own]
@@ -237,17 +245,24 @@ def set_keep_ratio(model: nn.Module, keep_ratio: float | Sequence[float]) -> Non
         state.set_keep_ratios(ratios)
 
 
-def mask_state(model: nn.Module) -> dict[str, int]:
-    """What the masks to come depend on: {"seed", "rank", "draw"}. Reads `draw` from the model's device."""
+def mask_state(model: nn.Module) -> dict[str, int | None]:
+    """What the masks to come depend on: {"seed", "rank", "draw"}. Reads `draw` from the model's device.
+
+    rank: None where it is that of torch.distributed, so that all processes may load what one has saved.
+    """
     state = _one_state(model)
-    return {"seed": state.seed, "rank": state.rank, "draw": int(state.draw)}
+    return {"seed": state.seed, "rank": state.own_rank, "draw": int(state.draw)}
 
 
-def load_mask_state(model: nn.Module, saved: dict[str, int]) -> None:
-    """Continues the masks where `mask_state` read them."""
+def load_mask_state(model: nn.Module, saved: dict[str, int | None]) -> None:
+    """Continues the masks where `mask_state` read them. Raises ValueError for what it does not return."""
     state = _one_state(model)
-    state.seed, state.own_rank = saved["seed"], saved["rank"]
-    state.set_draw(saved["draw"])
+    if saved.keys() != {"seed", "rank", "draw"}:
+        raise ValueError(f"saved must have seed, rank and draw, got {', '.join(map(str, saved)) or 'nothing'}")
+    rank = None if saved["rank"] is None else check_integer("rank", saved["rank"], below=2**32)
+    seed, draw = check_integer("seed", saved["seed"], below=2**32), check_integer("draw", saved["draw"])
+    state.set_draw(draw)
+    state.seed, state.own_rank = seed, rank
 
 
 def effective_keep_ratio(model: nn.Module) -> float:
@@ -262,8 +277,20 @@ def _find(model: nn.Module) -> tuple[Backbone, dict[type, type]]:
     for family in FAMILIES:
         backbone = family.find(model)
         if backbone is not None:
+            _check_structure(backbone, family.SBP_CLASSES)
             return backbone, family.SBP_CLASSES
     raise ValueError(why_not(model, " and ".join(family.SUPPORTED for family in FAMILIES)))
+
+
+def _check_structure(backbone: Backbone, sbp_classes: dict[type, Any]) -> None:
+    name_of: dict[nn.Module, str] = {}
+    for name, layer in backbone.layers.items():
+        if (first := name_of.setdefault(layer, name)) != name:
+            raise ValueError(f"{name} and {first} are the same module, which SBP knows once in a forward pass alone")
+    for container in backbone.containers:
+        if type(container) not in sbp_classes:
+            known = " or ".join(kind.__name__ for kind in sbp_classes if issubclass(kind, nn.Sequential))
+            raise ValueError(f"the blocks stand in a {type(container).__name__}, and SBP knows timm's {known}")
 
 
 def _check_input_gradient(name: str, layer: nn.Module, sbp_classes: dict[type, Any]) -> None:

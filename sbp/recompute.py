@@ -36,12 +36,13 @@ def weights(
     """Those of an nn.Linear or of a convolution that is one, with gradient, for all calls that share them.
 
     scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight, bias: (C', C) and
-    (C',), in place of the layer's own. Raises ValueError for a layer of another type.
+    (C',), in place of the layer's own. Raises ValueError for a layer that is not plain.
     """
     require_plain(layer)
     folds = _folds(scale)
-    # What is folded is in full precision, whatever copy the layer itself may read.
-    own: Any = layer._parameters if folds else {name: getattr(layer, name) for name in ("weight", "bias")}
+    # What is folded is in full precision, whatever copy the layer itself may read; FSDP1's layers have views alone.
+    full = folds and layer._parameters.get("weight") is not None
+    own: Any = layer._parameters if full else {name: getattr(layer, name) for name in ("weight", "bias")}
     weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"] if bias is None else bias
     if folds and scale is not None:
         weight, bias = weight * scale[:, None], None if bias is None else bias * scale
@@ -49,14 +50,21 @@ def weights(
     return Weights(lowered(weight), None if bias is None else lowered(bias), scale)
 
 
+def is_plain(layer: Any) -> bool:
+    """Whether weight and bias say all that a linear layer does: neither an adapter nor pruning adds to it."""
+    own_forward = "forward" in layer.__dict__
+    return type(layer) in (nn.Linear, nn.Conv2d) and not own_forward and not layer._forward_pre_hooks
+
+
 def require_plain(*layers: Any) -> None:
-    """Raises ValueError for a layer that may do more than its weight and bias say, such as one with an adapter."""
+    """Raises ValueError for a layer that is not plain."""
     for layer in layers:
-        if type(layer) not in (nn.Linear, nn.Conv2d):
+        if not is_plain(layer):
+            own = " with a forward or a forward pre-hook of its own" if type(layer) in (nn.Linear, nn.Conv2d) else ""
             raise ValueError(
-                f"mhsa_drop='head', dropped='input' and SBP downsampling read the weights of linear layers, and a "
-                f"{type(layer).__name__} may do more than these say: leave such layers as they are in timm, or take "
-                "other settings"
+                "mhsa_drop='head', dropped='input', SBP downsampling and convolutions read the weights of layers, and "
+                f"a {type(layer).__name__}{own} may do more than these say: leave such layers as they are in timm, or "
+                "take other settings"
             )
 
 
@@ -73,12 +81,12 @@ def linear(
 
     layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or the `weights` of one.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
-    theirs. weight, bias, scale: as `weights` takes them; a scale costs no pass over the positions and saves nothing.
-    A layer of another type is called.
+    theirs. weight, bias, scale: as `weights` takes them; where it is folded, a scale costs no pass over the positions
+    and saves nothing. A layer that is not plain is called, so that an adapter, or what sets its weight, takes part.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
-    to compute again, so there, and for layers of other types, this makes no difference.
+    to compute again, so there, and for layers that are called, this makes no difference.
     """
-    if type(layer) not in (nn.Linear, nn.Conv2d, Weights):
+    if not isinstance(layer, (Weights, nn.Conv2d)) and not is_plain(layer):
         assert weight is None and bias is None
         return lambda x: _scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()

@@ -285,7 +285,8 @@ class State:
             raise RuntimeError(
                 "SBP layers are recomputed in backward, but the masks of their forward pass are not at hand. "
                 "Use non-reentrant checkpointing (use_reentrant=False), and either one forward pass for each "
-                "backward pass or one mask for all of them (sbp.hold_mask)."
+                "backward pass or one mask for all of them (sbp.hold_mask). Where these are of images of several "
+                "sizes, take sbp.apply(..., recompute='block') in place of checkpointing."
             )
 
 

@@ -67,7 +67,9 @@ def find(model: nn.Module) -> Backbone | None:
                 "takes more memory than SBP saves: a Swin takes mask_per='batch'"
             )
         own = [stage_of[name] for name in names]
-        return SwinState(names, keep_ratios, settings, stages=own, network=network, **kwargs)
+        made = SwinState(names, keep_ratios, settings, stages=own, network=network, **kwargs)
+        made.grid_and_windows()
+        return made
 
     return Backbone(
         layers=layers,
@@ -94,12 +96,21 @@ class SwinState(State):
         if self.is_idle:
             return
         (x,) = args
-        windows: list[Grid] = [tuple(one.blocks[0].window_size) for one in self.network]
-        own = [windows[index] for index in self.stages]
-        grid = min(height for height, _ in own), min(width for _, width in own)
-        if not all(_fits(window, grid) for window in own):
-            raise ValueError(f"the windows of SBP layers must be multiples of the smallest one, got {sorted({*own})}")
-        self.begin(Shape(grid, tuple(LayerMap(*window) for window in own), len(x)), x.device)
+        grid, windows = self.grid_and_windows()
+        self.begin(Shape(grid, tuple(LayerMap(*window) for window in windows), len(x)), x.device)
+
+    def grid_and_windows(self) -> tuple[Grid, list[Grid]]:
+        """The mask's grid, and the windows of the SBP layers, which it tiles. Raises ValueError where it does not."""
+        of_stages: list[Grid] = [tuple(one.blocks[0].window_size) for one in self.network]
+        windows = [of_stages[index] for index in self.stages]
+        grid = min(height for height, _ in windows), min(width for _, width in windows)
+        if not all(_fits(window, grid) for window in windows):
+            found = ", ".join(f"{name}: {window}" for name, window in zip(self.layers, windows, strict=True))
+            raise ValueError(
+                f"the windows of SBP layers must be multiples of the smallest one, got {found}: leave the stages of "
+                "other windows out of `layers`, or take another window_size or img_size"
+            )
+        return grid, windows
 
     def _enlarged(self, mask: Tensor, count: int, layer_map: LayerMap) -> Positions | None:
         """The positions within a window, which the mask tiles."""

@@ -18,7 +18,7 @@ from sbp import input_gradient, recompute
 from sbp.attention import NOWHERE, Branch, Places, attend, attend_with_some_heads, heads_are_separate
 from sbp.functional import Streams, rescale_gradient, split
 from sbp.masks import Positions
-from sbp.recompute import Function
+from sbp.recompute import Function, is_plain
 from sbp.settings import Settings
 from sbp.state import Grid, LayerMap, Shape, State
 
@@ -150,7 +150,7 @@ class TokenBlock(nn.Module):
 
     def sbp_reads(self, *layers: nn.Module) -> bool:
         """Whether the weights of these layers are read, rather than the layers called."""
-        return self.sbp_state.recomputes(self) == "cheap" and all(type(layer) is nn.Linear for layer in layers)
+        return self.sbp_state.recomputes(self) == "cheap" and all(is_plain(layer) for layer in layers)
 
     def sbp_linear(self, layer: Any, *before: Function, **options: Any) -> Function:
         """options: of `recompute.linear`."""
@@ -279,7 +279,7 @@ def drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
 
     What timm's `DropPath` multiplies with, without a pass over the tokens.
     """
-    if type(drop_path) is not DropPath:
+    if type(drop_path) is not DropPath or "forward" in drop_path.__dict__:
         return None if isinstance(drop_path, nn.Identity) else drop_path(x.new_ones(len(x), 1, 1))
     if drop_path.drop_prob == 0 or not drop_path.training:
         return None

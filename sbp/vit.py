@@ -10,7 +10,7 @@ on both, and they are joined once after the last SBP block. No block gathers or 
 from functools import partial
 from typing import Any
 
-from timm.layers import Attention, Mlp
+from timm.layers import Attention, LayerScale, Mlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ def find(model: nn.Module) -> Backbone | None:
         require(layer, block, Block, ResPostBlock)
         require(f"{layer}.attn", block.attn, Attention)
         require(f"{layer}.mlp", block.mlp, *MLPS)
+        for scale in ("ls1", "ls2") if hasattr(block, "ls1") else ():
+            require(f"{layer}.{scale}", getattr(block, scale), LayerScale, nn.Identity)
     if not isinstance(vit.patch_drop, nn.Identity):
         raise ValueError("patch_drop_rate must be 0: SBP masks a whole grid of tokens")
     return Backbone(

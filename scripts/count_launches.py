@@ -46,7 +46,7 @@ def compared(name: str, seen: dict[str, int]) -> list[list[str]]:
 
 def main(folder: Path) -> None:
     rows, device = [["network", "arm", "counted", "on the GPU", "counted, to plain", "on the GPU, to plain"]], ""
-    for name in NETWORKS:
+    for name in (one for one, network in NETWORKS.items() if not network.detector):
         path = folder / f"{name}-eager.json"
         record = read_json(path) if path.is_file() else {"arms": {}}
         arms = {arm: one["launches"] for arm, one in record["arms"].items() if one.get("launches") and arm != "release"}

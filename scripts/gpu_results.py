@@ -1,12 +1,13 @@
 """Produces the figures that need a GPU, slice by slice: python -m scripts.gpu_results [--minutes 8.5] [NAME ...]
 
-The tests marked gpu come first; what they print is in gpu-tests.txt. One that fails stops none of the slices, but is
-left to do. --check is something else, of 6 minutes at most: the tests, and whether SBP saves as much time as this
+The tests marked gpu come first; what they print is in gpu-tests.txt. What fails stops nothing else, but is left to do.
+--check is something else, of 6 minutes at most: the tests, and whether SBP saves as much time as this
 project claims; its exit code is 0 only where each of LIMITS was measured and kept.
 
 Needs torch, torchvision and timm alone, with what pip installs for them (numpy, Pillow, PyYAML, tqdm and so on), and
 the tests pytest. With --cifar10 or --photographs the study's runs come before the compiled arms; they need Hydra, too:
-without a network, `PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core` elsewhere. What is in the folder
+without a network, `PYTHONPATH=FOLDER` after `pip install --target FOLDER hydra-core` elsewhere. Their records are in
+study/ of the device's folder, beside those of no other device, and go to results/ by hand. What is in the folder
 of this device already is skipped, so that the command can be given again until it has nothing left to do: then its
 exit code is 0, else 3. An interrupted slice leaves nothing behind.
 """
@@ -30,7 +31,7 @@ from scripts.reproduction.settings import SCALES
 ROOT = Path(__file__).parents[1]
 
 
-def study(options: argparse.Namespace, deadline: float) -> list[str]:
+def study(options: argparse.Namespace, folder: Path, deadline: float) -> list[str]:
     """Goes on with the study's runs, as long as there is time; returns what is not done, SCALE or SCALE SETTING."""
     wanted: dict[str, tuple[str, list[str]]] = {}  # the folder of the images, and what scripts/study.py is given
     for one in SCALES["gpu"].settings if options.photographs else ():
@@ -50,7 +51,8 @@ def study(options: argparse.Namespace, deadline: float) -> list[str]:
         if (minutes := (deadline - perf_counter()) / 60) < 1:
             break
         common = [f"data_root={Path(root).resolve()}", f"minutes={minutes - 0.5:.1f}", f"device={options.device}"]
-        command = [sys.executable, "scripts/study.py", *given, *common, f"results={options.out.parent}"]
+        common += [f"results={folder.resolve() / 'study'}", f"run_dir=outputs/study-{folder.name}"]
+        command = [sys.executable, "scripts/study.py", *given, *common]
         if subprocess.run(command, cwd=ROOT, check=False).returncode == 0:
             left.remove(name)
     return left
@@ -101,10 +103,10 @@ def main(arguments: list[str]) -> int:
     tests = [piece for piece in left if piece.name == TESTS]
     compiled = [piece for piece in left if piece.name.partition("-")[2] in COMPILED | COMPILED_GRAPH]
     eager = [piece for piece in left if piece not in tests + compiled]
-    tests = do(tests, folder, deadline)  # what is wrong there keeps nothing else from running
+    tests = do(tests, folder, deadline)
     eager = do(eager, folder, deadline)
-    settings = [] if eager or options.names or options.small else study(options, deadline)
-    compiled = compiled if eager or settings else do(compiled, folder, deadline)
+    settings = [] if options.names or options.small else study(options, folder, deadline)
+    compiled = do(compiled, folder, deadline)
     report(folder, listed)
     still = [f"{piece.name} ({piece.seconds:.0f} s)" for piece in tests + eager + compiled]
     still += [f"the study's {name}" for name in settings]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from sbp.training.benchmark.arms import ARMS
 from sbp.training.config.model import BackboneConfig
 from sbp.training.plan.arms import arm_config, arm_times, recorded
-from sbp.training.plan.gpus import find
+from sbp.training.plan.gpus import find, matching
 from sbp.training.plan.steps import Step
 from sbp.training.record.files import write_text
 from sbp.training.record.table import markdown
@@ -20,6 +20,7 @@ from sbp.training.record.table import markdown
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 PAGE = Path(__file__).parents[1] / "docs" / "plan.md"
 START, END = "<!-- from here on: python -m scripts.plan_accuracy -->", "<!-- up to here -->"
+GPU, MEMORY_GIB = "h100", find("h100").memory_gib
 FITTED = ("vit_base_patch16_224", "convnext_tiny")  # the others were only compared with
 
 
@@ -41,13 +42,18 @@ class Row(NamedTuple):
 
 
 def files() -> list[Path]:
-    """Records with kernel times, the newest measurement last."""
-    found = {path: json.loads(path.read_text()).get("arms", {}) for path in sorted(RESULTS.glob("*/*.json"))}
-    return [
-        path
-        for path, arms in found.items()
-        if not path.name.startswith("operators") and any(arm.get("kernel_ms") for arm in arms.values())
-    ]
+    """Records of classifiers with kernel times on the GPU that the efficiencies are of, the newest measurement last."""
+    return [path for path in sorted(RESULTS.glob("*/*.json")) if _is_comparable(path)]
+
+
+def _is_comparable(path: Path) -> bool:
+    if path.name.startswith("operators") or path.parent.name.endswith("-small"):
+        return False
+    record = json.loads(path.read_text())
+    if not any(arm.get("kernel_ms") for arm in record.get("arms", {}).values()):
+        return False  # no benchmark's, or one without a profiler
+    gpu = matching(record["device"], MEMORY_GIB)
+    return gpu is not None and gpu.name == GPU and record["settings"].get("task", "classification") == "classification"
 
 
 @cache
@@ -57,7 +63,7 @@ def _step(network: str, drop_path: float, kwargs: str, arm: str, batch_size: int
 
 
 def rows(path: Path) -> Iterator[Row]:
-    record, gpu = json.loads(path.read_text()), find("h100")
+    record, gpu = json.loads(path.read_text()), find(GPU)
     backbone, size = record["settings"]["backbone"], record["batch_size"]
     for name, arm in record["arms"].items():
         if not arm.get("kernel_ms") or ARMS[name].release:

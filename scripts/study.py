@@ -86,6 +86,8 @@ def main() -> None:
     for experiment in experiments:
         check_images(experiment, config.data_root)
         check_device(experiment)
+    starts = {one.setting.starts_from for one in experiments if tasks(one, claims)["training"]}
+    experiments = [replace(one, gives_start=one.setting.name in starts) for one in experiments]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = (config.only,) if config.only else KINDS
     with Jobs(config.jobs or gpus * scale.on_one_gpu or cores, gpus, config.minutes) as jobs:

@@ -21,7 +21,7 @@ from sbp.training.record.summary import SUMMARY
 from sbp.training.runtime import environment
 from scripts.jobs import Jobs
 from scripts.reproduction.arms import ARMS, PARTIAL, sbp_arguments
-from scripts.reproduction.claims import STAGES, Claim, arms_of, gradients_of
+from scripts.reproduction.claims import STAGES, Claim, arms_of, asks_of, gradients_of
 from scripts.reproduction.costs import step_costs
 from scripts.reproduction.settings import Setting
 
@@ -37,7 +37,9 @@ COMMON = ("logger=none", "probe.every_steps=null", "eval_every_epochs=1000000") 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A setting, the folder of its runs and that of its results. common: overrides of all of its runs."""
+    """A setting, the folder of its runs and that of its results. common: overrides of all of its runs. gives_start:
+    others are to be trained that start from its runs without SBP.
+    """
 
     setting: Setting
     device: torch.device
@@ -45,6 +47,7 @@ class Experiment:
     results: Path
     common: list[str]
     seeds: list[int]
+    gives_start: bool = False
 
     @classmethod
     def of(
@@ -93,10 +96,13 @@ def link_images(experiment: Experiment, root: Path) -> None:
         for name in names[slice(*setting.classes)]:
             folder = experiment.runs / "images" / split / name
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted((root / split / name).iterdir())[:most]:
-                link = folder / path.name
+            wanted = {folder / path.name: path.resolve() for path in sorted((root / split / name).iterdir())[:most]}
+            for link in folder.iterdir():  # of another root, or of more images
+                if link.readlink() != wanted.get(link):
+                    link.unlink()
+            for link, target in wanted.items():
                 if not link.is_symlink():
-                    link.symlink_to(path.resolve())
+                    link.symlink_to(target)
 
 
 def tasks(experiment: Experiment, claims: list[Claim]) -> dict[str, dict[str, Task]]:
@@ -104,9 +110,11 @@ def tasks(experiment: Experiment, claims: list[Claim]) -> dict[str, dict[str, Ta
     setting = experiment.setting
     trained = [arm for arm in arms_of(claims, setting) if ARMS[arm].same_as is None]
     gradients = [name for name in gradients_of(claims, setting) if not experiment.has("gradients", name)]
-    partially = any(pair.better in PARTIAL for claim in claims for pair in claim.comparisons)
+    asked = [claim for claim in claims if asks_of(claim, setting)]
+    partially = any(pair.better in PARTIAL for claim in asked for pair in claim.comparisons)
     published = ["sbp"] if setting.is_vit and partially and not experiment.has("published", "sbp") else []
-    read = {"plain": bool(gradients), "sbp": bool(published) or "own" in gradients}  # whose checkpoints others need
+    # Whose checkpoints others need.
+    read = {"plain": bool(gradients) or experiment.gives_start, "sbp": bool(published) or "own" in gradients}
     lacking = [arm for arm, needed in read.items() if needed and len(experiment.finished(arm)) < len(experiment.seeds)]
     return {
         "training": {

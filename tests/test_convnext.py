@@ -195,12 +195,19 @@ def test_pixels_of_patches():
 def test_other_convnexts_are_refused():
     with pytest.raises(ValueError, match="GroupNorm1; SBP knows"):
         sbp.apply(small_convnext(conv_mlp=True, norm_layer="groupnorm1"))
+    other = small_convnext()
+    other.stages[1].downsample = torch.nn.Conv2d(8, 16, 2, 2)
+    assert "stages.1.downsample is not a norm over channels and a convolution" in sbp.supports(other).reason
+    with pytest.raises(ValueError, match="too small for the SBP stages"):
+        sbp.apply(small_convnext())(images(8))
+
+
+def test_downsampling_of_patches_that_overlap_stays_exact():
     dilated = small_convnext(output_stride=8)
-    with pytest.raises(ValueError, match=r"stages.2.downsample convolves patches that overlap"):
-        sbp.apply(dilated)
-    sbp.apply(dilated, layers=[*BLOCKS, "stages.1.downsample"])
+    answer = sbp.supports(dilated)
+    for names in (answer.layers, answer.published):
+        assert [name for name in names if "downsample" in name] == ["stages.1.downsample"]
+    sbp.apply(dilated)
     mask = sbp.masks.grid_mask(8, 8, 0.5)
     with sbp.fixed_mask(dilated, mask):
         gradients(dilated, images(64))
-    with pytest.raises(ValueError, match="too small for the SBP stages"):
-        sbp.apply(small_convnext())(images(8))

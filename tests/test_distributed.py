@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import sbp
-from sbp.state import State
+from sbp.state import State, states
 from sbp.training.runtime.compiling import blocks_of
 from tests.conftest import (
     assert_same_gradients,
@@ -69,7 +69,8 @@ def main() -> None:
 def each_rank_draws_its_own_masks(make, size, rank, before):
     """before: a model that was patched when the process did not know its rank yet, as a LightningModule's is."""
     model = sbp.apply(make(), mask="random")
-    assert sbp.mask_state(model)["rank"] == sbp.mask_state(before)["rank"] == rank
+    assert [state.rank for one in (model, before) for state in states(one)] == [rank, rank]
+    sbp.load_mask_state(model, sbp.mask_state(before))  # which is alike in all processes
     ddp = DistributedDataParallel(model)
     kept = []
     for _ in range(2):

@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import sbp
 from sbp.memory import saved_bytes
@@ -177,8 +178,27 @@ class Adapted(torch.nn.Linear):
         return 2 * super().forward(x)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_layers_of_other_types_are_called_or_refused(name):
+def of_another_class(layer):
+    layer.__class__ = Adapted
+
+
+def with_a_forward_of_its_own(layer):
+    usual = layer.forward
+    layer.forward = lambda x: 2 * usual(x)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", 0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, of_another_class) for name in FAMILIES),
+        *((name, change) for name in ("vit", "convnext") for change in (with_a_forward_of_its_own, pruned)),
+    ],
+)
+def test_layers_that_do_more_than_their_weights_say_are_called_or_refused(name, change):
     """Their forward pass is timm's; where weights would have to be read instead, an error says so."""
     make, size = FAMILIES[name]
 
@@ -186,7 +206,7 @@ def test_layers_of_other_types_are_called_or_refused(name):
         model = make()
         for one in list(model.modules()):
             if type(one) is torch.nn.Linear and one is not getattr(model, "head", None):
-                one.__class__ = Adapted
+                change(one)
         return sbp.apply(model, layers="all", **settings) if settings else model
 
     x, exact = images(size), {"convnext": {}, "hiera": {"mhsa_drop": "query"}}.get(name, {"mhsa_drop": "qkv_exact"})
@@ -196,7 +216,7 @@ def test_layers_of_other_types_are_called_or_refused(name):
     refused = {"vit": [{"dropped": "input", "mhsa_drop": "query"}], "convnext": [{"dropped": "input"}]}.get(name, [])
     refused += [{"mhsa_drop": "head"}] if name in ("vit", "eva", "beit") else []
     for settings in refused:
-        with pytest.raises(ValueError, match="a Adapted may do more"):
+        with pytest.raises(ValueError, match=r"a (Adapted|Linear with a forward or .*) may do more"):
             adapted(**settings)(x)
 
 
@@ -236,8 +256,9 @@ def test_block_recomputation_saves_nothing_of_dropped_positions(name):
 
 def test_what_sbp_could_not_train_runs_as_timm_has_it_otherwise():
     """Windows that no mask tiles are an error of SBP passes alone."""
-    window = {"img_size": 48, "window_size": 4}
-    swin, plain, x = sbp.apply(small_swin(**window)), small_swin(**window), images(48)  # windows of 4, 4, and 3
+    swin, plain, x = sbp.apply(small_swin()), small_swin(), images(48)
+    for model in (swin, plain):
+        model.set_input_size(img_size=48, window_size=4)  # windows of 4, 4, and 3
     with pytest.raises(ValueError, match="multiples of the smallest one"):
         swin(x)
     with sbp.disabled(swin):

@@ -1,10 +1,11 @@
 import copy
 import pickle
+import re
 
 import pytest
 import timm
 import torch
-from timm.layers import Mlp
+from timm.layers import DropPath, Mlp
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DataParallel
@@ -137,6 +138,10 @@ def test_mask_state_is_read_saved_and_restored():
     assert torch.equal(draws(other), ahead)
     sbp.set_draw(model, 3)
     assert torch.equal(draws(model), ahead)
+    with pytest.raises(ValueError, match=r"draw must be an integer in \[0, 2\^63\), got 1.7"):
+        sbp.set_draw(model, 1.7)
+    with pytest.raises(ValueError, match="saved must have seed, rank and draw, got seed"):
+        sbp.load_mask_state(model, {"seed": 3})
 
 
 def test_a_held_mask_lasts_for_all_forward_passes_inside():
@@ -296,6 +301,8 @@ def test_a_backbone_within_another_model():
         ({"layers": ["blocks.1", "blocks.9"]}, r"got \['blocks.9'\]; this model has blocks.0, blocks.1"),
         ({"exact_recompute": "all"}, "exact_recompute must be one of none, cheap, block, got 'all'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\^32\), got -1"),
+        ({"rank": "0"}, r"rank must be an integer in \[0, 2\^32\), got '0'"),
+        ({"rescale": "no"}, "rescale must be True or False, got 'no'"),
     ],
 )
 def test_bad_settings_are_named_and_change_nothing(settings, message):
@@ -348,6 +355,7 @@ def replaced(part):
     ("make", "change", "message"),
     [
         (small_vit, lambda m: replaced(m.blocks[3].attn), r"blocks.3.attn has a `forward` of its own"),
+        (small_vit, lambda m: replaced(m.blocks[3].ls2), r"blocks.3.ls2 has a `forward` of its own"),
         (small_convnext, lambda m: replaced(m.stages[1].blocks[0]), r"stages.1.blocks.0 has a `forward` of its own"),
         (
             small_convnext,
@@ -361,6 +369,39 @@ def test_parts_whose_own_forward_would_not_run_are_refused(make, change, message
     change(model)
     with pytest.raises(ValueError, match=message):
         sbp.apply(model)
+
+
+def test_a_drop_path_with_a_forward_of_its_own_takes_part():
+    models = [small_vit(drop_path_rate=0.5) for _ in range(2)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.forward = lambda x: 0.5 * x
+    sbp.apply(models[0], mhsa_drop="query")
+    torch.testing.assert_close(models[0](images()), models[1](images()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.blocks.__setitem__(5, m.blocks[4]), "blocks.5 and blocks.4 are the same module"),
+        (lambda m: setattr(m, "blocks", nn.ModuleList(m.blocks)), "a ModuleList, and SBP knows timm's Sequential"),
+    ],
+)
+def test_blocks_in_another_structure_are_refused_and_nothing_is_changed(change, message):
+    model = small_vit()
+    change(model)
+    assert re.search(message, sbp.supports(model).reason)
+    with pytest.raises(ValueError, match=message):
+        sbp.apply(model)
+    assert not any("sbp_state" in vars(module) for module in model.modules())
+
+
+def test_the_mask_is_drawn_anew_after_an_error_in_hold_mask():
+    model = sbp.apply(small_vit())
+    with pytest.raises(RuntimeError, match="on purpose"), sbp.hold_mask(model):
+        raise RuntimeError("on purpose")
+    assert sbp.mask_state(model)["draw"] == 1
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "swin_tiny_patch4_window7_224"])
@@ -383,3 +424,14 @@ def test_a_model_is_patched_wherever_it_is_made():
             p.fill_(0.1)
     model(x).sum().backward()
     assert inferred.blocks[3].sbp_state.draw.is_inference() is False
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+def test_weights_that_are_no_parameters_of_their_layer_are_found(recompute):
+    """As FSDP1 makes layers have views of one flat parameter."""
+    models = [sbp.apply(small_convnext(), recompute=recompute) for _ in range(2)]
+    for module in list(models[0].modules()):
+        for name, parameter in list(module._parameters.items()):
+            delattr(module, name)
+            setattr(module, name, parameter.view_as(parameter) if parameter is not None else None)
+    torch.testing.assert_close(models[0](images(64)), models[1](images(64)), rtol=0, atol=0)

@@ -140,3 +140,10 @@ def test_what_is_refused():
         sbp.apply(small_swin(), mask_per="sample")
     with pytest.raises(ValueError, match="mhsa_drop must be one of qkv, query, qkv_exact for this model, got 'head'"):
         sbp.apply(small_swin(), mhsa_drop="head")
+
+
+def test_windows_that_no_mask_tiles_are_named_when_the_model_is_patched():
+    model = small_swin(img_size=96)
+    with pytest.raises(ValueError, match=r"stages?\.|layers\..*leave the stages of other windows out of `layers`"):
+        sbp.apply(model, layers="all")
+    assert not any("sbp_state" in vars(module) for module in model.modules())

@@ -53,9 +53,8 @@ def composed(overrides: Sequence[str]) -> Config:
 def all_keys(*, _root_: DictConfig) -> str:
     """The keys of a command with their meaning, for --help."""
     plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"]))
-    return as_text(KINDS[_root_.hydra.job.name], plain).replace(
-        "$", "$$"
-    )  # Hydra fills in what stands behind a single one
+    text = as_text(KINDS[_root_.hydra.job.name], plain)
+    return text.replace("$", "$$")  # Hydra fills in what stands behind a single one
 
 
 OmegaConf.register_new_resolver("all_keys", all_keys, replace=True)

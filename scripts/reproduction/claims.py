@@ -91,7 +91,8 @@ CLAIMS = {
     "6": Claim(
         "The published choice of layers is the one to take",
         "Not a claim of the talk but its setting: SBP in the last two thirds of a ViT's blocks, and in the first two "
-        "thirds of a ConvNeXt's layers. Here against SBP in all layers, and in as many at the network's other end.",
+        "thirds or three quarters of a ConvNeXt's layers. Here against SBP in all layers, and in as many at the "
+        "network's other end.",
         both("sbp", "layers_all", "layers_other"),
     ),
     "7": Claim(
@@ -233,6 +234,7 @@ def gradients_of(claims: list[Claim], setting: Setting) -> list[str]:
 
     And "own": those of SBP on weights that were trained with it, not on those of plain training.
     """
+    claims = [claim for claim in claims if asks_of(claim, setting)]
     compared = [one for claim in claims for one in claim.comparisons if one.measure == "cosine"]
     arms = dict.fromkeys(arm for one in compared for arm in ("sbp", one.better, one.worse))
     own = any(claim.shows == "similarities" for claim in claims) and not setting.gradients_only

@@ -13,8 +13,10 @@ GROUPS = "$APP_CONFIG_GROUPS"  # which Hydra fills in
 
 @pytest.mark.parametrize(
     ("command", "takes_groups"),
-    [("train", True), ("forecast", True), ("plan", True), ("check_data", True)]
-    + [("eval", False), ("export", False), ("benchmark", False), ("calibrate", False)],
+    [
+        *((name, True) for name in ("train", "forecast", "plan", "check_data")),
+        *((name, False) for name in ("eval", "export", "benchmark", "calibrate")),
+    ],
 )
 def test_it_says_what_the_command_does_and_names_each_key(command, takes_groups):
     import_module(f"sbp.cli.{'plan' if command == 'calibrate' else command}")  # registers its keys

@@ -12,7 +12,7 @@ from scripts import study, study_tasks
 from scripts.reproduction.arms import ARMS, sbp_arguments
 from scripts.reproduction.claims import ANSWERED, arms_of, gradients_of
 from scripts.reproduction.settings import SCALES, Setting
-from scripts.study_tasks import Experiment, arm_config, by_seed, link_images, shell
+from scripts.study_tasks import Experiment, arm_config, by_seed, link_images, shell, tasks
 from tests.conftest import others_slow
 
 SETTINGS = {one.name: (scale, one) for scale, of_it in SCALES.items() for one in of_it.settings}
@@ -114,7 +114,14 @@ def test_fine_tuning_starts_from_the_plain_run_of_the_same_seed_on_other_classes
     assert found["convnext-fine_tuned", "train"] == [f"{name}/0.png" for name in "ghij"]
     assert found["convnext-fine_tuned", "test"] == [f"{name}/{number}.png" for name in "ghij" for number in range(2)]
 
+    link = after.runs / "images" / "train" / "g" / "0.png"
+    assert link.readlink() == root / "train/g/0.png"
+    link_images(after, root.rename(tmp_path / "moved"))
+    assert link.readlink() == tmp_path / "moved/train/g/0.png"
+
     assert arms_of(claims, before.setting) == ["plain"]
+    everything = list(ANSWERED.values())
+    assert gradients_of(everything, before.setting) == gradients_of(everything, after.setting) == []
     arms = arms_of(claims, after.setting)
     assert {"plain", "sbp", "frozen", "input_0.25"} <= set(arms) and "per_sample" not in arms
     assert "frozen" not in arms_of(claims, SETTINGS["small-convnext"][1])
@@ -123,6 +130,14 @@ def test_fine_tuning_starts_from_the_plain_run_of_the_same_seed_on_other_classes
     assert config.backbone.frozen and not config.sbp.enabled and config.data.num_classes == 4
     assert config.data.root == str(after.runs / "images")
     assert str(tmp_path) not in shell("train.py", after.common)
+
+
+def test_runs_that_others_start_from_are_made_again_where_only_their_record_is_left(tmp_path):
+    before = experiment_of("vit-before", tmp_path / "runs")
+    write_record({"runs": [{"seed": seed} for seed in before.seeds]}, before.file("training", "plain"))
+    claims = [ANSWERED["fine_tuning"]]
+    assert not tasks(before, claims)["training"]
+    assert list(tasks(replace(before, gives_start=True), claims)["training"]) == ["plain"]
 
 
 def test_what_a_setting_starts_from_is_trained_as_well(tmp_path):

@@ -61,7 +61,7 @@ def matching(device_name: str, memory_gib: float) -> Gpu | None:
     words = device_name.lower().replace("-", " ").split()
     for name in names():
         model = name.split("-")[0].removeprefix("rtx")
-        if any(word == model or word.startswith(f"{model}-") for word in words):
+        if model in words:
             gpu = find(name)
             if abs(gpu.memory_gib - memory_gib) < 0.2 * memory_gib:
                 return replace(gpu, memory_gib=memory_gib)

@@ -44,6 +44,16 @@ def test_gpu_results_resumes_and_tells_what_is_left(monkeypatch, tmp_path, capsy
     assert capsys.readouterr().out == f"\nnothing is left to do: {folder}\n"
 
 
+def test_what_fails_keeps_nothing_else_from_being_tried(monkeypatch, tmp_path):
+    listed = [slices.Slice(name, 1, note) for name in ("gpu-tests", "vit_base-eager", "vit_base-compiled")]
+    tried = []
+    monkeypatch.setattr(gpu_results, "slices", lambda *_: listed)
+    monkeypatch.setattr(gpu_results, "do", lambda pieces, *_: tried.extend(pieces) or pieces)  # all fail
+    monkeypatch.setattr(gpu_results, "study", lambda *_: tried.append("study") or ["cifar10_gpu"])
+    assert gpu_results.main(["--device", "cpu", "--out", str(tmp_path)]) == 3
+    assert tried == [listed[0], listed[1], "study", listed[2]]
+
+
 def test_the_order_of_the_slices():
     listed = [piece.name for piece in slices.slices("cuda", small=False, release=None)]
     assert listed[:4] == ["gpu-tests", "vit_base-eager", "convnext_base-eager", "vit_tiny-eager"]
@@ -164,20 +174,22 @@ def test_the_studies_come_with_the_images_that_they_need(monkeypatch, tmp_path):
         return SimpleNamespace(returncode=75 if "scale=fine_tuning" in command else 0)
 
     monkeypatch.setattr(gpu_results.subprocess, "run", run)
-    options = Namespace(device="cuda", out=tmp_path / "gpu", cifar10=str(tmp_path), photographs=None)
-    assert gpu_results.study(options, perf_counter() + 300) == ["fine_tuning"]
+    options = Namespace(device="cuda", cifar10=str(tmp_path), photographs=None)
+    folder = tmp_path / "gpu" / "nvidia-h100"
+    assert gpu_results.study(options, folder, perf_counter() + 300) == ["fine_tuning"]
     assert [command[0] for command in commands] == ["scale=cifar10_gpu", "scale=fine_tuning", *3 * ["scale=gpu"]]
-    assert all(f"results={tmp_path}" in command and f"data_root={tmp_path}" in command for command in commands)
+    own = [f"results={folder / 'study'}", "run_dir=outputs/study-nvidia-h100", f"data_root={tmp_path}"]
+    assert all(set(own) < set(command) for command in commands)
     assert all("minutes=4.5" in command and "device=cuda" in command for command in commands)
     for command in commands:
         scale, settings = SCALES[command[0].removeprefix("scale=")], [one for one in command if "setting=" in one]
         assert not settings or settings[0].removeprefix("setting=") in {one.name for one in scale.settings}
 
-    assert len(gpu_results.study(options, perf_counter() + 30)) == len(commands) == 5  # no time for any
+    assert len(gpu_results.study(options, folder, perf_counter() + 30)) == len(commands) == 5  # no time for any
     options.cifar10, options.photographs = None, str(tmp_path)
-    assert gpu_results.study(options, perf_counter() + 300) == []
+    assert gpu_results.study(options, folder, perf_counter() + 300) == []
     assert [command[1] for command in commands[5:]] == [
         f"setting=photographs-{name}" for name in ("vit_tiny", "convnext_tiny")
     ]
     monkeypatch.setattr(gpu_results, "find_spec", lambda name: None)
-    assert len(gpu_results.study(options, perf_counter() + 300)) == 2
+    assert len(gpu_results.study(options, folder, perf_counter() + 300)) == 2
