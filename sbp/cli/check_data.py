@@ -37,10 +37,15 @@ class CheckDataConfig(Config):
 register("check_data", CheckDataConfig)
 
 
-def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ()) -> None:
-    """Prints the report and writes it to `folder`; ends the program when there are errors, or a signal came.
+class DataError(ValueError):
+    """What was found is in the report already."""
 
-    expected: as `findings` takes it. Raises ValueError for a config or a data set that cannot be checked.
+
+def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ()) -> None:
+    """Prints the report and writes it to `folder`; ends the program when a signal came.
+
+    expected: as `findings` takes it. Raises ValueError for a config or a data set that cannot be checked, and
+    DataError where errors were found.
     """
     validate(config)
     if config.data.source == "shapes":
@@ -79,8 +84,8 @@ def check(config: CheckDataConfig, folder: Path, expected: tuple[int, ...] = ())
     if stopped:
         log.warning("stopped by %s: what was not read is not known", stopped.name)
         sys.exit(128 + stopped)  # as a shell has it
-    if any(one.level == findings.ERROR for one in found):
-        sys.exit(1)
+    if errors := sum(one.level == findings.ERROR for one in found):
+        raise DataError(f"{errors} of the findings {'is an error' if errors == 1 else 'are errors'}")
 
 
 def check_composed(config: CheckDataConfig, folder: Path) -> None:

@@ -84,6 +84,8 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
         if sweeping and distributed.is_main():
             _update_table(Path(hydra_config.sweep.dir))
     gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # else the next job meets this one's code, and its limit of compilations
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     if sweeping:

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from sbp.cli.compose import register
 from sbp.cli.launch import command
+from sbp.training.benchmark.arms import ARMS, EXACT
 from sbp.training.config.keys import check_limits
 from sbp.training.config.requests import CalibrateConfig, PlanConfig
 from sbp.training.config.run import Config
@@ -76,11 +77,11 @@ def _arms(config: PlanConfig, run: Config, gpu: Gpu) -> tuple[dict[str, Any], li
         raise ValueError(f"arms needs task=classification, got {run.task}")
     arms = {}
     for name in config.arms or []:
-        one = arm_config(run.backbone, name, config.batch_size, run.data.image_size)
+        one = arm_config(run.backbone, name, config.batch_size, run.data.image_size, run.amp)
         step = recorded(one, config.batch_size)
-        arms[name] = entry(arm_times(name, step, gpu), step.memory.peak, config.batch_size)
+        arms[name] = entry(arm_times(name, step, gpu, run.amp), step.memory.peak, config.batch_size)
     log.info("%s on %s, batch %d\n\n%s\n", run.backbone.name, gpu.name, config.batch_size, arms_table(gpu, arms))
-    points = [(name, "sbp" not in name, one["peak"], one["images_per_second"]) for name, one in arms.items()]
+    points = [(name, ARMS[name].kind == EXACT, one["peak"], one["images_per_second"]) for name, one in arms.items()]
     return {"gpu": gpu.name, "arms": arms}, points
 
 
@@ -111,12 +112,21 @@ def _plan(config: PlanConfig, run: Config, gpu: Gpu, available: float) -> list[P
 def _given(config: PlanConfig) -> list[str]:
     """What the command line says of the run, besides what the plan decides."""
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    groups = _groups({one.split("=")[0] for one in given})
     own = {field.name for field in fields(PlanConfig)} - {field.name for field in fields(Config)}
     decided = {*own, "run_dir", "amp", "compile", "global_batch_size", "micro_batch_size", "sbp"}
     kept = [one for one in given if one.split("=")[0].lstrip("+~") not in decided]
     of_setting = {f"sbp.{key}" for key in ("enabled", "keep_ratio", "mhsa_drop", "recompute", *OF_EPOCHS)}
     kept = [one for one in kept if one.split("=")[0].lstrip("+~") not in of_setting]
-    return [*kept, *([] if config.image_size is None else [f"data.image_size={config.image_size}"])]
+    return [*groups, *kept, *([] if config.image_size is None else [f"data.image_size={config.image_size}"])]
+
+
+def _groups(given: set[str]) -> list[str]:
+    """What this command has chosen by itself, where `sbp train` would choose something else."""
+    if "experiment" in given or not HydraConfig.initialized():
+        return []
+    chosen = HydraConfig.get().runtime.choices
+    return [f"{group}={chosen[group]}" for group in ("backbone", "data", "recipe") if group not in given]
 
 
 def calibrate(config: CalibrateConfig, folder: Path) -> None:

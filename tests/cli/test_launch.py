@@ -151,6 +151,12 @@ def test_a_terminal_that_is_closed_stops_what_nohup_has_not_started(tmp_path, ig
 
 
 def test_objectives_are_figures_of_the_summary():
-    validate(small("objective=[top1,peak_allocated]"))
-    with pytest.raises(ValueError, match=r"objective must be one of top1, .*, got 'top2'"):
-        validate(small("objective=top2"))
+    validate(small("objective=[top1,saved_bytes_per_image]"))
+    for wrong, message in {
+        "objective=top2": r"objective, with task=classification, must be one of top1, .*, got 'top2'",
+        "objective=box_ap": r"with task=classification, must be one of .*, got 'box_ap'",
+        "objective=[top1,top1_ema]": r"objective=top1_ema needs recipe\.ema_decay, got null",
+        "objective=peak_allocated device=cpu": "objective=peak_allocated is of CUDA's memory, and device=cpu",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            validate(small(*wrong.split()))

@@ -32,9 +32,13 @@ def test_a_plan_says_what_is_fastest_and_writes_it(tmp_path, caplog):
 def test_what_is_to_be_trained_is_what_was_planned(monkeypatch):
     """Of the command line there stays what the plan does not decide."""
     given = ["backbone=vit_tiny", "sbp.enabled=false", "++sbp.keep_ratio=0.3", "sbp.mask=random", "gpu=l40s", "amp=off"]
-    hydra = SimpleNamespace(overrides=SimpleNamespace(task=given))
+    choices = {"backbone": "vit_tiny", "data": "imagenet", "recipe": "short", "logger": "none"}
+    hydra = SimpleNamespace(overrides=SimpleNamespace(task=given), runtime=SimpleNamespace(choices=choices))
     monkeypatch.setattr(plan, "HydraConfig", SimpleNamespace(initialized=lambda: True, get=lambda: hydra))
-    assert plan._given(config("image_size=64")) == ["backbone=vit_tiny", "sbp.mask=random", "data.image_size=64"]
+    own = ["backbone=vit_tiny", "sbp.mask=random", "data.image_size=64"]
+    assert plan._given(config("image_size=64")) == ["data=imagenet", "recipe=short", *own]
+    given.append("experiment=table1/vit_tiny_sbp")
+    assert plan._given(config())[0] == "backbone=vit_tiny"
 
 
 def test_arms_of_the_benchmark_at_one_batch(tmp_path):

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from sbp.training.config.run import Config
 from sbp.training.data.classes import class_names
 from sbp.training.data.loading import SUBSTITUTES, Batch, Sample, SeededDataset, collate, make_loader, spread
 from sbp.training.data.naming import path
-from sbp.training.data.preprocessing import decode, orientation, train_transform
+from sbp.training.data.preprocessing import decode, decode_with_orientation, orientation, train_transform
 from sbp.training.data.sources import image_folder, open_datasets
 from sbp.training.runtime import signals
 from sbp.training.tasks.choice import task_of
@@ -224,25 +225,29 @@ class Inspection(Dataset):
             dataset.decode = bytes  # leaves the file's content as it is
         self.dataset, self.reading = dataset, SeededDataset(dataset, seed=0)
 
-    def __getitem__(self, index: int) -> tuple[str, Facts]:
-        name = path(self.dataset, index)
+    def __getitem__(self, number: int) -> tuple[str, Facts]:
+        name = path(self.dataset, number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of broken EXIF and large images
-            sample = self.reading[0, index]
+            sample = self.reading[0, number]
         facts: Any = sample.image
-        return name, facts._replace(label=int(sample.label)) if facts else Facts(problem=sample.unreadable[0])
+        if not facts:
+            return name, Facts(problem=sample.unreadable[0])
+        try:
+            return name, facts._replace(label=index(sample.label))
+        except TypeError:
+            raise ValueError(f"{name} has the label {sample.label!r}, which is no integer") from None
 
 
 def look(image: bytes | Image.Image) -> Facts:
     """Decodes an image file's content as training does, and raises what that raises; or takes decoded pixels."""
-    if isinstance(image, bytes):
-        decode(image)
+    turn = decode_with_orientation(image)[1] if isinstance(image, bytes) else orientation(image)
     opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
     return Facts(
         format=opened.format or "",
         mode=opened.mode,
         size=min(opened.size),
-        orientation=orientation(opened),
+        orientation=turn,
         transparent="transparency" in opened.info,
         digest=hashlib.blake2b(image if isinstance(image, bytes) else image.tobytes(), digest_size=16).digest(),
     )

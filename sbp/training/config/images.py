@@ -45,11 +45,20 @@ class DataConfig:
         "of training images, where it is not image_size; a ViT needs ++backbone.kwargs.dynamic_img_size=true for it",
         at_least=1,
     )
-    mean: list[float] = key([0.485, 0.456, 0.406], "of the three channels, that images are normalised by", length=3)
-    std: list[float] = key([0.229, 0.224, 0.225], "as mean", length=3)
+    mean: list[float] = key(
+        [0.485, 0.456, 0.406],
+        "of the three channels, where black is 0 and white 1, that images are normalised by",
+        length=3,
+        at_least=0,
+        at_most=1,
+    )
+    std: list[float] = key([0.229, 0.224, 0.225], "as mean", length=3, above=0, at_most=1)
     interpolation: str = key("bicubic", "of resizing", one_of=INTERPOLATIONS)
     crop_pct: float = key(
-        0.875, "in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped", above=0
+        0.875,
+        "in evaluation the shorter side is resized to image_size / crop_pct, then the centre is cropped",
+        above=0,
+        at_most=1,
     )
     workers: int = key(4, "loader processes for each training process", at_least=0, free="always")
     prefetch: int = key(4, "batches that each of them reads ahead", at_least=1, free="always")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_type_hints
 
 T = TypeVar("T")
@@ -15,8 +15,8 @@ Free = Literal["", "elsewhere", "always"]
 class Key:
     """What a config's key means, and which values it takes; null, where its type has that, is always one of them.
 
-    at_least, above, at_most, below: bounds of a number. one_of: all values that there are. or_one_of: words
-    that it may be in place of a whole number. length: of a list.
+    at_least, above, at_most, below: bounds of a number, or of each in a list with a length. one_of: all values that
+    there are. or_one_of: words that it may be in place of a whole number. length: of a list.
     free: whether it may differ between the run that wrote a checkpoint and one that goes on with it: "always", as
     where things lie and how the same global batch is computed; "elsewhere", in another run that starts from the
     checkpoint, what helps one that diverged; "" never, as it decides the result.
@@ -38,7 +38,8 @@ class Key:
         if self.one_of:
             return f"one of {', '.join(shown(one) for one in self.one_of)}"
         if self.length is not None:
-            return f"{self.length} values"
+            each = replace(self, length=None).allowed
+            return f"{self.length} values{each and f', each {each}'}"
         lower = self.at_least if self.above is None else self.above
         upper = self.at_most if self.below is None else self.below
         if lower is not None and upper is not None:
@@ -53,7 +54,7 @@ class Key:
         if self.one_of:
             return any(value == one and type(value) is type(one) for one in self.one_of)
         if self.length is not None:
-            return len(value) == self.length
+            return len(value) == self.length and all(replace(self, length=None).admits(one) for one in value)
         if self.or_one_of and (isinstance(value, bool) or not isinstance(value, int)):
             return value in self.or_one_of
         bounds: list[tuple[float | None, Callable[[Any, float], bool]]] = [

@@ -13,7 +13,7 @@ DETECTORS = ("mask_rcnn", "cascade_mask_rcnn")
 class BackboneConfig:
     """A timm model."""
 
-    name: str = key("???", "of the timm model; has to be given")
+    name: str = key("???", "name of the timm model; has to be given")
     drop_path: float = key(0.0, "drop path rate of the last block; that of the others rises to it", at_least=0, below=1)
     kwargs: dict[str, Any] = key({}, "go to `timm.create_model` as they are")
     pretrained: str | None = key(

@@ -21,7 +21,7 @@ class RecipeConfig:
         free="elsewhere",
     )
     lr_base_batch_size: int | None = key(None, "null: lr is absolute", at_least=1)
-    weight_decay: float = key(0.05, "of weights; none of biases and norms")
+    weight_decay: float = key(0.05, "of weights; none of biases and norms", at_least=0)
     layer_decay: float | None = key(
         None,
         "the learning rate of each layer is that of the next one times this, counted from the classifier down to the "
@@ -42,16 +42,18 @@ class RecipeConfig:
     decay_rate: float = key(0.1, "see scheduler", above=0)
     warmup_epochs: int = key(20, "the rate first rises for so many epochs, which are part of the run's", at_least=0)
     warmup_steps: int | None = key(None, "in place of warmup_epochs", at_least=0)
-    warmup_lr: float = key(1e-6, "that it rises from")
-    min_lr: float = key(1e-6, "that it ends at", free="elsewhere")
+    warmup_lr: float = key(1e-6, "the rate at the start of warm-up", at_least=0)
+    min_lr: float = key(1e-6, "the rate at the end", at_least=0, free="elsewhere")
     clip_grad: float | None = key(None, "the largest norm of the gradient; null for any", above=0, free="elsewhere")
     label_smoothing: float = key(0.1, "of the targets", at_least=0, below=1)
     mixup: float = key(0.0, "its alpha; 0 for none", at_least=0)
     cutmix: float = key(0.0, "its alpha; 0 for none", at_least=0)
     mixup_switch: float = key(0.5, "how often cutmix takes the place of mixup where both are on", at_least=0, at_most=1)
     ema_decay: float | None = key(None, "of the moving average of the weights; null for none", above=0, below=1)
-    augment: bool = key(True, "false leaves resizing and normalisation only")
-    crop_scale: float = key(0.08, "smallest area of the random crop, as a share of the image", above=0)
+    augment: bool = key(
+        True, "false leaves resizing and normalisation, and mixup and cutmix, which have keys of their own"
+    )
+    crop_scale: float = key(0.08, "smallest area of the random crop, as a share of the image", above=0, at_most=1)
     crop_padding: int | None = key(
         None,
         "in its place, a crop of the image's own scale, padded by so many black pixels on each side, as is usual for "
@@ -71,6 +73,13 @@ class RecipeConfig:
     crop_short_sides: list[int] = key([400, 500, 600], "see crop_share, in pixels")
     crop_sides: list[int] = key([384, 600], "see crop_share: smallest and largest side in pixels", length=2)
     flip: float = key(0.5, "how often an image is mirrored", at_least=0, at_most=1)
-    color_jitter: float = key(0.0, "its strength")
+    color_jitter: float = key(
+        0.0, "its strength; timm leaves it out where there is auto_augment, as the published recipes do", at_least=0
+    )
     auto_augment: str | None = key(None, "timm's name of a policy, such as rand-m9-mstd0.5-inc1")
     random_erasing: float = key(0.0, "how often a part of an image is erased", at_least=0, at_most=1)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether training images are mixed, in pairs."""
+        return bool(self.mixup or self.cutmix)

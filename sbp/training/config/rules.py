@@ -29,8 +29,7 @@ def validate(config: Config) -> Config:
     _check_keep_ratio(config.sbp.keep_ratio)
     _check_keep_ratio_end(config)
     for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {quoted(objective)}")
+        _check_objective(config, objective)
     _check_source(config)
     _check_on_device(config)
     _check_classes(config)
@@ -44,6 +43,7 @@ def validate(config: Config) -> Config:
     _check_exact_epochs(config)
     _check_frozen(config)
     _check_rates(config)
+    _check_channels(config)
     _check_optimizer(config.recipe.optimizer)
     return config
 
@@ -58,6 +58,20 @@ def check_new_run(config: Config) -> None:
     for key in ("train_images", "val_images"):
         if data.source not in GENERATED and (value := getattr(data, key)) != getattr(DataConfig, key):
             raise ValueError(f"data.{key}={value} is for generated images ({', '.join(GENERATED)}), not {data.source}")
+
+
+def _check_objective(config: Config, objective: str) -> None:
+    """Raises ValueError for a figure that the run will not have."""
+    of_others = {"classification": ("box_ap", "mask_ap"), "detection": ("top1", "top5", "top1_ema")}[config.task]
+    allowed = [one for one in OBJECTIVES if one not in of_others]
+    if config.objective is not None and objective not in allowed:
+        raise ValueError(
+            f"objective, with task={config.task}, must be one of {', '.join(allowed)}, got {quoted(objective)}"
+        )
+    if objective == "top1_ema" and config.recipe.ema_decay is None:
+        raise ValueError("objective=top1_ema needs recipe.ema_decay, got null")
+    if objective == "peak_allocated" and config.device == "cpu":
+        raise ValueError("objective=peak_allocated is of CUDA's memory, and device=cpu; saved_bytes_per_image is alike")
 
 
 def _check_source(config: Config) -> None:
@@ -172,6 +186,12 @@ def _check_rates(config: Config) -> None:
         is_rate = name.endswith("drop_rate") or name == "drop_path_rate"
         if is_rate and isinstance(rate, int | float) and not 0 <= rate < 1:
             raise ValueError(f"backbone.kwargs.{name} must lie in [0, 1), got {rate}")
+
+
+def _check_channels(config: Config) -> None:
+    channels = config.backbone.kwargs.get("in_chans", 3)
+    if channels != 3:
+        raise ValueError(f"backbone.kwargs.in_chans must be 3, as images are RGB, got {channels}")
 
 
 def _check_optimizer(name: str) -> None:

@@ -60,7 +60,7 @@ class CheckpointConfig:
 class Config:
     """One training run."""
 
-    task: str = key("classification", "detection is that of objects with their masks", one_of=TASKS)
+    task: str = key("classification", "detection: of objects with their boxes and masks", one_of=TASKS)
     backbone: BackboneConfig = group(BackboneConfig)
     detector: DetectorConfig = group(DetectorConfig)
     sbp: SbpConfig = group(SbpConfig)
@@ -106,7 +106,7 @@ class Config:
     device: str = key("auto", "auto takes CUDA where there is one", one_of=DEVICES, free="always")
     threads: int | None = key(None, "of torch on the CPU; null for its own choice", at_least=1, free="always")
     log_every_steps: int = key(50, "figures of training are recorded so often", at_least=1, free="always")
-    eval_every_epochs: int = key(1, "evaluations", at_least=1, free="always")
+    eval_every_epochs: int = key(1, "evaluate after so many epochs", at_least=1, free="always")
     resume: str = key(
         "auto",
         "auto (the latest good checkpoint in run_dir, else from the start), never, or the path of another run's "
@@ -125,7 +125,8 @@ class Config:
     )
     max_skipped_steps: int = key(
         3,
-        "so many steps in a row may be left out because their loss or gradient is not finite",
+        "so many steps in a row may be left out because their loss or gradient is not finite; in float16 a gradient "
+        "that is not finite halves the loss scale instead, and 30 halvings end the run",
         at_least=0,
         free="always",
     )

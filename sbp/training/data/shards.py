@@ -114,14 +114,17 @@ def find_shards(root: Path, split: str) -> tuple[list[Path], list[int], str]:
     info = next((root / name for name in INFO if (root / name).is_file()), None)
     try:
         splits = {} if info is None else json.loads(info.read_text()).get("splits", {})
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{info} is not as timm's: {error}") from None
-    if split in splits:
-        found = splits[split]
-        paths = [root / name for name in found["filenames"]]
-        counts, label = found.get("shard_lengths", []), found.get("alt_label") or ""
+        found = splits.get(split)
+        named = [] if found is None else [root / name for name in found["filenames"]]
+        counts, label = ([], "") if found is None else (found.get("shard_lengths", []), found.get("alt_label") or "")
+        if counts and len(counts) != len(named):
+            raise ValueError(f"split {split} has {len(named)} filenames and {len(counts)} shard_lengths")
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{info} is not as timm's: {_said(error)}") from None
+    if found is not None:
+        paths = named
     elif ".tar" in split:
-        paths, counts, label = [path for name in expand(split) for path in _matching(root, name)], [], ""
+        paths = [path for name in expand(split) for path in _matching(root, name)]
     else:
         known = f"{root} has {', '.join(splits)}" if splits else f"{root} has no {INFO[0]} that names splits"
         raise ValueError(f"no split {split}: {known}; or give a pattern such as {split}-{{0000..1023}}.tar")
@@ -129,6 +132,10 @@ def find_shards(root: Path, split: str) -> tuple[list[Path], list[int], str]:
     if missing or not paths:
         raise ValueError(f"no shard {missing[0] if missing else root / split}")
     return paths, counts, label
+
+
+def _said(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def expand(pattern: str) -> list[str]:

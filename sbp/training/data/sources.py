@@ -100,20 +100,29 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
             f"data.name={data.name} is a stream, which cannot go on exactly where a run was interrupted; "
             f"{_STREAMS[prefix]}"
         )
+    if data.root is None and prefix != "hfds":
+        raise ValueError(f"data.root is needed: the folder of data.name={data.name}, or one to download it to")
     try:
         dataset = create_dataset(
             data.name, root=data.root, split=name, is_training=split == "train", download=data.download
         )
     except ImportError as error:
         raise ValueError(f"data.name={data.name}: {error}; pip install '.[datasets]'") from None
-    dataset.transform = transform
+    except Exception as error:  # of timm, torchvision and datasets, each its own
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"data.name={data.name} in data.root={data.root}, split {name}: {said}") from error
+    dataset.transform = Compose([_as_rgb, transform])
     if isinstance(dataset, ImageDataset):
         dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
         dataset.load_bytes = True
         dataset.transform = Compose([decode, transform])
     elif isinstance(dataset, ImageFolder):
-        dataset.loader = _load
+        dataset.loader, dataset.transform = _load, transform
     return dataset
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 def image_folder(folder: Path, num_classes: int, transform: Any = None) -> ImageFolder:

@@ -33,8 +33,8 @@ def train_epoch(
     """Runs what is left of the epoch; yields after each optimizer step.
 
     first_step: steps done before. report_at: for which numbers of steps done the figures are wanted: loss over the
-    global batch and its parts, lr, images per second, share of time spent waiting for data, steps left out and images
-    replaced.
+    global batch and its parts, lr, loss scale, images per second, share of time spent waiting for data, steps left out
+    and images replaced.
     Raises ValueError, in all processes, when more images are unreadable, or more steps in a row have no finite loss or
     gradient, than `incidents` allows.
     """
@@ -54,18 +54,20 @@ def train_epoch(
             trainer.skip()
             incidents.step_skipped(step, loss, images.names(step))
         else:
-            norm, scale = trainer.update(step)
-            if norm is None or math.isfinite(norm):
-                incidents.step_succeeded(step, scale)
+            update = trainer.update(step)
+            if update.norm is not None and not math.isfinite(update.norm):
+                incidents.step_skipped(step, update.norm, images.names(step), what="gradient norm")
+            elif update.scale < update.scale_before:
+                incidents.step_overflowed(step, update.scale)
             else:
-                incidents.step_skipped(step, norm, images.names(step), what="gradient norm")
+                incidents.step_succeeded()
         progress.advance(images.order.plan.global_batch_size)
         figures: dict[str, float] = {}
         if report_at(step + 1):
             trainer.wait()
             means = [total / distributed.world_size() for total in distributed.sums(list(losses.values()))]
             figures = dict(zip((f"train/{name}" for name in losses), means, strict=True))
-            figures |= {"lr": trainer.lr} | trainer.kept(step) | progress.read() | incidents.figures()
+            figures |= {"lr": trainer.lr} | trainer.scale() | trainer.kept(step) | progress.read() | incidents.figures()
         yield Step(step + 1, figures, bool(stop))
 
 

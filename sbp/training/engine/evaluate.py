@@ -36,7 +36,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     task = task_of(config)
     if request.pictures and not task.draws:
         raise ValueError(f"pictures={request.pictures} needs a run with task=detection; {path} is of another one")
-    device = setup.pick_device(config)
+    device = setup.prepare_process(config)
     images = task.build_validation_set(config)
     trained = checkpoint.get("data", {"classes": []})["classes"]
     check_same_classes(trained, class_names(images), (f"the run of {path}", "what it is to be evaluated on"))

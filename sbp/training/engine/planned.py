@@ -43,7 +43,7 @@ def planned(run: Callable[..., T]) -> Callable[[Config, Path, RunStatus], T]:
 
 def resolve(config: Config, folder: Path) -> Expected:
     """The micro batch of the run in this folder, the same on all processes."""
-    device, world_size = setup.pick_device(config), distributed.world_size()
+    device, world_size = setup.prepare_process(config), distributed.world_size()
     expected = distributed.only_main(lambda: kept(config, folder, world_size) or choose(config, device, world_size))
     log.info("micro batch   %d images, as %s", expected.micro_batch_size, _why(expected))
     return expected

@@ -44,7 +44,7 @@ class Run:
 
     def _open(self) -> Origin | None:
         """The device, and the checkpoint to go on from."""
-        self.device = setup.pick_device(self.config)
+        self.device = setup.prepare_process(self.config)
         self.peak = PeakMemory(self.device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
         origin = resume_point(self.config.resume, self.checkpoints)
@@ -57,6 +57,7 @@ class Run:
     def _build(self, origin: Origin | None) -> None:
         """The parts, as they are before the first step."""
         config = self.config
+        setup.check_network(config)
         weights = self.task.starting_weights(config.backbone, config.data) if origin is None else None
         self.images = setup.load_images(config, self.device)
         self.trainer = setup.build_trainer(config, self.images.order, self.device, weights)
@@ -73,8 +74,10 @@ class Run:
         check_same_images(content.get("data"), self.images.facts, origin.own)
         load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
         self.trainer.load_state_dict(content)
-        self.incidents.load_state_dict(content["incidents"])
-        self.step, self.run_id = content["step"], content["run_id"] if origin.own else self.run_id
+        self.step = content["step"]
+        if origin.own:
+            self.run_id = content["run_id"]
+            self.incidents.load_state_dict(content["incidents"])
 
     def _announce(self) -> None:
         """Says and records what the run is about to do."""
@@ -84,6 +87,7 @@ class Run:
         setup.announce(self.config, self.facts)
         if distributed.is_main():
             summary.record_facts(self.folder, self.facts)
+        self.incidents.forget_after(self.step)
         self.status.update(step=self.step, total_steps=self.total_steps)
         self.tracker = Tracker(
             self.folder,

@@ -26,6 +26,7 @@ from sbp.training.data.shards import Shards
 from sbp.training.data.sources import prepare
 from sbp.training.engine.probes import saved_bytes_per_image
 from sbp.training.engine.trainer import Trainer
+from sbp.training.memory.forecast import TODAY
 from sbp.training.models.optim import build_ema, build_mixup, build_optimizer, build_scheduler
 from sbp.training.runtime import distributed, environment, graphs, seeding, wrapping
 from sbp.training.runtime.compiling import compile_model
@@ -33,6 +34,8 @@ from sbp.training.runtime.graphs import CudaRecorder
 from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger(__name__)
+
+_THREADS = torch.get_num_threads()  # torch's own choice, also after a job of the sweep that had another number
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,13 @@ class Schedule:
         return epoch % every == 0 or epoch == last or self._every_steps(epoch * self.steps_per_epoch)
 
 
-def pick_device(config: Config) -> torch.device:
+def prepare_process(config: Config) -> torch.device:
     """The device of this process, with the number of threads and `deterministic` set.
 
     Raises ValueError, on all processes, for CUDA where there is none, or too few devices.
     """
     seeding.set_deterministic(config.deterministic)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(_THREADS if config.threads is None else config.threads)
     device = distributed.all_or_none(lambda: distributed.pick_device(config.device))
     if config.deterministic and device.type == "cuda" and not task_of(config).deterministic:
         raise ValueError(
@@ -82,6 +84,16 @@ def pick_device(config: Config) -> torch.device:
     if device.type == "cpu":
         environment.keep_freed_memory()
     return device
+
+
+def check_network(config: Config) -> None:
+    """Before any image is read. Raises ValueError for a network, SBP layers or batches that cannot be trained with."""
+    with torch.device("meta"):
+        TODAY.build(config)
+    plan = plan_batches(config.global_batch_size, config.micro_batch_size, distributed.world_size())
+    build_mixup(config.recipe, config.data.num_classes, plan.micro_batch_size)
+    if config.parallel == "fsdp":
+        wrapping.require_processes()
 
 
 def load_images(config: Config, device: torch.device) -> Images:

@@ -139,18 +139,17 @@ class Trainer:
 
         Where the gradient's norm is not finite, all stay as they are, in all processes alike.
         """
-        norm = self._clipped_norm()
+        norm, before = self._clipped_norm(), self.scaler.get_scale()
         if norm is not None and not math.isfinite(norm):
             self.skip()
-            return Update(norm, self.scaler.get_scale())
-        before = self.scaler.get_scale()
+            return Update(norm, before, before)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         scale = self.scaler.get_scale()
         if self.ema is not None and scale >= before:  # else the weights are as before
             self.ema.update(self.model, step=step + 1)
-        return Update(norm, scale)
+        return Update(norm, before, scale)
 
     def _clipped_norm(self) -> float | None:
         """The norm of the whole gradient before it is clipped, here; None in float16, where the scaler looks itself."""
@@ -172,6 +171,10 @@ class Trainer:
     def is_exact(self, step: int) -> bool:
         """Whether backpropagation is exact in a step of a patched model."""
         return self.patched and self.exact_from is not None and step >= self.exact_from
+
+    def scale(self) -> dict[str, float]:
+        """loss_scale of the next step, in float16."""
+        return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
     def kept(self, step: int) -> dict[str, float]:
         """keep_ratio of the step, mean over SBP layers, 1 where it is exact; empty where it never changes."""
@@ -289,10 +292,12 @@ class Trainer:
 class Update(NamedTuple):
     """norm: of the gradient, before clipping; not finite where nothing was changed, None in float16.
 
-    scale: that of the next loss: 1 but in float16, where a gradient that was not finite has halved it.
+    scale_before, scale: of the loss of this step and of the next: 1 but in float16, where a gradient that was not
+    finite changes nothing but halves it.
     """
 
     norm: float | None
+    scale_before: float
     scale: float
 
 

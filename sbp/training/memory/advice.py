@@ -10,7 +10,7 @@ from sbp.settings import RECOMPUTE
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.run import Config
 from sbp.training.data.resident import resident_bytes
-from sbp.training.memory.forecast import KEEP_RATIOS, forecast, mixes, with_sbp
+from sbp.training.memory.forecast import KEEP_RATIOS, forecast, support, with_sbp
 from sbp.training.runtime import distributed
 
 P = ParamSpec("P")
@@ -27,7 +27,8 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
     options: list[tuple[str, int]] = []
     enable, sbp = "" if config.sbp.enabled else "sbp.enabled=true ", config.sbp
     exact = {} if sbp.enabled else {"keep_ratio": 1.0}
-    for mode in RECOMPUTE[RECOMPUTE.index(sbp.recompute) + 1 :]:
+    can_be_sbp = bool(support(config))
+    for mode in RECOMPUTE[RECOMPUTE.index(sbp.recompute) + 1 :] if can_be_sbp else ():
         keys = "".join(f"sbp.{key}={value} " for key, value in exact.items())
         changed = with_sbp(config, enabled=True, recompute=mode, **exact)
         options.append((f"{enable}{keys}sbp.recompute={mode}", needed(changed)))
@@ -36,12 +37,12 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
         for mode in RECOMPUTE[RECOMPUTE.index(known) + 1 :]:
             options.append((f"sbp.exact_recompute={mode}", needed(with_sbp(config, exact_recompute=mode))))
     largest = max(sbp.keep_ratio) if isinstance(sbp.keep_ratio, list) else sbp.keep_ratio
-    for ratio in KEEP_RATIOS[1:]:
+    for ratio in KEEP_RATIOS[1:] if can_be_sbp else ():
         if not sbp.enabled or ratio < largest:
             changed = with_sbp(config, enabled=True, keep_ratio=ratio)
             options.append((f"{enable}sbp.keep_ratio={ratio}", needed(changed)))
     share = config.global_batch_size // world_size
-    unit = 2 if mixes(config) else 1
+    unit = 2 if config.recipe.mixes else 1
     for smaller in sorted((n for n in range(unit, micro_batch_size, unit) if share % n == 0), reverse=True):
         options.append((f"micro_batch_size={smaller} (same global_batch_size)", needed(config, smaller)))
         if options[-1][1] <= available:

@@ -17,6 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+import sbp
 from sbp.settings import RECOMPUTE
 from sbp.training.config.batches import scaled_lr
 from sbp.training.config.rules import validate
@@ -167,7 +168,7 @@ def largest_micro_batch(config: Config, gib: float, *, world_size: int = 1, rule
     if not gib > 0:
         raise ValueError(f"memory_gib must be above 0, got {gib}")
     budget = gib * 2**30
-    unit = 2 if mixes(config) else 1  # images in pairs
+    unit = 2 if config.recipe.mixes else 1  # images in pairs
     fits, too_many, n = 0, None, 8
     at_fits: float = 0
     while too_many is None or too_many - fits > 1:
@@ -189,9 +190,12 @@ def keep_ratio_table(
 ) -> dict[str, dict[float, Forecast]]:
     """For each way of recomputing the forecasts of the keep-ratios; at ratio 1 backpropagation is exact.
 
-    Of steps that are alike all run long.
+    Of steps that are alike all run long. Where there is no SBP (`support`), of plain training alone.
     """
     config = with_sbp(config, enabled=True, keep_ratio_end=None, exact_epochs=0, exact_recompute=None)
+    if not support(config, rules):
+        plain = with_sbp(config, enabled=False, recompute="none")
+        return {"none": {1.0: forecast(plain, micro_batch_size, world_size=world_size, rules=rules)}}
     return {
         mode: {
             ratio: forecast(
@@ -206,13 +210,25 @@ def keep_ratio_table(
     }
 
 
+def support(config: Config, rules: Rules = TODAY) -> sbp.Support:
+    """What SBP can do to a run's network, which is built on no device; false where the backbone is frozen.
+
+    Raises ValueError for one that cannot be built.
+    """
+    if config.backbone.frozen:
+        return sbp.Support(reason="the backbone is frozen")
+    with torch.device("meta"):
+        return sbp.supports(rules.build(with_sbp(config, enabled=False)))
+
+
 def with_sbp(config: Config, **changes: Any) -> Config:
     """The config with these keys of its group `sbp`."""
     return replace(config, sbp=replace(config.sbp, **changes))
 
 
 def _check(config: Config, micro_batch_size: int) -> None:
-    no_images = replace(config.data, source=task_of(config).generated)  # a forecast reads none
+    generated = task_of(config).generated  # a forecast reads no images
+    no_images = replace(config.data, source=generated, cache=False, shuffle="full", background=False)
     validate(replace(config, data=no_images, micro_batch_size=micro_batch_size))
     build_mixup(config.recipe, config.data.num_classes, micro_batch_size)
 
@@ -222,7 +238,7 @@ def _batch(config: Config, size: int) -> tuple[Tensor, Any]:
     data, side = config.data, config.data.size_in_training
     if config.task == "detection":
         return detection.batch(config, size)
-    labels = torch.empty(size, data.num_classes) if mixes(config) else torch.empty(size).long()
+    labels = torch.empty(size, data.num_classes) if config.recipe.mixes else torch.empty(size).long()
     return torch.empty(size, 3, side, side), labels
 
 
@@ -232,11 +248,6 @@ def _criterion(config: Config) -> Callable[[Any, Tensor, Any], Tensor]:
         return detection.loss
     criterion = build_criterion(config.recipe)
     return lambda model, images, labels: criterion(model(images), labels)
-
-
-def mixes(config: Config) -> bool:
-    """Whether images are mixed in pairs."""
-    return bool(config.recipe.mixup or config.recipe.cutmix)
 
 
 def _materialise(model: nn.Module, memory_format: torch.memory_format) -> None:

@@ -82,7 +82,7 @@ def _check_warmup(recipe: RecipeConfig, steps_per_epoch: int) -> None:
 
 def build_mixup(recipe: RecipeConfig, num_classes: int, micro_batch_size: int) -> Mixup | None:
     """timm's Mixup, which mixes an image with its mirror in the batch, or None when the recipe has none."""
-    if not (recipe.mixup or recipe.cutmix):
+    if not recipe.mixes:
         return None
     if micro_batch_size % 2:
         raise ValueError(f"mixup and cutmix mix pairs: micro_batch_size must be even, got {micro_batch_size}")
@@ -97,7 +97,7 @@ def build_mixup(recipe: RecipeConfig, num_classes: int, micro_batch_size: int) -
 
 def build_criterion(recipe: RecipeConfig) -> nn.Module:
     """Cross-entropy with label smoothing; with mixup the smoothing is in the targets already."""
-    if recipe.mixup or recipe.cutmix:
+    if recipe.mixes:
         return SoftTargetCrossEntropy()
     return nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
 

@@ -23,6 +23,8 @@ from sbp.training.runtime import distributed
 log = logging.getLogger(__name__)
 
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".npz")
+_AUTHORS_NESTED = ("model_state", "module")  # where files of Hiera's and of EVA's authors have the weights
+_AUTHORS_CLASSIFIERS = ("head.", "head.projection.")  # of ConvNeXt's authors, and of Hiera's
 
 
 def starting_weights(backbone: BackboneConfig, data: DataConfig, classifier: bool = True) -> dict[str, Tensor] | None:
@@ -95,6 +97,11 @@ def timm_name(backbone: BackboneConfig) -> str:
 
 
 def _from_file(backbone: BackboneConfig, path: Path) -> tuple[nn.Module, str]:
+    if path.suffix == ".npz":
+        raise ValueError(
+            f"backbone.pretrained={path} is a NumPy file, which is not read here; timm has most such weights under a "
+            "name: backbone.pretrained=timm, or one of its tags"
+        )
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load checks no checksums
@@ -103,9 +110,11 @@ def _from_file(backbone: BackboneConfig, path: Path) -> tuple[nn.Module, str]:
         state = load_state_dict(str(path))
     except Exception as error:  # of pickle, zipfile, safetensors and torch
         raise ValueError(f"backbone.pretrained={path} cannot be read: {_shortened(error)}") from None
+    nested = (state.get(key) for key in _AUTHORS_NESTED)
+    state = next((one for one in nested if isinstance(one, dict)), state)
     known = timm.get_pretrained_cfg(split_model_name_tag(backbone.name)[0])
     own = _prefixes(known.classifier if known else None)
-    names = (f"{name}weight" for name in (*own, "head."))  # "head." is the authors' of ConvNeXt
+    names = (f"{name}weight" for name in (*own, *_AUTHORS_CLASSIFIERS))
     classifier = next((state[name] for name in names if name in state), None)
     classes = 0 if classifier is None else len(classifier)
     return _trained(backbone, backbone.name, classes, {"state_dict": state, "num_classes": classes}), str(path)

@@ -18,7 +18,9 @@ class BenchmarkRules(Rules):
     images_stay = True
 
 
-def arm_config(backbone: BackboneConfig, name: str, batch_size: int, image_size: int = 224) -> Config:
+def arm_config(
+    backbone: BackboneConfig, name: str, batch_size: int, image_size: int = 224, amp: str = "bfloat16"
+) -> Config:
     """The config of a run whose step is the arm's. Raises ValueError for an arm that is not one of ours."""
     arm = ARMS.get(name)
     if arm is None or arm.release or arm.patch_drop or arm.checkpointing:
@@ -26,7 +28,7 @@ def arm_config(backbone: BackboneConfig, name: str, batch_size: int, image_size:
         raise ValueError(f"arms: no forecast of {name!r}; there are {', '.join(known)}")
     settings = SbpConfig(enabled=False) if arm.sbp is None else SbpConfig(**asdict(SbpConfig()) | arm.sbp)
     data = DataConfig(num_classes=1000, image_size=image_size)
-    return Config(backbone=backbone, sbp=settings, data=data, amp="bfloat16", global_batch_size=batch_size)
+    return Config(backbone=backbone, sbp=settings, data=data, amp=amp, global_batch_size=batch_size)
 
 
 def recorded(config: Config, micro_batch_size: int) -> Step:
@@ -34,9 +36,9 @@ def recorded(config: Config, micro_batch_size: int) -> Step:
     return record(config, micro_batch_size, BenchmarkRules())
 
 
-def arm_times(name: str, step: Step, gpu: Gpu) -> Times:
+def arm_times(name: str, step: Step, gpu: Gpu, amp: str = "bfloat16") -> Times:
     """Of the arm's step."""
     arm = ARMS[name]
     how = How(arm.compile is not None, arm.graph, arm.cast_together)
     recompute = (arm.sbp or {}).get("recompute", "none") != "none"
-    return forecast_times(step, gpu, how, recompute=recompute)
+    return forecast_times(step, gpu, how, recompute=recompute, amp=amp)

@@ -52,10 +52,15 @@ def choose(
     """The micro batch with which a step of this run is forecast to be fastest, of those that fit into the GPU.
 
     On a CPU a process's whole share. gpu, available: those of the device, where None. Raises ValueError where no micro
-    batch fits.
+    batch fits, and with FSDP.
     """
     if device.type != "cuda" and gpu is None:
         return Expected(config.global_batch_size // world_size)
+    if config.parallel == "fsdp":
+        raise ValueError(
+            "micro_batch_size=auto forecasts parallel=ddp, where each process holds the whole model; with fsdp "
+            "give it a number"
+        )
     known = gpu_of(device) if gpu is None else gpu
     images = resident_bytes(config.data, config.recipe)
     free = (USABLE * available_memory() if available is None else available) - images

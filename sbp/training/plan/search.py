@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from sbp.training.config.run import Config
-from sbp.training.memory.forecast import Forecast
+from sbp.training.memory.forecast import Forecast, support
 from sbp.training.memory.phases import phases
 from sbp.training.plan.gpus import Gpu
 from sbp.training.plan.operators import Kernel
-from sbp.training.plan.settings import Setting, accuracy, attends, settings
+from sbp.training.plan.settings import Setting, accuracy, settings
 from sbp.training.plan.steps import Step, alike, extrapolated, record
 from sbp.training.plan.times import How, Times, times_of, transformed
 
@@ -188,7 +188,7 @@ def micro_batches(config: Config, world_size: int = 1) -> list[int]:
             f"multiple of {world_size}"
         )
     share = config.global_batch_size // world_size
-    unit = 2 if config.recipe.mixup or config.recipe.cutmix else 1
+    unit = 2 if config.recipe.mixes else 1
     found = [size for size in range(share, 0, -1) if share % size == 0 and size % unit == 0]
     if not found:
         raise ValueError(
@@ -213,7 +213,7 @@ def fastest(
         )
         if best is None or times.step < 0.99 * best.times.step:
             name = f"{setting.name}{'_compile' if how.compile else ''}"
-            largest = found.largest(available, False)
+            largest = found.largest(available, world_size > 1)
             speed = config.global_batch_size / times.step
             best = Point(name, setting, how, size, accumulation, largest, peak, times, speed, "")
         elif times.step > 1.1 * best.times.step:
@@ -241,7 +241,7 @@ def plan(
 
     Raises ValueError for a network or batches that cannot be trained with.
     """
-    chosen = list(settings(attends(config)))
+    chosen = list(settings(support(config)))
     points = []
     for setting, found in zip(chosen, of_runs([one.applied(config) for one in chosen], forecast), strict=True):
         for how in ways(config):

@@ -2,17 +2,15 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 import sbp
 from sbp.settings import RECOMPUTE
 from sbp.training.config.keys import shown
 from sbp.training.config.model import SbpConfig
 from sbp.training.config.run import Config
-from sbp.training.memory.forecast import TODAY, with_sbp
+from sbp.training.memory.forecast import with_sbp
 from sbp.training.memory.phases import phases
 
 EXACT = "exact gradient"
@@ -82,21 +80,11 @@ class Setting:
         ]
 
 
-def attends(config: Config) -> bool:
-    """Whether the network has attention, which SBP can drop in other ways than `qkv`.
-
-    Builds it, on no device. Raises ValueError for one that cannot be built.
-    """
-    with torch.device("meta"):
-        model = TODAY.build(replace(config, sbp=replace(config.sbp, enabled=False)))
-    return "query" in sbp.supports(model).mhsa_drops
-
-
-def settings(attends: bool) -> Iterator[Setting]:
-    """Exact gradients, and SBP with one half and one quarter kept, with each way to recompute."""
-    for recompute in RECOMPUTE:
+def settings(support: sbp.Support) -> Iterator[Setting]:
+    """Exact gradients, and SBP with one half and one quarter kept, with each way to recompute; what a network has."""
+    for recompute in RECOMPUTE if support else ("none",):
         yield Setting(1.0, "qkv", recompute)
-    for mhsa_drop in ("qkv", "query") if attends else ("qkv",):
+    for mhsa_drop in ("qkv", "query") if "query" in support.mhsa_drops else ("qkv",) if support else ():
         for keep_ratio in (0.5, 0.25):
             for recompute in RECOMPUTE if (mhsa_drop, keep_ratio) == ("qkv", 0.5) else RECOMPUTE[:2]:
                 yield Setting(keep_ratio, mhsa_drop, recompute)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sbp.training.record.checkpoint import Checkpoints
-from sbp.training.record.files import lines, open_text, shown
+from sbp.training.record.files import lines, open_text, read_text, shown
 from sbp.training.runtime import distributed
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Incidents:
         self.amp, self.clip_grad = amp, clip_grad
         self.max_corrupt_images, self.max_skipped_steps = max_corrupt_images, max_skipped_steps
         self.corrupt_images: list[str] = []
-        self.skipped_steps = self.skipped_in_a_row = 0
+        self.skipped_steps = self.skipped_in_a_row = self.overflowed_steps = 0
 
     def replaced(self, step: int, names: list[str]) -> None:
         """These images of this process could not be read, and others took their places. To be called by all together.
@@ -96,13 +96,20 @@ class Incidents:
         precision = {"float16": ", amp=bfloat16", "bfloat16": ", amp=off"}.get(self.amp, "")
         return f"a lower recipe.lr, {clip}{precision}"
 
-    def step_succeeded(self, step: int, scale: float) -> None:
-        """A step had a finite loss, and but in float16 a finite gradient.
+    def step_succeeded(self) -> None:
+        """A step had a finite loss and gradient."""
+        self.skipped_in_a_row = 0
 
-        scale: what the loss was multiplied by for the backward pass; 1 but in float16.
-        Raises ValueError when gradients have been infinite so often that float16 cannot hold them at any scale.
+    def step_overflowed(self, step: int, scale: float) -> None:
+        """In float16 a step's gradient was not finite, which changed nothing but the loss scale, now `scale`.
+
+        So the scale finds its place, in the first steps above all. Raises ValueError when that has happened so often
+        that float16 cannot hold the gradients at any scale.
         """
         self.skipped_in_a_row = 0
+        self.overflowed_steps += 1
+        if distributed.is_main():
+            log.info("step %d left out: its gradient overflows float16; the loss scale falls to %g", step + 1, scale)
         if scale < SMALLEST_SCALE:
             raise ValueError(
                 f"the gradients stay infinite in float16: by step {step + 1} the loss scale has fallen to {scale:.1e}. "
@@ -112,15 +119,34 @@ class Incidents:
 
     def figures(self) -> dict[str, float]:
         """Those to log; none while nothing has gone wrong."""
-        counts = {"corrupt_images": len(self.corrupt_images), "skipped_steps": self.skipped_steps}
+        counts = {
+            "corrupt_images": len(self.corrupt_images),
+            "skipped_steps": self.skipped_steps,
+            "overflowed_steps": self.overflowed_steps,
+        }
         return {name: float(count) for name, count in counts.items() if count}
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("corrupt_images", "skipped_steps", "skipped_in_a_row")
+        names = ("corrupt_images", "skipped_steps", "skipped_in_a_row", "overflowed_steps")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+    def forget_after(self, step: int) -> None:
+        """Leaves out of the list the steps behind number `step`, which are run again."""
+        listed = self.folder / SKIPPED_STEPS
+        if distributed.is_main() and listed.is_file():
+            kept = [line for line in read_text(listed).splitlines() if _step_of(line) <= step]
+            _write(listed, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """Of a line that a killed process has not finished, infinite."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 def _write(path: Path, text: str, mode: str = "w") -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +73,8 @@ class Tracker:
         if not self.enabled:
             return
         record = {"step": step, **figures}
-        self._unwritten += json.dumps(record) + "\n"
+        finite = {name: one for name, one in record.items() if math.isfinite(one)}  # JSON has no other numbers
+        self._unwritten += json.dumps(finite, allow_nan=False) + "\n"
         self.flush()
         self._try(
             "log",

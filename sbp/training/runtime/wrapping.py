@@ -72,6 +72,12 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     return convert_sync_batchnorm(model)  # timm's: torch's own leaves out the activation of timm's batch norms
 
 
+def require_processes() -> None:
+    """Raises ValueError where there is nobody to share a model with."""
+    if not dist.is_initialized():
+        raise ValueError("parallel=fsdp shares a model among processes: start it with torchrun --nproc_per_node=N")
+
+
 def shard(model: nn.Module, device: Any, ema: ModelEmaV3 | None = None) -> None:
     """Leaves each process its share of the model's parameters, and of their moving average, on `device`. In place.
 
@@ -79,8 +85,7 @@ def shard(model: nn.Module, device: Any, ema: ModelEmaV3 | None = None) -> None:
     must hold the same model, patched if at all and not compiled; from the CPU it never lies on the device as a whole.
     Call it before the optimizer is built. Raises ValueError without torchrun.
     """
-    if not dist.is_initialized():
-        raise ValueError("parallel=fsdp shares a model among processes: start it with torchrun --nproc_per_node=N")
+    require_processes()
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
     for module in [model] if ema is None else [model, ema.module]:
         containers = [one for name, one in module.named_modules() if name.split(".")[-1] == "blocks"]

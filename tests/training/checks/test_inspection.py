@@ -16,7 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch.utils.data import Dataset
 
-from sbp.cli.check_data import CheckDataConfig, check
+from sbp.cli.check_data import CheckDataConfig, DataError, check
 from sbp.training.checks import inspection
 from sbp.training.checks.findings import IMAGENET_1K, findings, meaning
 from sbp.training.checks.inspection import Split, describe, loading_speed, read
@@ -57,8 +57,8 @@ def checked(root, *overrides):
     code = 0
     try:
         check(config(root, *overrides), folder)
-    except SystemExit as end:
-        code = end.code
+    except (SystemExit, DataError) as end:
+        code = getattr(end, "code", 1)
     return code, json.loads((folder / "data_check.json").read_text())
 
 
@@ -258,7 +258,7 @@ def test_the_command_reports_and_its_exit_code_tells(root):
     small = ("data.num_classes=3", "data.image_size=32", "data.workers=1", f"run_dir={root.parent / 'out'}")
     command = [sys.executable, "-m", "sbp.cli", "check-data", f"data.root={root}", *small]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root.parent, check=False)
-    assert done.returncode == 1 and done.stderr == "" and "\r" not in done.stdout
+    assert (done.returncode, done.stderr) == (1, "error: 3 of the findings are errors\n") and "\r" not in done.stdout
     for line in (
         "| images            | 8 ",
         "error    train: 2 classes, but data.num_classes is 3",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from torchvision.datasets import VisionDataset
 
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.images import DataConfig
@@ -143,11 +144,28 @@ def test_one_process_downloads_before_the_others_look(monkeypatch):
         return SyntheticImages(4, 10, 32, None)
 
     monkeypatch.setattr(sources, "create_dataset", opened)
-    data = DataConfig("timm", name="torch/cifar10", train_split="train", val_split="validation", download=True)
+    name = {"name": "torch/cifar10", "root": "anywhere", "train_split": "train", "val_split": "validation"}
+    data = DataConfig("timm", **name, download=True)
     sources.prepare(data)
     assert asked == [("torch/cifar10", "train", True), ("torch/cifar10", "validation", True)]
     sources.prepare(replace(data, download=False))
     assert len(asked) == 2
+
+
+def test_a_grey_data_set_of_torchvision_becomes_rgb(monkeypatch):
+    grey = VisionDataset("anywhere")
+    monkeypatch.setattr(sources, "create_dataset", lambda *_, **__: grey)
+    config = composed("data=timm", "data.name=torch/mnist", "data.root=anywhere", "recipe=finetune")
+    sources.open_datasets(config.data, config.recipe)
+    assert grey.transform(Image.new("L", (28, 28))).shape == (3, 224, 224)
+
+
+def test_what_timm_or_torchvision_cannot_open_is_an_error_with_its_key():
+    data = DataConfig("timm", name="torch/cifar10")
+    with pytest.raises(ValueError, match=r"data.root is needed: the folder of data.name=torch/cifar10"):
+        sources.build_validation_set(data)
+    with pytest.raises(ValueError, match=r"data.name=torch/cifar10 in data.root=/nowhere, split val: .*not found"):
+        sources.build_validation_set(replace(data, root="/nowhere"))
 
 
 def test_padded_crops_are_parts_of_the_padded_image_at_its_own_scale():

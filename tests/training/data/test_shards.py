@@ -120,6 +120,23 @@ def test_the_label_that_the_info_file_names_comes_before_the_cls_files(tmp_path)
     assert [images[i][1] for i in range(4)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda split: split.pop("filenames"), "no 'filenames'"),
+        (lambda split: split["shard_lengths"].pop(), "split validation has 12 filenames and 11 shard_lengths"),
+        (lambda split: split.update(filenames=3), "not iterable"),
+    ],
+)
+def test_what_is_wrong_in_timms_description_is_said_with_its_file(tmp_path, change, message):
+    root = write_shards(tmp_path / "data")
+    info = json.loads((root / "_info.json").read_text())
+    change(info["splits"]["validation"])
+    (root / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=rf"{root}/_info.json is not as timm's: .*{message}"):
+        build_validation_set(config(root).data)
+
+
 def test_patterns_name_shards(tmp_path):
     assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
     assert expand("{0..1}-{1..2}") == ["0-1", "0-2", "1-1", "1-2"]

@@ -181,6 +181,23 @@ def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_
         train(small(f"resume={start}", "sbp.keep_ratio=0.25"), tmp_path / "third")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("backbone.name=vit_tinny_patch16_224", "backbone.name=vit_tinny_patch16_224"),
+        ("sbp.layers=[blocks.99]", r"got \['blocks.99'\]"),
+        ("recipe.mixup=0.8 global_batch_size=9", "micro_batch_size must be even, got 9"),
+        ("parallel=fsdp", "start it with torchrun"),
+    ],
+)
+def test_what_is_wrong_with_the_network_or_the_batch_is_said_before_any_image_is_read(
+    tmp_path, monkeypatch, override, message
+):
+    monkeypatch.setattr(setup, "load_images", None)
+    with pytest.raises(ValueError, match=message):
+        train(small(*override.split()), tmp_path)
+
+
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
     config = small("amp=float16", "recipe.ema_decay=0.9")
     images = setup.load_images(config, CPU)

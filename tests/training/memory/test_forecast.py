@@ -220,6 +220,29 @@ def test_the_command_names_a_wrong_key(wrong, tmp_path):
         report(composed(*BACKBONES["vit"], "data=digits", wrong, name="forecast", kind=ForecastConfig), tmp_path)
 
 
+@pytest.mark.parametrize("how", [("data=imagenet", "data.cache=true"), ("data=webdataset", "data.shuffle=shards")])
+def test_how_images_are_read_makes_no_difference(how):
+    config = composed(*BACKBONES["vit"], *how, "data.root=anywhere", "data.image_size=32", "data.num_classes=10")
+    assert forecast(config, 4).peak == forecast(composed(*BACKBONES["vit"], "data=digits", "threads=null"), 4).peak
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        ("backbone=timm", "backbone.name=resnet18", "recipe=demo", "data=digits", "+backbone.kwargs.layers=[1,1,1,1]"),
+        (*BACKBONES["vit"], "data=digits", "backbone.frozen=true"),
+    ],
+    ids=["no SBP form", "frozen"],
+)
+def test_of_what_cannot_be_sbp_there_is_a_forecast_of_plain_training(network, tmp_path):
+    overrides = (*network, "sbp=none", "global_batch_size=16", "memory_gib=0.2")
+    report(composed(*overrides, name="forecast", kind=ForecastConfig), tmp_path)
+    result = json.loads((tmp_path / "forecast.json").read_text())
+    assert result["peak_by_recompute_and_keep_ratio"] == {"none": {"1.0": result["peak"]}}
+    text = advice(composed(*overrides[:-1]), 16, result["peak"] - 1)
+    assert "micro_batch_size=8" in text and "sbp." not in text
+
+
 @pytest.mark.parametrize(
     ("overrides", "micro", "message"),
     [

@@ -61,7 +61,7 @@ def test_batch_norms_and_drop_paths_of_the_backbone_are_those_of_evaluation(tmp_
     """What is frozen gives the classifier the features that it will have to read."""
     name = ("backbone=timm", "backbone.name=resnet10t", "backbone.drop_path=0.5")
     config = composed("data=digits", "recipe=demo", "recipe.epochs=1", "recipe.warmup_epochs=0", *name, *FROZEN)
-    device = setup.pick_device(config)
+    device = setup.prepare_process(config)
     trainer = setup.build_trainer(config, setup.load_images(config, device).order, device)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     images, targets = torch.randn(8, 3, 32, 32), torch.arange(8)

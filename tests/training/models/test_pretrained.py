@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
+from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig
 from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
@@ -84,6 +85,23 @@ def test_every_weight_comes_from_the_file_and_so_does_the_average(tmp_path, capl
     assert ("with its classifier of 10 classes" if num_classes == 10 else "that of 7 is left out") in said[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "nest", "rename"),
+    [
+        ("hiera_tiny_224", "model_state", lambda key: key.replace("head.fc.", "head.projection.")),
+        ("eva02_tiny_patch14_224", "module", lambda key: key),
+    ],
+)
+def test_files_of_authors_have_the_weights_within(tmp_path, name, nest, rename):
+    small_ones = {"hiera_tiny_224": {"embed_dim": 8, "num_heads": 1, "stages": [1, 1, 1, 1]}}
+    backbone = BackboneConfig(name, kwargs=small_ones.get(name, {"embed_dim": 24, "num_heads": 2, "depth": 1}))
+    state = create(backbone, 10).state_dict()
+    path = tmp_path / "x.pth"
+    torch.save({nest: {rename(key): value for key, value in state.items()}}, path)
+    found = pretrained.starting_weights(replace(backbone, pretrained=str(path)), DataConfig(num_classes=10))
+    assert_equal(dict(found), dict(state))
+
+
 def test_a_vit_starts_at_another_image_size_with_timms_interpolation(tmp_path):
     config = small("data.image_size=48", "recipe.ema_decay=0.9")
     state = trained(config, img_size=32)
@@ -129,6 +147,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="cannot be read: wrong checksum of"):
         start(config, path)
+    numpy = tmp_path / "x.npz"
+    numpy.touch()
+    with pytest.raises(ValueError, match=rf"backbone\.pretrained={numpy} is a NumPy file, which is not read here"):
+        start(config, numpy)
     for missing in (tmp_path / "y.pth", tmp_path, "y.pth"):
         with pytest.raises(ValueError, match=rf"backbone\.pretrained={missing} is no file"):
             start(config, missing)

@@ -31,6 +31,12 @@ def test_the_largest_micro_batch_that_fits_is_chosen():
         choose(config, CPU, 1, gpu=H100, available=1e3)
 
 
+def test_a_share_of_a_model_is_not_forecast():
+    config = small("micro_batch_size=auto", "parallel=fsdp")
+    with pytest.raises(ValueError, match="with fsdp give it a number"):
+        choose(config, CPU, 2, gpu=H100, available=1e9)
+
+
 def test_images_that_stay_on_the_device_take_their_room():
     keys = ("micro_batch_size=auto", "global_batch_size=64", "data=synthetic", "data.on_device=true")
     config = small(*keys, "data.train_images=200", "data.val_images=100", "data.image_size=32")

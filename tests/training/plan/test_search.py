@@ -6,7 +6,8 @@ from statistics import fmean
 
 import pytest
 
-from sbp.training.memory.forecast import forecast, with_sbp
+import sbp
+from sbp.training.memory.forecast import forecast, support, with_sbp
 from sbp.training.memory.phases import phases
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
@@ -30,10 +31,11 @@ def tiny():
 
 
 def test_names_are_those_of_the_benchmark_s_arms():
-    names = [one.name for one in settings(attends=True)]
+    names = [one.name for one in settings(sbp.Support(mhsa_drops=("qkv", "query")))]
     assert names[:3] == ["plain", "cheap", "block"] and len(names) == len(set(names))
     assert {"sbp", "sbp_cheap", "sbp_block", "sbp_25_cheap", "sbp_query", "query_cheap", "query_25_cheap"} <= set(names)
-    assert not any("query" in one.name for one in settings(attends=False))
+    assert not any("query" in one.name for one in settings(sbp.Support()))
+    assert [one.name for one in settings(sbp.Support(reason="any"))] == ["plain"]
 
 
 def test_what_is_not_known_of_accuracy_is_said():
@@ -184,8 +186,14 @@ def test_overrides_make_the_run_that_was_forecast(tiny):
 
 
 def test_settings_of_a_run():
-    assert search.attends(small()) and not search.attends(small(backbone="convnext"))
-    assert search.attends(composed("task=detection", "backbone=swin_demo"))
+    for config, attends in (
+        (small(), True),
+        (small(backbone="convnext"), False),
+        (composed("task=detection", "backbone=swin_demo"), True),
+    ):
+        found = support(config)
+        assert found and ("query" in found.mhsa_drops) == attends
+    assert not support(small("sbp=none", "backbone.frozen=true"))
 
 
 @pytest.mark.long

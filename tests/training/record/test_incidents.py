@@ -53,7 +53,7 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
     nan = float("nan")
     for step in (3, 4):
         found.step_skipped(step, nan, ["a.png", "b.png"])
-    found.step_succeeded(5, scale=1.0)
+    found.step_succeeded()
     for step in (9, 10):
         found.step_skipped(step, float("inf"), ["c.png"])
     assert found.figures() == {"skipped_steps": 4} and "step 10 left out: its loss is inf" in caplog.text
@@ -63,8 +63,18 @@ def test_steps_without_a_finite_loss_are_left_out_until_they_are_too_many_in_a_r
         found.step_skipped(11, nan, ["d.png"])
     lines = [json.loads(line) for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()]
     assert lines[0] == {"step": 4, "loss": "nan", "images": ["a.png", "b.png"]} and len(lines) == 5
+    found.forget_after(10)  # where a run goes on, from a checkpoint of that step
+    assert [json.loads(line)["step"] for line in (tmp_path / SKIPPED_STEPS).read_text().splitlines()] == [4, 5, 10]
+
+
+def test_steps_that_overflow_float16_are_said_and_counted_until_no_scale_helps(tmp_path, caplog):
+    caplog.set_level("INFO")
+    found = incidents(tmp_path)
+    found.step_overflowed(2, 2.0**15)
+    assert found.figures() == {"overflowed_steps": 1}
+    assert "step 3 left out: its gradient overflows float16; the loss scale falls to 32768" in caplog.text
     with pytest.raises(ValueError, match=r"infinite in float16: by step 21 the loss scale has fallen to 6\.1e-05"):
-        found.step_succeeded(20, scale=2.0**-14)
+        found.step_overflowed(20, 2.0**-14)
 
 
 def test_a_batch_that_cannot_be_read_ends_the_run_after_the_step_it_was_for(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ def test_a_run_can_ask_for_deterministic_algorithms_and_the_next_one_has_its_own
     train(small("deterministic=true", "sbp.mask=random", "recipe.ema_decay=0.9"), tmp_path)
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
-    setup.pick_device(small())
+    setup.prepare_process(small())
     assert not torch.are_deterministic_algorithms_enabled()
 
 

@@ -11,7 +11,7 @@ from tests.training.configs import small
 
 def test_fsdp_needs_torchrun():
     config = small("parallel=fsdp")
-    device = setup.pick_device(config)
+    device = setup.prepare_process(config)
     with pytest.raises(ValueError, match=r"parallel=fsdp .* start it with torchrun"):
         setup.build_trainer(config, setup.load_images(config, device).order, device)
 

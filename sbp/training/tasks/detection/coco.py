@@ -1,6 +1,5 @@
 """Images and their objects in COCO's layout: a folder of images and an annotation file for each split."""
 
-import io
 import json
 import logging
 from collections import Counter, defaultdict
@@ -15,7 +14,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sbp.training.data.preprocessing import UPRIGHT, decode, decode_with_orientation, orientation
+from sbp.training.data.preprocessing import UPRIGHT, decode, decode_with_orientation
 from sbp.training.record.files import shown
 from sbp.training.tasks.detection.annotations import as_coco, check_scored, read_annotations, with_area
 from sbp.training.tasks.detection.augmentation import wide_enough
@@ -146,9 +145,8 @@ class Files(Dataset):
         _, name, height, width, _ = self.images.images[index]
         content = (self.images.folder / name).read_bytes()
         facts = self.transform(self.decode(content))
-        opened = Image.open(io.BytesIO(content))
-        turn = orientation(opened)
-        transpose = self.images.turning(opened.size, turn, (width, height))
+        image, turn = decode_with_orientation(content)
+        transpose = self.images.turning(image.size, turn, (width, height))
         return facts._replace(turned=None if turn == 1 else transpose is not None), 0
 
 
