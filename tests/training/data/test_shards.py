@@ -124,7 +124,7 @@ def test_the_label_that_the_info_file_names_comes_before_the_cls_files(tmp_path)
     ("change", "message"),
     [
         (lambda split: split.pop("filenames"), "no 'filenames'"),
-        (lambda split: split["shard_lengths"].pop(), "split validation has 12 filenames and 11 shard_lengths"),
+        (lambda split: split["shard_lengths"].pop(), r"split validation has \d+ filenames and \d+ shard_lengths"),
         (lambda split: split.update(filenames=3), "not iterable"),
     ],
 )

@@ -235,7 +235,7 @@ def test_how_images_are_read_makes_no_difference(how):
     ids=["no SBP form", "frozen"],
 )
 def test_of_what_cannot_be_sbp_there_is_a_forecast_of_plain_training(network, tmp_path):
-    overrides = (*network, "sbp=none", "global_batch_size=16", "memory_gib=0.2")
+    overrides = (*network, "sbp=none", "global_batch_size=16", "memory_gib=1")
     report(composed(*overrides, name="forecast", kind=ForecastConfig), tmp_path)
     result = json.loads((tmp_path / "forecast.json").read_text())
     assert result["peak_by_recompute_and_keep_ratio"] == {"none": {"1.0": result["peak"]}}
