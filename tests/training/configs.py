@@ -18,6 +18,11 @@ BACKBONES = {
     "convnext": ("backbone=convnext_demo", "backbone.kwargs.dims=[8,8,16,16]"),
 }
 
+QUICK = (  # for `small`: 4 steps an epoch, on noise
+    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=64", "data.val_images=8",
+    "data.workers=0", "global_batch_size=16", "backbone.drop_path=0.1", "probe.every_steps=null", "probe.images=8",
+)  # fmt: skip
+
 
 @cache
 def chosen(name: str, *choices: str) -> DictConfig:

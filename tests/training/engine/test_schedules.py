@@ -13,13 +13,9 @@ from sbp.training.runtime.distributed import pick_device
 from sbp.training.tasks.accuracy import evaluate
 from tests.conftest import others_long
 from tests.training.comparing import assert_equal, record
-from tests.training.configs import BACKBONES, small
+from tests.training.configs import BACKBONES, QUICK, small
 
 CPU = pick_device("cpu")
-QUICK = (  # 4 steps an epoch
-    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=64", "data.val_images=8",
-    "data.workers=0", "global_batch_size=16", "backbone.drop_path=0.1", "probe.every_steps=null", "probe.images=8",
-)  # fmt: skip
 
 
 def run(folder, *overrides, backbone="vit"):
