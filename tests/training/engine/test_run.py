@@ -95,12 +95,12 @@ def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
 
 # Everything that draws random numbers: augmentation, erasing, mixup, drop path, random masks, an accumulated step.
 RANDOM = (
-    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=704",
+    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=352",
     "data.val_images=64", "data.workers=0",
     "recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random",
     "recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9",
     "recipe.layer_decay=0.7",
-    "global_batch_size=64", "micro_batch_size=32", "checkpoint.every_steps=4", "checkpoint.keep=20",
+    "global_batch_size=32", "micro_batch_size=16", "checkpoint.every_steps=4", "checkpoint.keep=20",
     "probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1",
 )  # fmt: skip
 
