@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import timm
@@ -101,6 +102,18 @@ def others_slow(names: Iterable[str], usual: Iterable[str], long: Iterable[str])
     """Parameters of a test that takes very long: few that always run, few marked long, and the others marked slow."""
     marks = {name: () for name in usual} | {name: pytest.mark.long for name in long}
     return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in names]
+
+
+def one_of(number: int, *axes: Iterable) -> list:
+    """All combinations of parameters, of which every so many-th always runs and the others are marked long.
+
+    Those whose places in their axes add up to a multiple of `number` run: with each value of an axis there are some of
+    every other axis, spread evenly.
+    """
+    return [
+        pytest.param(*values, marks=pytest.mark.long if sum(places) % number else ())
+        for places, values in (zip(*case, strict=True) for case in product(*map(enumerate, axes)))
+    ]
 
 
 # -- models and comparisons

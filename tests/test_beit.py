@@ -7,7 +7,7 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock
 
 import sbp
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_beit
+from tests.conftest import assert_same_gradients, gradients, images, one_of, small_beit
 from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "head", "qkv_exact")
@@ -43,9 +43,7 @@ def without_dropout(model):
     return model
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mhsa_drop", "rescale"), one_of(4, MODELS, METHODS, [False, True]))
 def test_gradients_equal_the_oracle(name, mhsa_drop, rescale, monkeypatch):
     keep_heads_0_and_2(monkeypatch)
     model = without_dropout(MODELS[name]())
@@ -56,8 +54,7 @@ def test_gradients_equal_the_oracle(name, mhsa_drop, rescale, monkeypatch):
             assert_same_gradients(gradients(patched, images()), expected)
 
 
-@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "recompute"), one_of(3, MODELS, ["none", "cheap", "block"]))
 def test_keep_ratio_1_is_the_plain_model(name, recompute):
     expected = gradients(MODELS[name](), images())
     model = sbp.apply(MODELS[name](), keep_ratio=1, recompute=recompute)

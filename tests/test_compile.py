@@ -149,7 +149,7 @@ def test_inductor(name):
         assert_same_gradients(plain_names(gradients(compiled, x)), gradients(eager, x), tolerance=1e-8)
 
 
-@pytest.mark.parametrize("make", [small_vit, small_swin])
+@pytest.mark.parametrize("make", [small_vit, pytest.param(small_swin, marks=pytest.mark.long)])
 def test_a_model_on_another_device_is_one_graph_from_its_first_pass_on(make):
     """Where the number of the draw still has to move there; "meta" stands for CUDA."""
     model = sbp.apply(make()).to("meta")

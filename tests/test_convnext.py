@@ -13,6 +13,7 @@ from tests.conftest import (
     gradients_image_by_image,
     images,
     masks_of,
+    one_of,
     small_convnext,
 )
 
@@ -34,9 +35,9 @@ def oracle(model, mask, blocks=BLOCKS, downsamples=DOWNSAMPLES, rescale=False):
     return oracles.install(model, downsamples, oracles.convnext_downsample, mask, rescale)
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("size", [(64, 64), (72, 40), (93, 64)], ids=str)
+@pytest.mark.parametrize(
+    ("form", "size", "rescale"), one_of(3, FORMS, [(64, 64), (72, 40), (93, 64)], [False, True]), ids=str
+)
 def test_gradients_equal_the_oracle(form, size, rescale):
     if form.get("stem_type") == "overlap_tiered" and size == (93, 64):
         size = (92, 64)
@@ -49,8 +50,7 @@ def test_gradients_equal_the_oracle(form, size, rescale):
         assert_same_gradients(gradients(model, images(*size)), expected)
 
 
-@pytest.mark.parametrize("mask_per", ["half", "sample"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("form", "mask_per"), one_of(2, FORMS, ["half", "sample"]), ids=str)
 def test_images_with_masks_of_their_own(form, mask_per):
     """The gradient is the sum of those that each image gives with its mask alone, which has an oracle."""
     model = sbp.apply(small_convnext(**form), mask="random", mask_per=mask_per)

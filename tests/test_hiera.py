@@ -13,6 +13,7 @@ from tests.conftest import (
     gradients_image_by_image,
     images,
     masks_of,
+    one_of,
     small_hiera,
 )
 from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
@@ -31,9 +32,7 @@ def oracle(model, mhsa_drop, layers=LAYERS, rescale=False):
     return oracles.install(copy.deepcopy(model), layers, oracles.hiera_block, UNITS, mhsa_drop, rescale)
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mhsa_drop", "rescale"), one_of(3, MODELS, METHODS, [False, True]))
 def test_gradients_equal_the_oracle(name, mhsa_drop, rescale):
     model = MODELS[name]()
     expected = gradients(oracle(model, mhsa_drop, rescale=rescale), images(96))
@@ -52,9 +51,9 @@ def test_all_layers():
         assert_same_gradients(gradients(model, images(96)), expected)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
-@pytest.mark.parametrize("mask_per", ["half", "sample"])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
+@pytest.mark.parametrize(
+    ("mhsa_drop", "mask_per", "recompute"), one_of(2, METHODS, ["half", "sample"], ["none", "block"])
+)
 def test_images_with_masks_of_their_own(mhsa_drop, mask_per, recompute):
     settings = {"mask": "random", "mask_per": mask_per, "recompute": recompute}
     model = sbp.apply(small_hiera(), mhsa_drop=mhsa_drop, **settings)
@@ -64,8 +63,7 @@ def test_images_with_masks_of_their_own(mhsa_drop, mask_per, recompute):
     assert_same_gradients(found, gradients_image_by_image(model, images(96), masks))
 
 
-@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "recompute"), one_of(3, MODELS, ["none", "cheap", "block"]))
 def test_keep_ratio_1_is_the_plain_model(name, recompute):
     expected = gradients(MODELS[name](), images(96))
     model = sbp.apply(MODELS[name](), keep_ratio=1, recompute=recompute)
@@ -83,8 +81,7 @@ def test_the_forward_pass_is_the_plain_models(name, mhsa_drop):
     torch.testing.assert_close(model(images(96)), expected, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("keep_ratio", [0.5, [0.75, 0.75, 0.5, 0.5, 0.25]], ids=str)
-@pytest.mark.parametrize("mhsa_drop", METHODS)
+@pytest.mark.parametrize(("mhsa_drop", "keep_ratio"), one_of(2, METHODS, [0.5, [0.75, 0.75, 0.5, 0.5, 0.25]]), ids=str)
 def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, keep_ratio):
     def make():
         return sbp.apply(small_hiera(drop_path_rate=0.3), mhsa_drop=mhsa_drop, keep_ratio=keep_ratio)

@@ -34,7 +34,7 @@ def imported(path: Path) -> set[str]:
 def test_the_method_needs_torch_and_timm_only(path):
     roots = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
     assert roots <= {"torch", "timm", "sbp"}
-    assert not any(name.startswith("sbp.training") for name in imported(path))
+    assert not any(name.startswith(("sbp.training", "sbp.cli")) for name in imported(path))
 
 
 @pytest.mark.parametrize("path", FRAMEWORK, ids=lambda path: path.name)
@@ -81,6 +81,7 @@ def test_only_entry_points_know_hydra():
     assert not any("wandb" in {name.split(".")[0] for name in imported(path)} for path in ENTRY_POINTS)
 
 
+@pytest.mark.long
 def test_the_method_imports_without_the_framework():
     code = "import sys, sbp; sys.exit(str({'hydra', 'omegaconf', 'sbp.training'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)

@@ -11,7 +11,7 @@ from torch.func import functional_call
 import sbp
 from sbp import input_gradient, recompute
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, one_of, small_convnext, small_vit
 from tests.test_memory import block_bytes
 
 GRID = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)  # 7 of 16
@@ -99,8 +99,7 @@ def convnext_oracle(model, grid):
     return oracles.install(model, DOWNSAMPLES, convnext_downsample, grid)
 
 
-@pytest.mark.parametrize("again", ["none", "cheap", "block"])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("form", "again"), one_of(3, FORMS, ["none", "cheap", "block"]), ids=str)
 def test_a_convnexts_gradients_equal_the_oracle(form, again, unrounded):
     model = small_convnext(**form)
     expected = gradients(convnext_oracle(model, GRID), images(64))
@@ -109,15 +108,18 @@ def test_a_convnexts_gradients_equal_the_oracle(form, again, unrounded):
         assert_same_gradients(gradients(model, images(64)), expected)
 
 
-@pytest.mark.parametrize("again", ["none", "cheap", "block"])
-@pytest.mark.parametrize("mhsa_drop", ["qkv", "query", "head", "qkv_exact"])
 @pytest.mark.parametrize(
-    "form",
-    [
-        {"global_pool": "avg", "drop_path_rate": 0.3},
-        {"global_pool": "map", "init_values": 0.1, "act_layer": GELUTanh},
-        {"reg_tokens": 2},
-    ],
+    ("form", "mhsa_drop", "again"),
+    one_of(
+        3,
+        [
+            {"global_pool": "avg", "drop_path_rate": 0.3},
+            {"global_pool": "map", "init_values": 0.1, "act_layer": GELUTanh},
+            {"reg_tokens": 2},
+        ],
+        ["qkv", "query", "head", "qkv_exact"],
+        ["none", "cheap", "block"],
+    ),
     ids=str,
 )
 def test_a_vits_gradients_equal_the_oracle(form, mhsa_drop, again, unrounded, monkeypatch):

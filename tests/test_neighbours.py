@@ -13,7 +13,7 @@ from sbp.masks import Positions, positions
 from sbp.neighbours import neighbourhood
 from sbp.state import LayerMap
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, others_long, small_convnext, small_vit
 from tests.test_input_gradient import BLOCKS, DOWNSAMPLES, GRID, Branch
 from tests.test_memory import block_bytes
 
@@ -133,7 +133,7 @@ def test_the_forward_pass_and_evaluation_are_the_plain_models():
         torch.testing.assert_close(model.train(mode)(x), exact.train(mode)(x))
 
 
-@pytest.mark.parametrize("again", ["none", "cheap", "block"])
+@pytest.mark.parametrize("again", others_long(["none", "cheap", "block"], "block"))
 def test_it_saves_nothing_more(again):
     make = lambda: small_convnext(dims=(64, 64, 64, 64), depths=(2, 1, 1, 1)).float()  # noqa: E731
     before, after = (

@@ -15,7 +15,7 @@ import sbp
 from sbp import recompute
 from sbp.settings import DROPPED
 from scripts.saved_memory import saved_by
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, one_of, small_convnext, small_vit
 
 BITWISE = {  # nothing but norms, activations or whole blocks runs again: the very same numbers
     "vit": lambda: small_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
@@ -37,6 +37,7 @@ TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convoluti
     "dilated convnext": lambda: small_convnext(output_stride=16),
 }
 MODELS = BITWISE | TO_ROUNDING
+MODES = ["cheap", "block"]
 VIT = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.69, "SBP, block": 0.12}
 EVA = {"SBP": 0.68, "SBP, cheap": 0.46, "keep_ratio 1, cheap": 0.75, "SBP, block": 0.12}
 WINDOWS = {"SBP": 0.66, "SBP, cheap": 0.5, "keep_ratio 1, cheap": 0.9, "SBP, block": 0.12}
@@ -66,9 +67,7 @@ def without_and_with(name, mode, **settings):
     return [gradients(model, images(size_of(model))) for model in models]
 
 
-@pytest.mark.parametrize("keep_ratio", [0.5, 1])
-@pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mode", "keep_ratio"), one_of(2, MODELS, MODES, [0.5, 1]))
 def test_gradients_are_those_without(name, mode, keep_ratio):
     expected, found = without_and_with(name, mode, keep_ratio=keep_ratio)
     if name in BITWISE and keep_ratio != 1:  # at 1 the other model is timm's own
@@ -77,25 +76,39 @@ def test_gradients_are_those_without(name, mode, keep_ratio):
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("mhsa_drop", ["query", "head", "qkv_exact"])
-@pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("name", ["vit", "vit, mean pooling", "vit with layer scale"])
+@pytest.mark.parametrize(
+    ("name", "mode", "mhsa_drop"),
+    one_of(2, ["vit", "vit, mean pooling", "vit with layer scale"], MODES, ["query", "head", "qkv_exact"]),
+)
 def test_gradients_of_every_attention_method(name, mode, mhsa_drop):
     expected, found = without_and_with(name, mode, mhsa_drop=mhsa_drop, mask="random")
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("settings", [{"mask_per": "half"}, {"mask_per": "sample", "rescale": True}], ids=str)
-@pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("name", [*BITWISE, "convnext", "convnext v2", "dilated convnext"])
+@pytest.mark.parametrize(
+    ("name", "mode", "settings"),
+    one_of(
+        2,
+        [*BITWISE, "convnext", "convnext v2", "dilated convnext"],
+        MODES,
+        [{"mask_per": "half"}, {"mask_per": "sample", "rescale": True}],
+    ),
+    ids=str,
+)
 def test_gradients_with_masks_of_each_image_and_rescaled(name, mode, settings):
     expected, found = without_and_with(name, mode, mask="random", keep_ratio=0.3, **settings)
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("name", ["vit with layer scale", "convnext", "convnext v2"])
-@pytest.mark.parametrize("how", ["timm's checkpointing", "forward_intermediates", "disabled", "fixed mask", "held"])
+@pytest.mark.parametrize(
+    ("how", "name", "mode"),
+    one_of(
+        2,
+        ["timm's checkpointing", "forward_intermediates", "disabled", "fixed mask", "held"],
+        ["vit with layer scale", "convnext", "convnext v2"],
+        MODES,
+    ),
+)
 def test_gradients_on_other_ways_through_the_model(name, mode, how):
     def run(recompute):
         model = sbp.apply(MODELS[name](), recompute=recompute)
@@ -119,7 +132,7 @@ def test_gradients_on_other_ways_through_the_model(name, mode, how):
     assert_same_gradients(run(mode), run("none"))
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("mode", MODES)
 def test_heads_where_nothing_is_dropped(mode):
     expected = gradients(small_vit(), images())
     everything = sbp.apply(small_vit(), keep_ratio=1, mhsa_drop="head", recompute=mode)
@@ -129,12 +142,14 @@ def test_heads_where_nothing_is_dropped(mode):
         assert_same_gradients(gradients(half, images()), expected)
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
 @pytest.mark.parametrize(
-    ("name", "dropped"),
-    [("vit", "none"), *(("convnext", one) for one in DROPPED), ("convnext v2", "neighbours")],
+    ("case", "mode"),
+    one_of(2, [("vit", "none"), *(("convnext", one) for one in DROPPED), ("convnext v2", "neighbours")], MODES),
+    ids=str,
 )
-def test_two_forward_passes_before_one_backward(name, dropped, mode):
+def test_two_forward_passes_before_one_backward(case, mode):
+    name, dropped = case
+
     def run(recompute):
         settings = {"mask": "random", "mask_per": "sample", "rescale": True, "keep_ratio": 0.4, "dropped": dropped}
         model = sbp.apply(MODELS[name](), mhsa_drop="head", recompute=recompute, **settings)
@@ -145,7 +160,7 @@ def test_two_forward_passes_before_one_backward(name, dropped, mode):
     assert_same_gradients(run(mode), run("none"))
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("mode", MODES)
 def test_frozen_parts_get_no_gradient_and_the_others_theirs(mode):
     def run(how):
         model = sbp.apply(small_vit(), recompute=how)
@@ -158,7 +173,7 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs(mode):
     assert_same_gradients(found, expected)
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [small_vit, small_convnext])
 def test_evaluation_is_exact_and_remove_restores(make, mode):
     plain = make()
@@ -171,9 +186,10 @@ def test_evaluation_is_exact_and_remove_restores(make, mode):
     assert_same_gradients(gradients(patched.train(), x), gradients(plain.train(), x), tolerance=0)
 
 
-@pytest.mark.parametrize("mode", ["cheap", "block"])
-@pytest.mark.parametrize("make", [lambda: small_vit(init_values=1e-6), small_convnext])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "make", "mode"),
+    one_of(2, [torch.bfloat16, torch.float16], [lambda: small_vit(init_values=1e-6), small_convnext], MODES),
+)
 def test_autocast(make, dtype, mode):
     """Gradients in low precision are as near to those of float32 as without recomputation."""
 

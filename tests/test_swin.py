@@ -8,7 +8,7 @@ import sbp
 from sbp.masks import grid_mask
 from sbp.swin import in_shifted_window, on_map
 from tests import oracles
-from tests.conftest import assert_same_gradients, gradients, images, small_swin
+from tests.conftest import assert_same_gradients, gradients, images, one_of, small_swin
 from tests.paths import assert_same_gradients_by, through_intermediates, with_checkpoints
 
 METHODS = ("qkv", "query", "qkv_exact")
@@ -32,9 +32,7 @@ def oracle(model, mhsa_drop, tile=TILE, rescale=False):
     return oracles.install(model, MERGING, oracles.swin_merging, tile, rescale)
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "mhsa_drop", "rescale"), one_of(3, MODELS, METHODS, [False, True]))
 def test_gradients_equal_the_oracle(name, mhsa_drop, rescale):
     model = MODELS[name]()
     expected = gradients(oracle(model, mhsa_drop, rescale=rescale), images(64))
@@ -55,8 +53,7 @@ def test_windows_of_different_sizes(name):
         assert_same_gradients(gradients(model, images(64)), expected)
 
 
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize("name", ["v1", "v2"])
+@pytest.mark.parametrize(("name", "mhsa_drop"), one_of(2, ["v1", "v2"], METHODS))
 def test_maps_that_are_no_multiple_of_their_windows(name, mhsa_drop):
     """18 x 23, 9 x 12, 5 x 6 and 3 x 3 in windows of 4 x 4 and one of 2 x 2: padding, shifts and odd halves."""
     model, x = small_swin(*([V2] if name == "v2" else []), strict_img_size=False), odd_images()
@@ -94,8 +91,7 @@ def test_as_the_encoder_of_a_segmentation_network(name):
         torch.testing.assert_close(gradient, found[0][key], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "recompute"), one_of(3, MODELS, ["none", "cheap", "block"]))
 def test_keep_ratio_1_is_the_plain_model(name, recompute):
     expected = gradients(MODELS[name](), images(64))
     model = sbp.apply(MODELS[name](), keep_ratio=1, recompute=recompute)

@@ -18,6 +18,7 @@ from tests.conftest import (
     gradients_image_by_image,
     images,
     masks_of,
+    one_of,
     small_vit,
 )
 from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, through_intermediates, with_checkpoints
@@ -25,6 +26,18 @@ from tests.paths import assert_same_gradients_by, checkpointed_as_a_whole, throu
 METHODS = ("qkv", "query", "head", "qkv_exact")
 LAYERS = [f"blocks.{i}" for i in range(2, 6)]  # the last two thirds of six
 MASK = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 1], [1, 1, 0, 0], [0, 1, 1, 0]], dtype=torch.bool)
+
+FORMS = [
+    {},
+    {"global_pool": "avg", "drop_path_rate": 0.3},
+    {"global_pool": "avg", "class_token": False, "init_values": 0.1},
+    {"reg_tokens": 2, "qk_norm": True, "drop_path_rate": 0.3},
+    {"global_pool": "map", "qkv_bias": False},
+    {"global_pool": ""},
+    {"mlp_layer": GeGluMlp, "global_pool": "avg", "class_token": False},
+    {"block_fn": ResPostBlock, "drop_path_rate": 0.3},
+    {"name": "deit_tiny_distilled_patch16_224"},
+]
 
 
 def oracle(model, mhsa_drop, mask=MASK, layers=LAYERS, rescale=False):
@@ -40,24 +53,8 @@ def keep_heads_0_and_2(monkeypatch):
     monkeypatch.setattr("sbp.masks.hashed_scores", lambda key, count, stream=0: torch.tensor([0, 2, 1]))
 
 
-@pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"global_pool": "avg", "drop_path_rate": 0.3},
-        {"global_pool": "avg", "class_token": False, "init_values": 0.1},
-        {"reg_tokens": 2, "qk_norm": True, "drop_path_rate": 0.3},
-        {"global_pool": "map", "qkv_bias": False},
-        {"global_pool": ""},
-        {"mlp_layer": GeGluMlp, "global_pool": "avg", "class_token": False},
-        {"block_fn": ResPostBlock, "drop_path_rate": 0.3},
-        {"name": "deit_tiny_distilled_patch16_224"},
-    ],
-    ids=str,
-)
-def test_gradients_equal_the_oracle(mhsa_drop, kwargs, rescale, monkeypatch):
+@pytest.mark.parametrize(("kwargs", "mhsa_drop", "rescale"), one_of(4, FORMS, METHODS, [False, True]), ids=str)
+def test_gradients_equal_the_oracle(kwargs, mhsa_drop, rescale, monkeypatch):
     keep_heads_0_and_2(monkeypatch)
     model = small_vit(**kwargs)
     mask = MASK.clone()
@@ -68,15 +65,18 @@ def test_gradients_equal_the_oracle(mhsa_drop, kwargs, rescale, monkeypatch):
         assert_same_gradients(gradients(model, images()), expected)
 
 
-@pytest.mark.parametrize("mask_per", ["half", "sample"])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
 @pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"drop_path_rate": 0.3, "reg_tokens": 2},
-        {"global_pool": "avg", "drop_path_rate": 0.3},
-        {"global_pool": "avg", "class_token": False},
-    ],
+    ("kwargs", "mhsa_drop", "mask_per"),
+    one_of(
+        2,
+        [
+            {"drop_path_rate": 0.3, "reg_tokens": 2},
+            {"global_pool": "avg", "drop_path_rate": 0.3},
+            {"global_pool": "avg", "class_token": False},
+        ],
+        METHODS,
+        ["half", "sample"],
+    ),
     ids=str,
 )
 def test_images_with_masks_of_their_own(kwargs, mhsa_drop, mask_per, monkeypatch):
@@ -158,8 +158,9 @@ def test_the_dropped_stream_is_skipped_only_where_nothing_reads_it(mask_per):
     assert tokens_seen(after_a_failed_forward) == 6 * 17
 
 
-@pytest.mark.parametrize("mhsa_drop", METHODS)
-@pytest.mark.parametrize("keep_ratio", [[0.75, 0.5, 0.5, 0.25], [0.25, 0.5, 1.0, 0.5]])
+@pytest.mark.parametrize(
+    ("keep_ratio", "mhsa_drop"), one_of(2, [[0.75, 0.5, 0.5, 0.25], [0.25, 0.5, 1.0, 0.5]], METHODS), ids=str
+)
 def test_ratios_that_differ_between_layers(mhsa_drop, keep_ratio, monkeypatch):
     keep_heads_0_and_2(monkeypatch)
     monkeypatch.setattr("sbp.attention.kept_heads", lambda heads, ratio: 2)
@@ -197,9 +198,11 @@ def test_the_forward_pass_is_the_plain_models(mhsa_drop, global_pool):
     torch.testing.assert_close(model(images()), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mask_per": "sample", "rescale": True}], ids=str)
-@pytest.mark.parametrize("global_pool", ["token", "avg"])
-@pytest.mark.parametrize("mhsa_drop", METHODS)
+@pytest.mark.parametrize(
+    ("mhsa_drop", "global_pool", "settings"),
+    one_of(2, METHODS, ["token", "avg"], [{}, {"mask_per": "sample", "rescale": True}]),
+    ids=str,
+)
 def test_every_path_through_timm_gives_the_same_gradients(mhsa_drop, global_pool, settings, monkeypatch):
     """The split-once path, blocks run one by one, checkpointed segments, and the model checkpointed as a whole."""
 

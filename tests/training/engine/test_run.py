@@ -22,7 +22,7 @@ from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime.distributed import pick_device
 from tests.conftest import others_long
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
-from tests.training.configs import BACKBONES, small
+from tests.training.configs import BACKBONES, QUICK, small
 
 CPU = pick_device("cpu")
 
@@ -58,7 +58,7 @@ def test_a_short_training_learns_and_records_it(tmp_path):
 
 
 def test_published_evaluation_is_another_one_and_repeats_itself(tmp_path):
-    train(small("sbp.keep_ratio=0.25"), tmp_path)
+    train(small(*QUICK, "sbp.keep_ratio=0.25"), tmp_path)
     request = EvalConfig(checkpoint=str(tmp_path))
     request.sbp.eval = "published"
     published = [evaluate_checkpoint(request, tmp_path)["loss"] for _ in range(2)]
@@ -68,12 +68,12 @@ def test_published_evaluation_is_another_one_and_repeats_itself(tmp_path):
 
 def test_a_vit_is_evaluated_at_another_image_size(tmp_path):
     """Its position embedding is interpolated as timm does, which at its own size changes nothing."""
-    summary = train(small("probe.every_steps=null"), tmp_path)
+    summary = train(small(*QUICK), tmp_path)
     request = EvalConfig(checkpoint=str(tmp_path))
     assert evaluate_checkpoint(request, tmp_path)["top1"] == summary["top1"]
     request.data.image_size = 48
     result = evaluate_checkpoint(request, tmp_path)
-    assert result["preprocessing"]["image_size"] == 48 and result["images"] == 360
+    assert result["preprocessing"]["image_size"] == 48 and result["images"] == 8
 
 
 def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
@@ -95,10 +95,12 @@ def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
 
 # Everything that draws random numbers: augmentation, erasing, mixup, drop path, random masks, an accumulated step.
 RANDOM = (
+    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=352",
+    "data.val_images=64", "data.workers=0",
     "recipe.epochs=2", "recipe.augment=true", "recipe.auto_augment=rand-m9-mstd0.5-inc1", "sbp.mask=random",
     "recipe.random_erasing=0.5", "recipe.mixup=0.8", "recipe.cutmix=1.0", "recipe.ema_decay=0.9",
     "recipe.layer_decay=0.7",
-    "global_batch_size=128", "micro_batch_size=64", "checkpoint.every_steps=4", "checkpoint.keep=20",
+    "global_batch_size=32", "micro_batch_size=16", "checkpoint.every_steps=4", "checkpoint.keep=20",
     "probe.every_steps=5", "probe.images=8", "log_every_steps=3", "sbp.eval=published", "recipe.warmup_epochs=1",
 )  # fmt: skip
 
@@ -124,13 +126,13 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
 
 
 def test_a_run_is_neither_overwritten_nor_gone_on_with_as_another(tmp_path):
-    train(small("probe.every_steps=null"), tmp_path)
+    train(small(*QUICK), tmp_path)
     with pytest.raises(ValueError, match="resume=auto goes on"):
-        train(small("resume=never"), tmp_path)
+        train(small(*QUICK, "resume=never"), tmp_path)
     with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
-        train(small("sbp.keep_ratio=0.25", "resume=auto"), tmp_path)
+        train(small(*QUICK, "sbp.keep_ratio=0.25", "resume=auto"), tmp_path)
     before = find(tmp_path)[1]["state_dict"]
-    assert train(small("resume=auto"), tmp_path)["top1"] is not None  # finished: nothing is left to do
+    assert train(small(*QUICK, "resume=auto"), tmp_path)["top1"] is not None  # finished: nothing is left to do
     assert_equal(dict(find(tmp_path)[1]["state_dict"]), dict(before))
 
 
@@ -170,15 +172,15 @@ def test_a_run_goes_on_with_the_images_that_it_had_wherever_they_lie(tmp_path):
 
 def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_diverged(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
-    train(small("probe.every_steps=null", "checkpoint.every_steps=20", "checkpoint.keep=9"), one)
-    start = Checkpoints(one / "checkpoints").path(20)
-    overrides = ("probe.every_steps=null", f"resume={start}", "recipe.lr=1e-4", "recipe.clip_grad=1", "amp=float16")
-    train(small(*overrides), other)
-    assert min(line["step"] for line in record(other)) > 20 and record(other)[0]["lr"] < 1e-4
+    quick = (*QUICK, "log_every_steps=1")
+    train(small(*quick, "checkpoint.every_steps=2", "checkpoint.keep=9"), one)
+    start = Checkpoints(one / "checkpoints").path(2)
+    train(small(*quick, f"resume={start}", "recipe.lr=1e-4", "recipe.clip_grad=1", "amp=float16"), other)
+    assert min(line["step"] for line in record(other)) > 2 and record(other)[0]["lr"] < 1e-4
     content = find(other)[1]
-    assert content["step"] == 44 and content["run_id"] != find(one)[1]["run_id"] and content["scaler"]
+    assert content["step"] == 4 and content["run_id"] != find(one)[1]["run_id"] and content["scaler"]
     with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
-        train(small(f"resume={start}", "sbp.keep_ratio=0.25"), tmp_path / "third")
+        train(small(*quick, f"resume={start}", "sbp.keep_ratio=0.25"), tmp_path / "third")
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_what_is_wrong_with_the_network_or_the_batch_is_said_before_any_image_is
 
 
 def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
-    config = small("amp=float16", "recipe.ema_decay=0.9")
+    config = small("amp=float16", "recipe.ema_decay=0.9", "global_batch_size=16")
     images = setup.load_images(config, CPU)
     trainer = setup.build_trainer(config, images.order, CPU)
     batch = next(iter(images.train))[:2]
@@ -265,5 +267,5 @@ def test_accumulation_equals_one_large_batch(backbone):
 
 
 def test_without_sbp_there_is_no_cosine(tmp_path):
-    summary = train(small("sbp=none", "probe.every_steps=10"), tmp_path)
+    summary = train(small(*QUICK, "sbp=none", "probe.every_steps=2"), tmp_path)
     assert summary["gradient_cosine"] is None and summary["effective_keep_ratio"] == 1.0

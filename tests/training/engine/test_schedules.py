@@ -11,14 +11,11 @@ from sbp.training.engine.trainer import Trainer
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.runtime.distributed import pick_device
 from sbp.training.tasks.accuracy import evaluate
+from tests.conftest import others_long
 from tests.training.comparing import assert_equal, record
-from tests.training.configs import BACKBONES, small
+from tests.training.configs import BACKBONES, QUICK, small
 
 CPU = pick_device("cpu")
-QUICK = (  # 4 steps an epoch
-    "data=synthetic", "data.num_classes=10", "data.image_size=32", "data.train_images=64", "data.val_images=8",
-    "data.workers=0", "global_batch_size=16", "backbone.drop_path=0.1", "probe.every_steps=null", "probe.images=8",
-)  # fmt: skip
 
 
 def run(folder, *overrides, backbone="vit"):
@@ -28,7 +25,7 @@ def run(folder, *overrides, backbone="vit"):
     return dict(find(folder)[1]["state_dict"])
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("backbone", others_long(BACKBONES, "vit"))
 def test_with_all_epochs_exact_the_run_is_the_plain_one_bitwise(tmp_path, backbone):
     ends = [
         run(tmp_path / name, *overrides, backbone=backbone)
@@ -100,9 +97,13 @@ def run_in_parts(config, tmp_path, monkeypatch, stops):
 @pytest.mark.parametrize(
     ("keys", "ratios"),
     [
-        (("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.75"), (0.25, 0.5, 0.75)),
         (("sbp.keep_ratio=1", "sbp.keep_ratio_end=[0.25,0.5]", "sbp.layers=all"), (1, 0.6875, 0.375)),
-        (("sbp.keep_ratio=0.75", "sbp.keep_ratio_end=0.3", "sbp.exact_epochs=1"), (0.75, 0.3, 1)),
+        pytest.param(("sbp.keep_ratio=0.25", "sbp.keep_ratio_end=0.75"), (0.25, 0.5, 0.75), marks=pytest.mark.long),
+        pytest.param(
+            ("sbp.keep_ratio=0.75", "sbp.keep_ratio_end=0.3", "sbp.exact_epochs=1"),
+            (0.75, 0.3, 1),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )
@@ -127,7 +128,7 @@ def test_a_keep_ratio_changes_over_the_epochs_also_after_interruptions(tmp_path,
     assert [kept[step][1] for step in range(12)] == pytest.approx([ratios[step // 4] for step in range(12)], abs=0.03)
 
 
-@pytest.mark.parametrize("again", ["none", "block"])
+@pytest.mark.parametrize("again", others_long(["none", "block"], "block"))
 def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_path, monkeypatch, steps, again):
     overrides = ("recipe.epochs=3", "sbp.exact_epochs=2", "checkpoint.every_steps=1", "probe.every_steps=3")
     more = () if again == "none" else (f"sbp.exact_recompute={again}",)
@@ -141,7 +142,13 @@ def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_pa
     assert cosines.keys() == {3, 6, 9, 12} and max(cosines.values()) < 0.999  # what SBP would give
 
 
-@pytest.mark.parametrize(("how", "again"), [("true", "null"), ("blocks", "block"), ("blocks", "cheap")])
+@pytest.mark.parametrize(
+    ("how", "again"),
+    [
+        ("true", "null"),
+        *(pytest.param("blocks", again, marks=pytest.mark.long) for again in ("block", "cheap")),
+    ],
+)
 def test_exact_steps_of_a_compiled_model_are_exact(monkeypatch, how, again):
     real = torch.compile
     eager = {"backend": "eager"}

@@ -25,7 +25,7 @@ from sbp.training.plan.arms import BenchmarkRules
 from sbp.training.tasks.detection import synthetic
 from sbp.training.tasks.detection.heads import MaskRoIHeads
 from scripts.reproduction.published import TABLE_1
-from tests.conftest import others_long
+from tests.conftest import one_of, others_long
 from tests.training.configs import BACKBONES, composed, small
 
 MIB = 2**20
@@ -36,8 +36,10 @@ def parameters(config) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
-@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.mask=random", "sbp.mask_per=sample"])
+@pytest.mark.parametrize(
+    ("override", "backbone"),
+    one_of(2, ["sbp=none", "sbp=default", "sbp.mask=random", "sbp.mask_per=sample"], ["convnext", "vit"]),
+)
 def test_it_saves_what_a_real_step_saves(backbone, override):
     config = small(override, "sbp.rescale=true", backbone=backbone)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).train()
@@ -70,7 +72,7 @@ def test_advice_names_the_recomputation_of_exact_epochs():
     assert "sbp.exact_recompute" not in advice(small("global_batch_size=64"), 64, found["SBP"].peak)
 
 
-@pytest.mark.parametrize("amp", ["off", "bfloat16", "float16"])
+@pytest.mark.parametrize("amp", others_long(["off", "bfloat16", "float16"], "bfloat16"))
 def test_the_parts_are_those_of_adamw_and_add_up(amp):
     config = small(f"amp={amp}", "global_batch_size=64", "recipe.ema_decay=0.99")
     size, one = parameters(config), forecast(config, 32)
@@ -135,7 +137,7 @@ def test_casts_are_those_of_cudas_own_autocast(used, dtype):
         torch.clear_autocast_cache()
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", others_long(BACKBONES, "vit"))
 def test_less_is_kept_with_a_lower_ratio(backbone):
     config = small(backbone=backbone)
     peaks = [forecast(with_sbp(config, keep_ratio=ratio), 64).peak for ratio in (1.0, 0.5, 0.25)]
@@ -152,7 +154,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not():
     assert largest_micro_batch(small("recipe.mixup=0.8"), gib) % 2 == 0
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", others_long(BACKBONES, "vit"))
 def test_the_peak_is_that_of_an_independent_count(backbone):
     config = small("sbp=none", "recipe.label_smoothing=0", "global_batch_size=256", backbone=backbone)
     model = build_model(config.backbone, config.sbp, config.data.num_classes, config.data.image_size).train()
@@ -278,7 +280,9 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
-@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.recompute=cheap"])
+@pytest.mark.parametrize(
+    "override", others_long(["sbp=none", "sbp=default", "sbp.recompute=cheap"], "sbp.recompute=cheap")
+)
 def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     """With as many objects as the forecast assumes, and sampled regions that a real detector may have."""
     config = composed(

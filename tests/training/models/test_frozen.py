@@ -11,7 +11,8 @@ from sbp.training.memory.forecast import forecast
 from sbp.training.models.build import build_model
 from sbp.training.record.checkpoint import find
 from sbp.training.tasks.choice import task_of
-from tests.training.configs import composed, small
+from tests.conftest import others_long
+from tests.training.configs import QUICK, composed, small
 from tests.training.models.test_pretrained import CLASSIFIER, trained
 
 FROZEN = ("sbp=none", "backbone.frozen=true")
@@ -21,14 +22,15 @@ FROZEN = ("sbp=none", "backbone.frozen=true")
 def test_the_classifier_changes_and_nothing_else(tmp_path, backbone):
     weights = trained(small(backbone=backbone))
     torch.save(weights, tmp_path / "x.pth")
-    config = small(*FROZEN, f"backbone.pretrained={tmp_path / 'x.pth'}", "recipe.layer_decay=0.5", backbone=backbone)
+    start = f"backbone.pretrained={tmp_path / 'x.pth'}"
+    config = small(*QUICK, *FROZEN, start, "recipe.layer_decay=0.5", backbone=backbone)
     train(config, tmp_path / "run")
     after = find(tmp_path / "run")[1]["state_dict"]
     changed = {name for name, value in weights.items() if not torch.equal(after[name], value)}
     assert changed == {name for name in weights if name.startswith(CLASSIFIER[backbone])}
 
 
-@pytest.mark.parametrize("backbone", ["vit", "convnext"])
+@pytest.mark.parametrize("backbone", others_long(["vit", "convnext"], "vit"))
 def test_nothing_of_the_backbone_is_saved_and_its_weights_have_no_gradients(backbone):
     frozen, whole = (forecast(small(*given, backbone=backbone), 64) for given in (FROZEN, ("sbp=none",)))
     assert frozen.activations < 0.1 * whole.activations and frozen.gradients < 0.1 * whole.gradients

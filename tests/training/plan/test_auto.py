@@ -13,6 +13,7 @@ from sbp.training.memory.forecast import forecast, forecast_phases
 from sbp.training.plan import auto
 from sbp.training.plan.auto import Expected, FirstSteps, choose, differences
 from sbp.training.plan.gpus import find
+from sbp.training.plan.search import line
 from sbp.training.record.files import read_json
 from tests.training.configs import composed, small
 
@@ -22,13 +23,14 @@ H100 = find("h100")
 
 def test_the_largest_micro_batch_that_fits_is_chosen():
     config = small("micro_batch_size=auto", "global_batch_size=64", "amp=bfloat16")
-    whole = forecast(config, 64).peak
-    assert choose(config, CPU, 1, gpu=H100, available=2 * whole).micro_batch_size == 64
-    less = choose(config, CPU, 1, gpu=H100, available=0.7 * whole)
+    whole, found = forecast(config, 64).peak, line(replace(config, micro_batch_size=None))
+    given = {"gpu": H100, "forecast": lambda _: found}  # which takes its time
+    assert choose(config, CPU, 1, **given, available=2 * whole).micro_batch_size == 64
+    less = choose(config, CPU, 1, **given, available=0.7 * whole)
     assert less.micro_batch_size < 64 and 64 % less.micro_batch_size == 0 and less.peak <= 0.7 * whole
-    assert choose(config, CPU, 2, gpu=H100, available=2 * whole).step is None  # what processes exchange is not known
+    assert choose(config, CPU, 2, **given, available=2 * whole).step is None  # what processes exchange is not known
     with pytest.raises(ValueError, match="micro_batch_size=auto: by forecast not even the smallest one fits"):
-        choose(config, CPU, 1, gpu=H100, available=1e3)
+        choose(config, CPU, 1, **given, available=1e3)
 
 
 def test_a_share_of_a_model_is_not_forecast():

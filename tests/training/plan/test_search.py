@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
+import torch
 
 import sbp
 from sbp.training.memory.forecast import forecast, support, with_sbp
@@ -213,5 +214,14 @@ assert not search._can_fork()
 """
 
 
-def test_a_process_is_not_forked_where_a_backward_pass_would_fail_in_the_fork():
+def test_a_process_is_not_forked_where_a_backward_pass_fails_in_the_fork(monkeypatch):
+    def backward(self):
+        raise RuntimeError("autograd's threads are gone")
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    assert not search._can_fork()
+
+
+@pytest.mark.long
+def test_a_process_is_forked_until_a_backward_pass_would_fail_in_the_fork():
     subprocess.run([sys.executable, "-c", ASKED_BEFORE_AND_AFTER], check=True)

@@ -22,12 +22,12 @@ OFFLINE = LoggerConfig(name="wandb", offline=True)
 
 def test_the_offline_wandb_file_holds_what_metrics_jsonl_holds(tmp_path):
     with Tracker(tmp_path, OFFLINE, {"seed": 0}, run_id="abc12345") as tracker:
-        for step in range(1, 400):
+        for step in range(1, 150):
             figures = {f"gradient_cosine/blocks.{i}": step / (i + 3) for i in range(20)}
             tracker.log(step, figures | {"train/loss": 2 / step, "lr": 1e-3})
         tracker.summarise({"top1": 97.5})
     lines = read_metrics(tmp_path / "metrics.jsonl")
-    assert len(lines) == 399 and wandb_history(tmp_path) == lines
+    assert len(lines) == 149 and wandb_history(tmp_path) == lines
 
 
 def test_lines_after_the_checkpoint_and_half_a_line_are_taken_out(tmp_path):

@@ -74,7 +74,7 @@ def eager_copy(model):
     return model
 
 
-@pytest.mark.parametrize("name", others_slow(MODELS, ["vit", "convnext"], ["plain vit", "convnext, input"]))
+@pytest.mark.parametrize("name", others_slow(MODELS, ["vit"], ["plain vit", "convnext", "convnext, input"]))
 def test_few_kinds_of_blocks_with_the_gradients_of_eager_mode(name):
     model = MODELS[name]()
     keys = list(model.state_dict())
@@ -149,7 +149,7 @@ def test_a_run_with_compiled_blocks_saves_what_any_run_can_load(tmp_path, monkey
     monkeypatch.setattr(torch, "compile", lambda function, **kw: real(function, **kw | {"backend": "eager"}))
     ends = []
     for compiled in (False, "blocks"):
-        config = runs.configured("convnext", compile=compiled, recipe={"ema_decay": 0.9})
+        config = runs.configured("vit", compile=compiled, recipe={"ema_decay": 0.9})
         ends.append(runs.run(config, tmp_path / str(compiled)))
     for key in ("state_dict", "state_dict_ema"):
         for name, value in ends[0][key].items():

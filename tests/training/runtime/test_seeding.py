@@ -7,11 +7,11 @@ import torch
 from sbp.training.engine import setup
 from sbp.training.engine.train import train
 from sbp.training.runtime import seeding
-from tests.training.configs import small
+from tests.training.configs import QUICK, small
 
 
 def test_a_run_can_ask_for_deterministic_algorithms_and_the_next_one_has_its_own_choice(tmp_path):
-    train(small("deterministic=true", "sbp.mask=random", "recipe.ema_decay=0.9"), tmp_path)
+    train(small(*QUICK, "deterministic=true", "sbp.mask=random", "recipe.ema_decay=0.9"), tmp_path)
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
     setup.prepare_process(small())

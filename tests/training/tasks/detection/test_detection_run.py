@@ -22,6 +22,7 @@ from sbp.training.record.checkpoint import find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.tasks.choice import task_of
 from sbp.training.tasks.detection import synthetic
+from tests.conftest import others_long
 from tests.training.comparing import Interruption, assert_equal, interrupt_once_saved, record
 from tests.training.configs import composed, small_detector_run
 from tests.training.tasks.detection.coco_files import coco_folder, one_class
@@ -128,7 +129,7 @@ def test_a_run_interrupted_within_epochs_ends_bitwise_the_same(tmp_path, monkeyp
     assert record(whole) == record(parts)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
 def test_one_class_is_enough(tmp_path, name):
     """It is not counted with the background, neither by the config nor by the heads. A batch of this has an image
     without objects.

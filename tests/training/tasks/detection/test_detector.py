@@ -17,7 +17,7 @@ from sbp.training.runtime import wrapping
 from sbp.training.tasks.detection.detector import OBJECTS_AT_ONCE, Anchors, build_detector, load_body, overlaps
 from sbp.training.tasks.detection.heads import AlignedPool, crop_masks
 from tests import oracles
-from tests.conftest import assert_same_gradients
+from tests.conftest import assert_same_gradients, others_long
 from tests.training.tasks.detection.detectors import (
     BACKBONE,
     CLASSES,
@@ -122,7 +122,7 @@ def test_sbp_can_be_applied_to_the_whole_detector():
     assert_same_gradients(gradients(model, *batch()), gradients(expected, *batch()), tolerance=0)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "cascade_mask_rcnn"))
 def test_evaluation_is_the_plain_detectors_bit_for_bit(name):
     model = small_detector(name, keep_ratio=0.5).eval()
     images, targets = batch()
@@ -237,7 +237,7 @@ def test_layers_have_timms_names():
     assert isinstance(model.backbone.body, ConvNeXt)
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
 def test_under_autocast_boxes_stay_in_full_precision(name):
     model, (images, targets) = small_detector(name).float(), batch(320, 480)
     images = images.float()
