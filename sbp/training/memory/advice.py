@@ -44,7 +44,10 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
     share = config.global_batch_size // world_size
     unit = 2 if config.recipe.mixes else 1
     for smaller in sorted((n for n in range(unit, micro_batch_size, unit) if share % n == 0), reverse=True):
-        options.append((f"micro_batch_size={smaller} (same global_batch_size)", needed(config, smaller)))
+        try:
+            options.append((f"micro_batch_size={smaller} (same global_batch_size)", needed(config, smaller)))
+        except ValueError:  # a batch norm of one value a channel
+            break
         if options[-1][1] <= available:
             break
     fitting = [f"  {keys:<50} {size / 2**20:.1f} MiB" for keys, size in options if size <= available]
