@@ -24,12 +24,12 @@ WHY = "why.yaml"  # in the folder of results: why we think that a claim came out
 
 INTRODUCTION = """# Results
 
-What the talk on stochastic backpropagation claims, and what came out here. `python -m scripts.results` writes this file
-and its figures from the records in [results](results), which name device, versions, commit and command;
-`python scripts/study.py` makes such records. Nothing is chosen on the images that are measured on, and of every run the
-last epoch counts. "Published SBP" is a grid mask with a keep-ratio of one half, `qkv`, the published layers and a fresh
-mask for each step; what stands beside it differs in what its name says alone. More or fewer epochs: as many
-whole ones as come nearest to the time of the other.
+What the talk on stochastic backpropagation claims, and what came out here. `python -m scripts.results` writes this
+file and its figures from the records in [results](results). Those of the study name device, versions, commit and
+command (`-dirty`: with changes that were committed later); `python scripts/study.py` makes them. Nothing is chosen on
+the images that are measured on, and of every run the last epoch counts. "Published SBP" is a grid mask with a
+keep-ratio of one half, `qkv`, the published layers and a fresh mask for each step; what stands beside it differs in
+what its name says alone. More or fewer epochs: as many whole ones as come nearest to the time of the other.
 
 ## The rule
 
@@ -61,7 +61,8 @@ def text(folder: Path) -> str:
     known, begun = decided(evidence(folder))
     why = yaml.safe_load((folder / WHY).read_text()) if (folder / WHY).is_file() else {}
     of_claims = {name: one for name, one in known.items() if one.setting.starts_from is None}
-    parts = [INTRODUCTION, verdicts.RULE, "## In short", markdown(list(overview(of_claims)))]
+    parts = [INTRODUCTION, verdicts.RULE, "## In short"]
+    parts += ["\n".join(legend(of_claims)), markdown(list(overview(of_claims)))]
     parts += [f"Claim 7, Table 1: memory {memory_of_table_1(folder)}, accuracy not run."]
     parts += ["Our own questions; whether the first of each pair is better:", markdown(list(answers(of_claims)))]
     if begun:
@@ -79,6 +80,12 @@ def text(folder: Path) -> str:
             parts += list(table_2(folder))
     parts += list(beside.sections(folder))
     return "\n\n".join(parts) + "\n"
+
+
+def legend(known: dict[str, Evidence]) -> Iterator[str]:
+    """What is trained in each setting, a line for each."""
+    for name, one in known.items():
+        yield f"- {name}: {one.setting.label}"
 
 
 def overview(known: dict[str, Evidence]) -> Iterator[list[str]]:
