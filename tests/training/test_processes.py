@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sbp.cli.check_data import CheckDataConfig, check
+from sbp.cli.check_data import CheckDataConfig, DataError, check
 from sbp.training.engine.train import train as train_run
 from sbp.training.record.tracking import read_metrics
 from tests.training.configs import BACKBONES, ROOT, composed
@@ -142,7 +142,7 @@ def test_a_corrupt_image_with_any_name_ends_neither_training_nor_the_check_of_da
     assert shown in (tmp_path / "run" / "train.log").read_text()
     assert (tmp_path / "run" / "corrupt_images.txt").read_bytes() == b"train/a/caf\xe9.png (not an image)\n"
     (tmp_path / "check").mkdir()
-    with pytest.raises(SystemExit):
+    with pytest.raises(DataError):
         check(composed(*data, "data.workers=0", name="check_data", kind=CheckDataConfig), tmp_path / "check")
     assert (tmp_path / "check" / "corrupt_images.txt").read_bytes() == b"train/a/caf\xe9.png (not an image)\n"
     report = json.loads((tmp_path / "check" / "data_check.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from sbp.cli.check_data import CheckDataConfig, check
+from sbp.cli.check_data import CheckDataConfig, DataError, check
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.recipe import RecipeConfig
 from sbp.training.data.loading import TrainSampler, ValidationSampler, make_loader, readable, spread_samples
@@ -406,8 +406,8 @@ def checked(root, folder):
     code = 0
     try:
         check(composed(*given, name="check_data", kind=CheckDataConfig), folder)
-    except SystemExit as end:
-        code = end.code
+    except DataError:
+        code = 1
     return code, json.loads((folder / "data_check.json").read_text())
 
 
