@@ -55,6 +55,7 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
     before = None if distributed.from_main(distributed.is_main() and is_taken(folder)) else read_status(folder)
     if distributed.is_main() and before is not None:
         (folder / FAILURE).unlink(missing_ok=True)
+    threads = torch.get_num_threads()
     message = result = None  # an exception must not outlive its job: its frames hold the model
     try:
         config: Any = typed(given, kind)
@@ -83,6 +84,7 @@ def run_job(given: DictConfig, kind: type[C], job: Callable[[C, Path], Any]) -> 
     finally:
         if sweeping and distributed.is_main():
             _update_table(Path(hydra_config.sweep.dir))
+    torch.set_num_threads(threads)  # the next job may leave them to torch
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # else the next job meets this one's code, and its limit of compilations

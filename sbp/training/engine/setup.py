@@ -35,8 +35,6 @@ from sbp.training.tasks.choice import task_of
 
 log = logging.getLogger(__name__)
 
-_THREADS = torch.get_num_threads()  # torch's own choice, also after a job of the sweep that had another number
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -75,7 +73,8 @@ def prepare_process(config: Config) -> torch.device:
     Raises ValueError, on all processes, for CUDA where there is none, or too few devices.
     """
     seeding.set_deterministic(config.deterministic)
-    torch.set_num_threads(_THREADS if config.threads is None else config.threads)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     device = distributed.all_or_none(lambda: distributed.pick_device(config.device))
     if config.deterministic and device.type == "cuda" and not task_of(config).deterministic:
         raise ValueError(
