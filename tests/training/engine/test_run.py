@@ -1,12 +1,10 @@
 """Whole runs of `train`, in this process, on the digits."""
 
-import copy
 import json
 from dataclasses import asdict, replace
 
 import pytest
 import timm
-import torch
 from PIL import Image
 from timm.models import load_checkpoint
 
@@ -14,9 +12,6 @@ from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.train import train
-from sbp.training.engine.trainer import Trainer
-from sbp.training.models.build import build_model
-from sbp.training.models.optim import build_criterion, build_optimizer, build_scheduler
 from sbp.training.record.checkpoint import Checkpoints, find
 from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime.distributed import pick_device
@@ -198,72 +193,6 @@ def test_what_is_wrong_with_the_network_or_the_batch_is_said_before_any_image_is
     monkeypatch.setattr(setup, "load_images", None)
     with pytest.raises(ValueError, match=message):
         train(small(*override.split()), tmp_path)
-
-
-def test_float16_scales_the_loss_and_skips_a_step_that_overflows():
-    config = small("amp=float16", "recipe.ema_decay=0.9", "global_batch_size=16")
-    images = setup.load_images(config, CPU)
-    trainer = setup.build_trainer(config, images.order, CPU)
-    batch = next(iter(images.train))[:2]
-    first = trainer.scaler.get_scale()
-    trainer.step(0, [batch])
-    before = copy.deepcopy([trainer.model.state_dict(), trainer.ema.module.state_dict()])
-    infinite = (torch.full_like(batch[0], float("inf"), dtype=torch.float32), batch[1])
-    trainer.step(1, [infinite])
-    assert trainer.scaler.get_scale() == first / 2
-    assert_equal(before, [trainer.model.state_dict(), trainer.ema.module.state_dict()])
-    for step in range(2, 30):
-        loss = trainer.step(step, [batch])
-    assert loss < 2.1 and trainer.scaler.get_scale() <= first
-
-
-def test_a_step_that_is_left_out_leaves_batch_norms_as_they_were():
-    """Their averages of an infinite batch would stay: no checkpoint could be written any more."""
-    recipe = small().recipe
-    model = timm.create_model("test_efficientnet", num_classes=10)
-    optimizer = build_optimizer(model, recipe, 1e-2)
-    trainer = Trainer(
-        model, optimizer, build_scheduler(optimizer, recipe, 10), build_criterion(recipe), patched=False, accumulation=2
-    )
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    trainer.step(0, [(images, labels)] * 2)
-    before = {name: value.clone() for name, value in model.state_dict().items() if "running" in name}
-    trainer.backward(1, [(images, labels), (images * torch.inf, labels)])
-    assert not model.state_dict()["bn1.running_mean"].isfinite().all()
-    trainer.skip()
-    assert before and all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
-    trainer.step(2, [(images, labels)] * 2)
-    assert not torch.equal(model.state_dict()["bn1.running_mean"], before["bn1.running_mean"])
-
-
-def double_trainer(config, accumulation):
-    torch.manual_seed(0)
-    model = build_model(config.backbone, config.sbp, 10, 32).double()
-    optimizer = build_optimizer(model, config.recipe, 1e-2)
-    return Trainer(
-        model,
-        optimizer,
-        build_scheduler(optimizer, config.recipe, 10),
-        build_criterion(config.recipe),
-        accumulation=accumulation,
-        clip_grad=0.1,
-        hold_mask=True,
-    )
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-def test_accumulation_equals_one_large_batch(backbone):
-    config = small("backbone.drop_path=0", "recipe.optimizer=sgd", backbone=backbone)
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(12, 3, 32, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
-    labels = torch.arange(12) % 10
-    one, four = double_trainer(config, 1), double_trainer(config, 4)
-    for step, images in enumerate(batches):
-        loss = one.step(step, [(images, labels)])
-        split = four.step(step, zip(images.split(3), labels.split(3), strict=True))
-        torch.testing.assert_close(loss, split)
-    for name, value in one.model.state_dict().items():
-        torch.testing.assert_close(four.model.state_dict()[name], value, rtol=1e-10, atol=1e-12, msg=name)
 
 
 def test_without_sbp_there_is_no_cosine(tmp_path):
