@@ -46,6 +46,7 @@ def test_a_sweep_goes_on_after_a_failed_job_and_ends_with_a_table(tmp_path):
     assert (failed / "failure.txt").read_text().startswith("sbp.keep_ratio must be a number in (0, 1], got 2\n")
     assert read_status(failed)["message"] == "sbp.keep_ratio must be a number in (0, 1], got 2"
     assert find(done)[1]["step"] == 44
+    assert json.loads((done / "summary.json").read_text())["config"]["logger"]["group"] == "sweep"
     table = (folder / "table.md").read_text()
     assert table in result.stdout and "failed: sbp.keep_ratio must be" in table
     assert len((folder / "table.csv").read_text().splitlines()) == 3
@@ -60,7 +61,8 @@ def test_failed_jobs_leave_no_model_and_the_next_start_does_the_rest(tmp_path):
     assert begun(result) == ["seed 0", "seed 1", "seed 2", "seed 3"]
     failed, broken, stopped = (tmp_path / "sweep" / f"seed-{seed}" for seed in (1, 2, 3))
     assert (failed / "failure.txt").read_text().startswith("out of memory\n")
-    assert (broken / "failure.txt").read_text().startswith("RuntimeError: broken\n")
+    failure = (broken / "failure.txt").read_text()
+    assert failure.startswith("RuntimeError: broken\n") and 'raise RuntimeError("broken")' in failure  # the traceback
     assert not (stopped / "failure.txt").exists()
     table = (tmp_path / "sweep" / "table.md").read_text()
     assert table in result.stdout and "preempted at step 3 of 4" in table and "goes on from here" in result.stdout

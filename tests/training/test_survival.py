@@ -111,6 +111,28 @@ def test_two_processes_agree_to_stop(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_signal_to_loader_workers_too_costs_nothing(tmp_path, whole):
+    """As SLURM and a terminal send it: to every process of the job."""
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *RUN, "run_dir=parts", "data.workers=2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wait_until(lambda: read_status(tmp_path / "parts").get("step", 0) > 0, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2, "no workers"
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=100)
+    assert process.returncode == EXIT_PREEMPTED and "Traceback" not in err, err
+    assert read_status(tmp_path / "parts")["state"] == "preempted"
+    assert train("parts", folder=tmp_path).returncode == 0
+    assert_same_run(whole, tmp_path / "parts")
+
+
 def wait_until(happened, process):
     while not happened():
         assert process.poll() is None, process.communicate()[1]

@@ -30,10 +30,15 @@ def offline_folders(folder):
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
+def newest_records(folder, kind):
+    """Those of a kind of the newest offline run in a run's folder."""
+    (path,) = offline_folders(folder)[-1].glob("run-*.wandb")
+    return [getattr(record, kind) for record in wandb_records(path) if record.WhichOneof("record_type") == kind]
+
+
 def wandb_history(folder):
     """What the newest offline run in a run's folder logged."""
-    (path,) = offline_folders(folder)[-1].glob("run-*.wandb")
-    items = [record.history.item for record in wandb_records(path) if record.WhichOneof("record_type") == "history"]
+    items = [record.item for record in newest_records(folder, "history")]
     history = [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in item} for item in items]
     return [_own(line) for line in history]
 

@@ -104,8 +104,7 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     one) on these images, with mask number `draw` of the main process.
 
     Where a training pass is `collective`, all processes are needed for it, with the same images; else any one can do
-    it alone. What is found
-    depends on the weights, the images, the run's seed and `draw` only.
+    it alone. What is found depends on the weights, the images, the run's seed and `draw` only.
     """
     images, targets = trainer.to_device(images, targets)
     trainer.begin_training()

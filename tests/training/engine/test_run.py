@@ -195,6 +195,31 @@ def test_what_is_wrong_with_the_network_or_the_batch_is_said_before_any_image_is
         train(small(*override.split()), tmp_path)
 
 
+def test_what_a_run_is_about_to_do_is_said_and_kept(tmp_path, caplog):
+    """What an accuracy that falls short is looked for in: the batch, the learning rate, and what images go through."""
+    config = small(
+        *QUICK,
+        "recipe.lr_base_batch_size=64",
+        "recipe.layer_decay=0.7",
+        "global_batch_size=16",
+        "micro_batch_size=4",
+        "data.crop_pct=0.9",
+    )
+    with caplog.at_level("INFO"):
+        summary = train(config, tmp_path)
+    said = {line.split()[0]: " ".join(line.split()) for line in caplog.messages if line.strip()}
+    base = config.recipe.lr
+    assert "global batch 16 = 1 processes x 4 images x 4 accumulated; 4 steps per epoch" in said["global"]
+    assert f"lr {base / 4:g} ({base:g} for a batch of 64), of the classifier; times 0.7 for each layer" in said["lr"]
+    assert said["images"] == (
+        "images 64, preprocessing: shorter side to 35 px (bicubic), centre crop 32 px, "
+        "mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225]"
+    )
+    assert "keep_ratio 0.5 (effective 0.500), grid mask, mhsa_drop qkv" in said["sbp"]
+    assert (summary["lr"], summary["base_lr"], summary["accumulation"]) == (base / 4, base, 4)
+    assert summary["preprocessing"]["crop_pct"] == 0.9
+
+
 def test_without_sbp_there_is_no_cosine(tmp_path):
     summary = train(small(*QUICK, "sbp=none", "probe.every_steps=2"), tmp_path)
     assert summary["gradient_cosine"] is None and summary["effective_keep_ratio"] == 1.0

@@ -246,16 +246,6 @@ def test_a_disk_that_is_full_at_the_last_evaluation_costs_another_one(tmp_path, 
     assert summary["top1"] is not None and summary["best_step"] == 4
 
 
-def test_the_peak_of_training_outlives_what_is_excluded(monkeypatch):
-    now, peak = {}, PeakMemory(torch.device("cpu"))
-    monkeypatch.setattr(peak, "_now", lambda: {"memory/peak_allocated": now["bytes"]})
-    now["bytes"] = 5  # a step
-    with peak.excluded():
-        now["bytes"] = 900  # a probe
-    now["bytes"] = 3  # another step
-    assert peak.allocated() == 5
-
-
 @pytest.mark.long
 def test_what_a_kill_between_two_writes_left_undone_is_done_at_the_next_start(tmp_path, monkeypatch):
     config = small("recipe.epochs=2", "probe.every_steps=null")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from sbp.training.config.run import LoggerConfig
 from sbp.training.record import tracking
 from sbp.training.record.tracking import SENT, Tracker, read_metrics
-from tests.training.wandb_side import WandbServer, offline_folders, wandb_history
+from tests.training.wandb_side import WandbServer, newest_records, offline_folders, wandb_history
 
 OFFLINE = LoggerConfig(name="wandb", offline=True)
 
@@ -28,6 +29,21 @@ def test_the_offline_wandb_file_holds_what_metrics_jsonl_holds(tmp_path):
         tracker.summarise({"top1": 97.5})
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert len(lines) == 149 and wandb_history(tmp_path) == lines
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+def test_a_wandb_run_belongs_to_its_sweep_counts_optimizer_steps_and_says_how_it_ended(tmp_path, fails):
+    settings = LoggerConfig(name="wandb", offline=True, project="mine", group="ratios")
+    folder = tmp_path / "keep_ratio-0.5"
+    folder.mkdir()
+    with suppress(ZeroDivisionError), Tracker(folder, settings, {"seed": 3}, run_id="abc12345") as tracker:
+        tracker.log(7, {"lr": 1.0})
+        assert not fails or 1 / 0
+    run = newest_records(folder, "run")[0]
+    assert (run.run_id, run.project, run.run_group, run.display_name) == ("abc12345", "mine", "ratios", folder.name)
+    metrics = newest_records(folder, "metric")
+    assert any(one.glob_name == "*" and one.step_metric == "step" for one in metrics)
+    assert [one.exit_code for one in newest_records(folder, "exit")] == [int(fails)]
 
 
 def test_lines_after_the_checkpoint_and_half_a_line_are_taken_out(tmp_path):
