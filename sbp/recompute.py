@@ -88,18 +88,18 @@ def linear(
     """
     if not isinstance(layer, (Weights, nn.Conv2d)) and not is_plain(layer):
         assert weight is None and bias is None
-        return lambda x: _scaled(layer(_chain(before, x)), scale)
+        return lambda x: scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()
     if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
-        return lambda x: _scaled(layer(_chain(before, x)), scale)
+        return lambda x: scaled(layer(_chain(before, x)), scale)
     ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
     if not cheap:
-        return lambda x: _scaled(F.linear(_chain(before, x), ready.weight, ready.bias), ready.scale)
+        return lambda x: scaled(F.linear(_chain(before, x), ready.weight, ready.bias), ready.scale)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(one.training for one in modules) and has_dropout(*modules)
     first = partial(_chain, before), random
-    return lambda x: _scaled(_Linear.apply(*first, x, ready.weight, ready.bias, *reads), ready.scale)
+    return lambda x: scaled(_Linear.apply(*first, x, ready.weight, ready.bias, *reads), ready.scale)
 
 
 def stacked(*layers: Any) -> tuple[Tensor, Tensor | None]:
@@ -155,6 +155,10 @@ def lowered(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if lowers else x
 
 
+def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
+
+
 def _folds(scale: Tensor | None) -> bool:
     return scale is not None and lowered(scale).dtype != torch.float16
 
@@ -163,10 +167,6 @@ def _chain(steps: Sequence[Function], x: Tensor) -> Tensor:
     for step in steps:
         x = step(x)
     return x
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
 
 
 class _Linear(torch.autograd.Function):

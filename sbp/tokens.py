@@ -18,7 +18,7 @@ from sbp import input_gradient, recompute
 from sbp.attention import NOWHERE, Branch, Places, attend, attend_with_some_heads, heads_are_separate
 from sbp.functional import Streams, rescale_gradient, split
 from sbp.masks import Positions
-from sbp.recompute import Function, is_plain
+from sbp.recompute import Function, is_plain, scaled
 from sbp.settings import Settings
 from sbp.state import Grid, LayerMap, Shape, State
 
@@ -290,10 +290,6 @@ def drop_path_scale(drop_path: Any, x: Tensor) -> Tensor | None:
 
 def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return x + (branch if scale is None else branch * scale)
-
-
-def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    return x if scale is None else x * scale
 
 
 def _patch_size(patch_embed: Any) -> Grid:

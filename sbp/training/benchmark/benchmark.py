@@ -69,7 +69,7 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
         for name, record in records.items():
             if record["error"] is None and not time_is_up():
                 with _recorded(record, "largest_batch_error"):
-                    record["largest_batch"] = _largestmake_batch(config, ARMS[name], device, record)
+                    record["largest_batch"] = _largest_batch(config, ARMS[name], device, record)
                     record["largest_batch_estimated"] = _is_extrapolated(ARMS[name])
 
     running = [record for record in records.values() if record["error"] is None]
@@ -226,7 +226,7 @@ def memory(record: dict[str, Any]) -> int:
 # -- the largest batch
 
 
-def _largestmake_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
+def _largest_batch(config: BenchmarkConfig, arm: Arm, device: torch.device, record: dict[str, Any]) -> int:
     """How many images fit into the config's memory: by trial in eager mode; for a compiled or captured arm,
     which would be compiled or captured anew for each size, by extrapolation from its peak.
 
