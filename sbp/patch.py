@@ -208,9 +208,9 @@ def fixed_mask(model: nn.Module, keep: Tensor) -> Iterator[None]:
 def hold_mask(model: nn.Module) -> Iterator[None]:
     """One mask for all forward passes inside, such as the micro batches of an optimizer step.
 
-    Takes the model wrapped or not. The draw advances by one on leaving.
+    Takes the model wrapped or not. The draw advances by one on leaving; inside another one this changes nothing.
     """
-    own = states(model)
+    own = [state for state in states(model) if not state.held]
     for state in own:
         state.current = None  # what is held is drawn inside
     try:

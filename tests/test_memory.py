@@ -129,3 +129,10 @@ def test_a_storage_counts_once_and_parameters_do_not():
     assert sbp.saved_bytes(lambda: x @ weight.t()) == 4 * 8 * 4
     assert sbp.saved_bytes(lambda: (x[:2] * x[2:]).sum()) == 4 * 8 * 4
     assert sbp.saved_bytes(lambda: x.sin().cos()) == 2 * 4 * 8 * 4
+
+
+def test_a_weight_whose_gradient_is_not_wanted_everywhere_is_no_activation():
+    """As dropped positions read it that pass on the gradient of their input."""
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    x = torch.ones(4, 8, requires_grad=True)
+    assert sbp.saved_bytes(lambda: x @ weight.t() + x @ weight.detach().t()) == 4 * 8 * 4

@@ -397,6 +397,21 @@ def test_blocks_in_another_structure_are_refused_and_nothing_is_changed(change, 
     assert not any("sbp_state" in vars(module) for module in model.modules())
 
 
+def test_a_mask_held_within_another_is_that_one():
+    model = sbp.apply(small_vit(), mask="random", mask_per="sample")
+
+    def kept(images_in_batch):
+        model(images(batch=images_in_batch))
+        return sbp.state.states(model)[0].running.positions[-1].keep
+
+    with sbp.hold_mask(model):
+        four = kept(4)
+        with sbp.hold_mask(model):
+            assert torch.equal(kept(4), four)
+        assert torch.equal(kept(2), four[:2]) and sbp.mask_state(model)["draw"] == 0
+    assert sbp.mask_state(model)["draw"] == 1
+
+
 def test_the_mask_is_drawn_anew_after_an_error_in_hold_mask():
     model = sbp.apply(small_vit())
     with pytest.raises(RuntimeError, match="on purpose"), sbp.hold_mask(model):
