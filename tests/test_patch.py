@@ -412,6 +412,21 @@ def test_a_mask_held_within_another_is_that_one():
     assert sbp.mask_state(model)["draw"] == 1
 
 
+def test_gradients_of_gradients_are_refused_with_sbp_and_exact_without():
+    def penalty(model):
+        x = images(64).requires_grad_()
+        (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return gradient.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, model = small_convnext(), sbp.apply(small_convnext())
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty(model)
+    model.zero_grad()
+    with sbp.disabled(model):
+        assert_same_gradients(penalty(model), penalty(plain))
+
+
 def test_the_mask_is_drawn_anew_after_an_error_in_hold_mask():
     model = sbp.apply(small_vit())
     with pytest.raises(RuntimeError, match="on purpose"), sbp.hold_mask(model):
