@@ -13,6 +13,7 @@ from sbp.patch import disabled
 from sbp.state import states
 
 Gradient = dict[str, Tensor | None]  # by timm's own names; None where the loss does not depend on a parameter
+Loss = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class GradientCosine:
     norm_ratio_per_layer: dict[str, float]
 
 
-def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> GradientCosine:
+def gradient_cosine(model: nn.Module, compute_loss: Loss | Sequence[Loss]) -> GradientCosine:
     """Compares the gradient of `compute_loss()` with SBP to the one without, on the same random numbers.
 
     model: patched, in training mode, wrapped (DDP, FSDP2, torch.compile) or not. compute_loss: runs it and returns a
-    scalar. Gradients, buffers, random number generators and the masks to come are left as they were.
+    scalar; or several that do, one after the other, of parts of a batch that does not fit at once: their gradients are
+    added up (within `hold_mask` with one mask). Gradients, buffers, random number generators and the masks to come are
+    left as they were.
     Under FSDP all processes have to call it, and gradients are averaged over them: with the same images, random
     numbers and masks (`load_mask_state` sets the rank that masks are drawn for) the cosine is that of one process.
     Raises ValueError when the model is not patched, not in training mode, or frozen.
@@ -53,8 +56,8 @@ def gradient_cosine(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gra
     return compare_gradients(kept, full)
 
 
-def gradient(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gradient:
-    """The gradient of `compute_loss()`, a scalar that the model, patched or not, gives.
+def gradient(model: nn.Module, compute_loss: Loss | Sequence[Loss]) -> Gradient:
+    """The gradient of `compute_loss()`, a scalar that the model, patched or not, gives; or the sum of those of several.
 
     Gradients, buffers and random number generators are left as they were; masks are drawn. Raises ValueError when no
     parameter requires a gradient.
@@ -62,12 +65,14 @@ def gradient(model: nn.Module, compute_loss: Callable[[], Tensor]) -> Gradient:
     named = {name: p for name, p in _plain_names(model) if p.requires_grad}
     if not named:
         raise ValueError("there is no gradient to compare: no parameter of the model requires one")
-    parameters = list(named.values())
+    parameters, parts = list(named.values()), [compute_loss] if callable(compute_loss) else compute_loss
     with _undisturbed(model), torch.enable_grad():
         if any(isinstance(p, DTensor) for p in parameters):
-            found: Sequence[Tensor | None] = _sharded_gradient(compute_loss, parameters)
-        else:
-            found = torch.autograd.grad(compute_loss(), parameters, allow_unused=True)
+            return dict(zip(named, _sharded_gradient(parts, parameters), strict=True))
+        found: list[Tensor | None] = [None] * len(parameters)
+        for part in parts:
+            new = torch.autograd.grad(part(), parameters, allow_unused=True)
+            found = [b if a is None else a if b is None else a + b for a, b in zip(found, new, strict=True)]
     return dict(zip(named, found, strict=True))
 
 
@@ -104,13 +109,14 @@ def compare_gradients(one: Gradient, other: Gradient) -> GradientCosine:
     )
 
 
-def _sharded_gradient(compute_loss: Callable[[], Tensor], parameters: list[nn.Parameter]) -> list[Tensor | None]:
+def _sharded_gradient(parts: Sequence[Loss], parameters: list[nn.Parameter]) -> list[Tensor | None]:
     """FSDP gives the gradients of its shares in `.grad` alone, which is put back."""
     before = [p.grad for p in parameters]
     try:
         for p in parameters:
             p.grad = None
-        compute_loss().backward()
+        for part in parts:
+            part().backward()
         return [p.grad for p in parameters]
     finally:
         for p, grad in zip(parameters, before, strict=True):

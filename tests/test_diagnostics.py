@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_every_parameter_belongs_to_a_layer(make):
 def test_keep_ratio_1_has_a_cosine_of_1(make):
     model = sbp.apply(make(drop_path_rate=0.3), keep_ratio=1)
     assert sbp.gradient_cosine(model, compute(model)).total == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("make", [small_vit, small_convnext])
+def test_the_parts_of_a_batch_add_up(make):
+    """Also where a part has no gradient for some parameters."""
+    model = sbp.apply(make(), mask="random")
+    x = images(32 if make is small_vit else 64, batch=5)
+    head = torch.nn.Parameter(torch.ones((), dtype=x.dtype))
+    model.register_parameter("own", head)
+
+    def loss(part, own=False):
+        out = model(x[part]).square().sum()
+        return out * head if own else out
+
+    with sbp.hold_mask(model):
+        whole = sbp.gradient_cosine(model, lambda: loss(slice(0, 2), own=True) + loss(slice(2, None)))
+        parts = [partial(loss, slice(0, 2), own=True), partial(loss, slice(2, None))]
+        found = sbp.gradient_cosine(model, parts)
+        swapped = sbp.gradient_cosine(model, parts[::-1])
+    for one in (found, swapped):
+        assert one.total == pytest.approx(whole.total, abs=1e-12) and one.total < 0.99
+        assert one.per_layer == pytest.approx(whole.per_layer, abs=1e-12)
+        assert one.norm_ratio_per_layer == pytest.approx(whole.norm_ratio_per_layer, rel=1e-10)
 
 
 def test_no_gradient_at_all_is_no_difference():

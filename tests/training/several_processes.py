@@ -125,7 +125,7 @@ def train(backbone: str, kind: str, *, write: Path | None = None, read: Path | N
                 torch.save(state, write)
         trainer.step(step, islice(micro_batches, plan.accumulation))
     sampler = ValidationSampler(len(val_set), 10, distributed.rank(), distributed.world_size())
-    cosines = gradient_cosines(trainer, *spread_samples(train_set, 6, 0), draw=STEPS)
+    cosines = gradient_cosines(trainer, *spread_samples(train_set, 6, 0), draw=STEPS, at_once=4)
     models = {"state_dict": trainer.model, "state_dict_ema": trainer.ema.module}
     return {
         **{

@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,26 +100,29 @@ def saved_bytes_per_image(trainer: Trainer, images: Tensor, targets: Targets) ->
     return slope
 
 
-def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: int) -> dict[str, float]:
+def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: int, at_once: int) -> dict[str, float]:
     """gradient_cosine/total, gradient_cosine/<layer> and gradient_norm_ratio (of the gradient with SBP to the exact
     one) on these images, with mask number `draw` of the main process.
 
-    Where a training pass is `collective`, all processes are needed for it, with the same images; else any one can do
-    it alone. What is found depends on the weights, the images, the run's seed and `draw` only.
+    at_once: so many images go through the model in one pass, as the exact one needs far more memory than a step. Where
+    a training pass is `collective`, all processes are needed for it, with the same images; else any one can do it
+    alone. What is found depends on the weights, the images, the run's seed, `draw` and, where drop paths are drawn,
+    `at_once` only.
     """
-    images, targets = trainer.to_device(images, targets)
     trainer.begin_training()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
 
-    def loss() -> Tensor:
-        return trainer.plain_loss(images, targets) * scale
+    def loss(part: slice) -> Tensor:
+        share = len(images[part]) / len(images)
+        return trainer.plain_loss(*trainer.to_device(images[part], targets[part])) * scale * share
 
+    parts = [partial(loss, slice(first, first + at_once)) for first in range(0, len(images), at_once)]
     own = sbp.mask_state(trainer.model)
     sbp.load_mask_state(trainer.model, own | {"rank": 0, "draw": draw})
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), sbp.hold_mask(trainer.model):
         seeding.seed_everything(trainer.seed, seeding.PROBE, draw)
-        cosine = sbp.gradient_cosine(trainer.model, loss)
+        cosine = sbp.gradient_cosine(trainer.model, parts)
     sbp.load_mask_state(trainer.model, own)
     layers = {f"gradient_cosine/{name}": value for name, value in cosine.per_layer.items()}
     return {"gradient_cosine/total": cosine.total, "gradient_norm_ratio": cosine.norm_ratio} | layers

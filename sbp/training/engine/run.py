@@ -23,6 +23,7 @@ from sbp.training.runtime import distributed, signals
 from sbp.training.tasks.choice import task_of
 
 PICTURES = 4  # that wandb shows of each evaluation
+PROBE_PARTS = 4  # of a micro batch: exact backpropagation through a part fits where SBP through all of it does
 
 
 class Run:
@@ -133,7 +134,8 @@ class Run:
         self.trainer.make_room()
         with self.peak.excluded():
             draw = 0 if self.trainer.fixed_mask else self.step
-            return gradient_cosines(self.trainer, *self.images.probe, draw=draw)
+            at_once = max(1, self.images.order.plan.micro_batch_size // PROBE_PARTS)
+            return gradient_cosines(self.trainer, *self.images.probe, draw=draw, at_once=at_once)
 
     def save(self) -> None:
         """A checkpoint of now."""

@@ -23,7 +23,10 @@ def advice(config: Config, micro_batch_size: int, available: int, *, world_size:
     def needed(config: Config, micro_batch_size: int = micro_batch_size) -> int:
         return forecast(config, micro_batch_size, world_size=world_size).peak
 
-    lines = [f"forecast: {needed(config) / 2**20:.1f} MiB at the peak; available: {available / 2**20:.1f} MiB"]
+    step = needed(config)
+    lines = [f"forecast: {step / 2**20:.1f} MiB at the peak; available: {available / 2**20:.1f} MiB"]
+    if step <= available:
+        lines.append("so the step should have fitted; an evaluation takes less with a smaller eval_batch_size")
     options: list[tuple[str, int]] = []
     enable, sbp = "" if config.sbp.enabled else "sbp.enabled=true ", config.sbp
     exact = {} if sbp.enabled else {"keep_ratio": 1.0}

@@ -1,9 +1,20 @@
-"""Peak memory: of training alone, and of the process that needs most."""
+"""Peak memory, of training alone and of the process that needs most; and gradient cosines, which fit beside it."""
 
+import copy
+
+import pytest
 import torch
 
-from sbp.training.engine.probes import PeakMemory
+import sbp
+from sbp.training.engine import setup
+from sbp.training.engine.probes import PeakMemory, gradient_cosines
+from sbp.training.engine.train import train
+from sbp.training.engine.trainer import Trainer
 from sbp.training.runtime import distributed
+from tests.training.comparing import assert_equal
+from tests.training.configs import BACKBONES, QUICK, small
+
+CPU = distributed.pick_device("cpu")
 
 
 def test_the_peak_of_training_outlives_what_is_excluded(monkeypatch):
@@ -30,3 +41,25 @@ def test_a_run_starts_with_the_memory_that_it_has_then():
     with_block = PeakMemory(torch.device("cpu")).read()["memory/peak_rss"]
     del block
     assert PeakMemory(torch.device("cpu")).read()["memory/peak_rss"] < with_block - 2**27
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_cosines_are_the_same_in_parts(backbone):
+    config = small("backbone.drop_path=0", "sbp.mask=random", "probe.images=7", backbone=backbone)
+    images = setup.load_images(config, CPU)
+    trainer = setup.build_trainer(config, images.order, CPU)
+    before = copy.deepcopy((trainer.state_dict(), sbp.mask_state(trainer.model)))
+    whole, parts = (gradient_cosines(trainer, *images.probe, draw=3, at_once=one) for one in (7, 2))
+    assert parts == pytest.approx(whole, rel=1e-4) and whole["gradient_cosine/total"] < 0.999
+    assert_equal(before, (trainer.state_dict(), sbp.mask_state(trainer.model)))
+
+
+def test_exact_backpropagation_has_a_part_of_what_a_step_has_at_once(tmp_path, monkeypatch):
+    """Else the probe would be what does not fit into a memory that SBP fits into."""
+    seen = []
+    plain_loss = Trainer.plain_loss
+    monkeypatch.setattr(
+        Trainer, "plain_loss", lambda self, x, targets: seen.append(len(x)) or plain_loss(self, x, targets)
+    )
+    train(small(*QUICK, "global_batch_size=16", "probe.every_steps=2", "probe.images=10"), tmp_path)
+    assert set(seen) == {4, 2} and sum(seen) - 4 - 2 == 2 * 2 * 10, seen  # and the images of the saved bytes

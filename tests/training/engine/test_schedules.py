@@ -210,7 +210,9 @@ def test_a_fixed_mask_is_the_first_one_in_every_step_and_those_of_other_runs_dif
 
 def test_the_cosine_of_a_fixed_mask_is_that_of_the_mask_of_the_run(tmp_path, monkeypatch):
     numbers = []
-    monkeypatch.setattr("sbp.training.engine.run.gradient_cosines", lambda *_, draw: numbers.append(draw) or {})
+    monkeypatch.setattr(
+        "sbp.training.engine.run.gradient_cosines", lambda *_, draw, at_once: numbers.append(draw) or {}
+    )
     run(tmp_path / "fixed", "sbp.fixed_mask=true", "probe.every_steps=3")
     run(tmp_path / "fresh", "probe.every_steps=3")
     assert numbers == [0, 0, 3, 4]

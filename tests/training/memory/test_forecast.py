@@ -174,7 +174,8 @@ def test_advice_names_settings_that_fit():
     needed = forecast(config, 64).peak
     text = advice(config, 64, int(0.9 * needed))
     assert "sbp.keep_ratio=0.25" in text and "micro_batch_size=32" in text and "sbp.keep_ratio=1.0" not in text
-    assert "no single change" in advice(config, 64, 1000)
+    assert "no single change" in advice(config, 64, 1000) and "eval_batch_size" not in text
+    assert "the step should have fitted" in advice(config, 64, needed)
     plain = advice(small("sbp=none", "global_batch_size=64"), 64, int(0.9 * needed))
     assert "sbp.enabled=true sbp.keep_ratio=0.25" in plain
 
