@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from sbp.training.config.images import DataConfig
 from sbp.training.config.run import Config
-from sbp.training.data.classes import class_names
+from sbp.training.data.classes import class_names, labels
 from sbp.training.data.loading import SUBSTITUTES, Batch, Sample, SeededDataset, collate, make_loader, spread
 from sbp.training.data.naming import path
 from sbp.training.data.preprocessing import decode, decode_with_orientation, orientation, train_transform
@@ -171,8 +171,8 @@ def describe(name: str, place: str, dataset: Any) -> Split:
     if hasattr(dataset, "counts") and hasattr(dataset, "files"):
         split.objects = True
         split.per_class = Counter({label - 1: count for label, count in dataset.counts.items()})
-    elif hasattr(dataset, "targets"):
-        split.per_class = Counter(int(label) for label in dataset.targets)
+    elif hasattr(dataset, "targets") and (numbers := labels(dataset)) is not None:
+        split.per_class = Counter(map(int, numbers))
     else:
         split.counted = True
     if isinstance(dataset, ImageFolder):

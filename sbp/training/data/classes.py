@@ -16,7 +16,8 @@ def class_names(dataset: Any) -> list[str]:
     """The names in label order; [] where the data set has none."""
     reader: Any = getattr(dataset, "reader", None)
     named = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-    return list(getattr(dataset, "classes", None) or sorted(named, key=lambda name: named[name]))
+    listed = getattr(dataset, "classes", None) or getattr(dataset, "all_categories", None)  # as iNaturalist has them
+    return list(listed or sorted(named, key=lambda name: named[name]))
 
 
 def labels(dataset: Any) -> np.ndarray | None:
@@ -30,7 +31,10 @@ def labels(dataset: Any) -> np.ndarray | None:
         for name in ("targets", "labels"):
             if hasattr(holder, name):
                 found = np.asarray(getattr(holder, name))
+                found = found[:, 0] if found.ndim == 2 and hasattr(dataset, "compat") else found  # QMNIST
                 return found if found.ndim == 1 else None
+    if getattr(dataset, "target_type", None) == ["full"]:  # iNaturalist
+        return np.asarray([label for label, _ in dataset.index])
     return None
 
 

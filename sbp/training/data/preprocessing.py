@@ -8,6 +8,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor, nn
 from torchvision.transforms import Compose, InterpolationMode, RandomCrop, Resize
 
@@ -24,6 +25,8 @@ UPRIGHT = {  # what turns a stored image upright, by EXIF's number
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_TURN = ("nearest", "bilinear", "bicubic")  # the interpolations that Pillow turns and shears images by
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ def orientation(image: Image.Image) -> int:
 def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
     """timm's training transform, a PIL image to uint8 (3, H, W); resizing only when `recipe.augment` is false.
 
-    `Normalize` has the rest. Raises ValueError for a policy that timm does not know.
+    A policy turns and shears by bicubic interpolation where Pillow does not by the one that is asked for. `Normalize`
+    has the rest. Raises ValueError for a policy that timm does not know.
     """
+    size, asked = data.size_in_training, data.interpolation
+    of_policy = asked if recipe.auto_augment is None or asked in _TURN else "bicubic"
     try:
         transform = create_transform(
-            data.size_in_training,
+            size,
             is_training=True,
             use_prefetcher=True,  # leaves the images uint8
             no_aug=not recipe.augment,
@@ -91,17 +97,19 @@ def train_transform(data: DataConfig, recipe: RecipeConfig) -> Any:
             hflip=recipe.flip,
             color_jitter=recipe.color_jitter,
             auto_augment=recipe.auto_augment,
-            interpolation=data.interpolation,
+            interpolation=of_policy,
             mean=tuple(data.mean),  # what geometric augmentations fill with
             std=tuple(data.std),
         )
     except AssertionError as error:  # which timm raises for a policy that it does not know
         raise ValueError(f"recipe.auto_augment={recipe.auto_augment}: {error}") from None
-    if recipe.augment and recipe.crop_padding is not None:  # which timm has not
-        size, interpolation = data.size_in_training, InterpolationMode(data.interpolation)
-        crop = [Resize(size, interpolation), RandomCrop(size, padding=recipe.crop_padding)]
-        return Compose([*crop, *transform.transforms[1:]])  # in place of the resized crop
-    return transform
+    if not recipe.augment or (recipe.crop_padding is None and asked == of_policy):
+        return transform
+    if recipe.crop_padding is not None:  # which timm has not
+        crop = [Resize(size, InterpolationMode(asked)), RandomCrop(size, padding=recipe.crop_padding)]
+    else:
+        crop = [RandomResizedCropAndInterpolation(size, scale=(recipe.crop_scale, 1.0), interpolation=asked)]
+    return Compose([*crop, *transform.transforms[1:]])  # in place of the resized crop
 
 
 def validation_transform(data: DataConfig) -> Any:

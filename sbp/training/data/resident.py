@@ -32,7 +32,7 @@ class Crops:
 
     @classmethod
     def of(cls, recipe: RecipeConfig, seed: int) -> "Crops | None":
-        """Those that `train_transform` makes; None where `recipe.augment` is false."""
+        """Those that `train_transform` makes of square images; None where `recipe.augment` is false."""
         return cls(recipe.crop_padding or 0, recipe.flip, seed) if recipe.augment else None
 
     def draw(self, turn: int, length: int) -> np.ndarray:

@@ -98,9 +98,12 @@ class Shards(Dataset):
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """shard:member, as `tar --extract --file shard member` takes them; of a long name the first 100 characters."""
-        shard = self.shards[self.index.shard[index]]
-        header = self._read(index, self.index.offset[index] - _HEADER, _HEADER)
-        member = header[:100].rstrip(b"\0").decode(errors="surrogateescape")
+        shard, offset = self.shards[self.index.shard[index]], self.index.offset[index]
+        try:
+            header = self._read(index, offset - _HEADER, _HEADER)
+            member = header[:100].rstrip(b"\0").decode(errors="surrogateescape")
+        except OSError:  # as the image itself, perhaps, whose name this is to be
+            member = f"byte {offset}"
         return f"{shard if absolute else shard.name}:{member}"
 
     def _read(self, index: int, offset: int, size: int) -> bytes:
@@ -149,7 +152,10 @@ def expand(pattern: str) -> list[str]:
 
 
 def _matching(root: Path, name: str) -> list[Path]:
-    return sorted(root.glob(name)) if re.search(r"[*?\[]", name) else [root / name]
+    if not re.search(r"[*?\[]", name):
+        return [root / name]
+    where = Path(name).anchor or root
+    return sorted(Path(where).glob(str(Path(name).relative_to(Path(name).anchor))))
 
 
 def indexed(shards: list[Path], label: str) -> Index:

@@ -1,6 +1,6 @@
 """The sets of images. Each gives uint8 images (3, H, W) and labels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,14 +44,13 @@ def open_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Data
     return _dataset(data, "train", train_transform(data, recipe)), _dataset(data, "val", validation_transform(data))
 
 
-def prepare(data: DataConfig) -> None:
+def prepare(data: DataConfig, splits: Sequence[str] = ("train", "val")) -> None:
     """What one process does before all of them open the data sets: finds where images lie in tar shards, downloads."""
-    if data.source == "timm" and data.download:
-        for split in ("train", "val"):
+    for split in splits:
+        if data.source == "timm" and data.download:
             _dataset(data, split, None)
-    if data.source == "webdataset":
-        for split in (data.train_split, data.val_split):
-            shards, _, label = find_shards(Path(data.root or ""), split)
+        if data.source == "webdataset":
+            shards, _, label = find_shards(Path(data.root or ""), _split_name(data, split))
             indexed(shards, label)
 
 
@@ -116,9 +115,38 @@ def _dataset(data: DataConfig, split: str, transform: Any) -> Dataset:
         dataset._max_retries = 1  # timm would silently take the next image in place of an unreadable one
         dataset.load_bytes = True
         dataset.transform = Compose([decode, transform])
+        if hasattr(dataset.reader, "image_key"):
+            dataset.reader = Table(dataset.reader)  # type: ignore[assignment]
     elif isinstance(dataset, ImageFolder):
         dataset.loader, dataset.transform = _load, transform
     return dataset
+
+
+class Table:
+    """timm's reader of a table, in which a row without an image is one that cannot be read."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_reader":  # asked for before it is there, by what copies this
+            raise AttributeError(name)
+        return getattr(self._reader, name)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        try:
+            return self._reader[index]
+        except (TypeError, AssertionError):
+            raise OSError("no image") from None
+
+    def filename(self, *which: Any, **how: Any) -> str | None:
+        try:
+            return self._reader.filename(*which, **how)
+        except TypeError:
+            return None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from timm.data import create_transform
 from torchvision.datasets import VisionDataset
 
 from sbp.training.config.batches import plan_batches
-from sbp.training.config.images import DataConfig
+from sbp.training.config.images import INTERPOLATIONS, DataConfig
 from sbp.training.data import sources
-from sbp.training.data.classes import check_same_classes
+from sbp.training.data.classes import check_labels, check_same_classes
 from sbp.training.data.loading import (
     SeededDataset,
     TrainSampler,
@@ -379,6 +380,35 @@ def test_a_class_that_validation_lacks_is_named_before_it_shifts_the_labels(tmp_
     shutil.copytree(root / "val" / "cat", root / "val" / "dog")
     with pytest.raises(ValueError, match=r"split train, and .*, split val, have different classes: bee is in"):
         setup.load_images(config, CPU)
+
+
+def test_classes_of_inaturalist_and_qmnist_are_known_before_training():
+    """Which have them under names of their own."""
+    index = [(0, "a.jpg"), (2, "b.jpg"), (5, "c.jpg")]
+    inaturalist = SimpleNamespace(all_categories=["ant", "bee", "cat"], index=index, target_type=["full"])
+    with pytest.raises(ValueError, match=r"1 of 3 images have labels that are not in 0 to 2 .* with 5"):
+        check_labels(inaturalist, "here", 3, training=True)
+    inaturalist.index.pop()
+    check_labels(inaturalist, "here", 3, training=False)
+    with pytest.raises(ValueError, match=r"here has 3 classes, but data.num_classes is 4"):
+        check_labels(inaturalist, "here", 4, training=False)
+    qmnist = SimpleNamespace(targets=torch.tensor([[7, 1], [2, 1]]), compat=True)
+    with pytest.raises(ValueError, match=r"1 of 2 images have labels that are not in 0 to 2"):
+        check_labels(qmnist, "here", 3, training=False)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-n6-mstd0.5", "augmix", "original"])
+@pytest.mark.parametrize("padding", ["null", "4"])
+def test_every_interpolation_goes_with_every_policy(padding, policy):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 40, 3), dtype=np.uint8))
+    for name in INTERPOLATIONS:
+        augment = ("recipe.augment=true", f"recipe.auto_augment={policy}", f"recipe.crop_padding={padding}")
+        config = small(*augment, f"data.interpolation={name}")
+        transform = train_transform(config.data, config.recipe)
+        assert name in repr(transform.transforms[0]).lower()
+        for seed in range(12):
+            seeding.seed_host(seed)
+            assert transform(image).shape == (3, 32, 32)
 
 
 def test_names_of_classes_in_another_order_are_refused_too():

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import re
 import tarfile
 import time
@@ -145,6 +146,8 @@ def test_patterns_name_shards(tmp_path):
     split = "data.train_split='small-train-{00..02}.tar'"
     train, val = build_datasets(config(root, split, "data.val_split=small-val*.tar").data, small().recipe)
     assert (len(train), len(val)) == (30, 101)
+    by_place = f"data.val_split='{root}/small-val*.tar'"
+    assert len(build_validation_set(config(tmp_path, by_place).data)) == 101
     for split, message in [
         ("validation", "no split validation: .* no _info.json .* pattern such as validation-{0000..1023}.tar"),
         ("'small-validation-{00..11}.tar'", "no shard .*small-validation-11.tar"),
@@ -213,6 +216,10 @@ def test_a_corrupt_image_in_a_shard_is_named(tmp_path):
     (batch,) = make_loader(images, ValidationSampler(len(images), 101), seed=0, workers=0, device=CPU)
     assert len(batch.images) == 100
     with pytest.raises(ValueError, match=rf"{shard}:some/0013.png \(not an image\)"):
+        readable(batch)
+    shard.unlink()
+    (batch,) = make_loader(images, ValidationSampler(len(images), 101), seed=0, workers=0, device=CPU)
+    with pytest.raises(ValueError, match=rf"cannot read 10 of the images: {shard}:byte \d+ \(.*No such file"):
         readable(batch)
 
 
@@ -444,10 +451,11 @@ def test_streams_are_refused_with_what_to_do_instead(name, instead):
         build_validation_set(settings.data)
 
 
-def parquet_folder(root, bad=None, labels=None):
+def parquet_folder(root, bad=None, labels=None, instead=None):
     """101 images in two files for each split, as a column of bytes, with integer labels.
 
-    labels: those of a split that are not as in the others: split -> image -> label.
+    instead: image -> the cell in its place. labels: those of a split that are not as in the others: split -> image ->
+    label.
     """
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -457,6 +465,7 @@ def parquet_folder(root, bad=None, labels=None):
     for split in ("train", "validation"):
         for part, numbers in enumerate((range(50), range(50, 101))):
             images = [{"bytes": b"no image" if i == bad else png(i), "path": f"{i:04}.png"} for i in numbers]
+            images = [(instead or {}).get(i, image) for i, image in zip(numbers, images, strict=True)]
             own = (labels or {}).get(split, {})
             table = pyarrow.table({"image": images, "label": [own.get(i, i % 2) for i in numbers]})
             parquet.write_table(table, root / f"{split}-{part:05}-of-00002.parquet")
@@ -489,6 +498,17 @@ def test_a_corrupt_image_in_a_parquet_file_is_named(tmp_path):
     assert len(batch.images) == 100
     with pytest.raises(ValueError, match=r"image 60 \(0060.png\) \(not an image\)"):
         readable(batch)
+
+
+def test_a_row_without_an_image_is_named_too(tmp_path):
+    nulls = {60: None, 61: {"bytes": None, "path": None}, 62: {"bytes": b"", "path": ""}}
+    settings = parquet_config(parquet_folder(tmp_path / "data", instead=nulls), tmp_path / "cache")
+    images = build_validation_set(settings.data)
+    (batch,) = make_loader(images, ValidationSampler(len(images), 101), seed=0, workers=0, device=CPU)
+    assert len(batch.images) == 98
+    with pytest.raises(ValueError, match="cannot read 3 of the images: image 60; image 61; image 62"):
+        readable(batch)
+    assert pickle.loads(pickle.dumps(images))[0][1] == images[0][1]  # as it goes to loader processes
 
 
 WORDS = {i: ("ant", "bee")[i % 2] for i in range(101)}

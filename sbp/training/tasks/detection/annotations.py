@@ -21,6 +21,7 @@ _KEYS = {
     "categories": ("id", "name"),
 }
 _LEAST_COORDINATES = 6  # a polygon of fewer than three points has no area; pycocotools takes four numbers for a box
+_FARTHEST = 1e6  # a coordinate; pycocotools ends the process without a word at larger ones
 
 Row = dict[str, Any]
 
@@ -60,6 +61,7 @@ def read_annotations(file: Path) -> dict[str, Any]:
             if row.get(key, 0) is None:
                 del row[key]
     _each(file, "images", content["images"], _image_fault)
+    _each(file, "categories", content["categories"], _category_fault)
     sizes = {row["id"]: (row["height"], row["width"]) for row in content["images"]}
     _each(file, "annotations", content["annotations"], lambda row: annotation_fault(row, sizes[row["image_id"]]))
     return content
@@ -73,7 +75,8 @@ def _each(file: Path, part: str, rows: Iterable[Row], fault: Callable[[Row], str
             found.append((f"number {number}" if row.get("id") is None else row["id"], said))
     if found:
         also = f" ({len(found)} {part} have such faults)" if len(found) > 1 else ""
-        raise ValueError(f"{file}: {part.removesuffix('s')} {found[0][0]}: {found[0][1]}{also}")
+        one = {"categories": "category"}.get(part, part.removesuffix("s"))
+        raise ValueError(f"{file}: {one} {found[0][0]}: {found[0][1]}{also}")
 
 
 def _image_fault(row: Row) -> str:
@@ -83,10 +86,16 @@ def _image_fault(row: Row) -> str:
     return "" if isinstance(row["file_name"], str) else f'its "file_name" is {_short(row["file_name"])}, and no text'
 
 
+def _category_fault(row: Row) -> str:
+    return "" if isinstance(row["name"], str) else f'its "name" is {_short(row["name"])}, and no text'
+
+
 def annotation_fault(row: Row, size: tuple[int, int]) -> str:
     """What is wrong with an annotation of an image of this size (height, width); "" where nothing is."""
     if not _numbers(row["bbox"]) or len(row["bbox"]) != 4:
         return f'its "bbox" is {_short(row["bbox"])}, and must be x, y, width, height'
+    if min(row["bbox"][2:]) < 0:
+        return f'its "bbox" is {_short(row["bbox"])}, and width and height must not be negative'
     if not _numbers([row.get("area", 0)]):
         return f'its "area" is {_short(row["area"])}, and must be a number'
     if row.get("iscrowd", 0) not in (0, 1):
@@ -101,6 +110,9 @@ def annotation_fault(row: Row, size: tuple[int, int]) -> str:
             f'its "segmentation" is {_short(segmentation)}, and must be a list of polygons, each a list x, y, x, y, '
             "..., or run lengths"
         )
+    farthest = max((max(max(polygon), -min(polygon)) for polygon in segmentation if polygon), default=0)
+    if farthest > _FARTHEST:
+        return f'its "segmentation" has the coordinate {farthest:g}, far from any image'
     return ""
 
 

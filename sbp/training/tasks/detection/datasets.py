@@ -22,7 +22,7 @@ def build_datasets(data: DataConfig, recipe: RecipeConfig) -> tuple[Dataset, Dat
     val = build_validation_set(data)  # the smaller one: what is wrong with both is said sooner
     train = _dataset(data, "train", TrainTransform(data, recipe))
     if isinstance(train, CocoImages) and isinstance(val, CocoImages) and train.categories != val.categories:
-        number, name = min(set(train.categories.items()) ^ set(val.categories.items()))
+        number, name = min(set(train.categories.items()) ^ set(val.categories.items()), key=str)
         raise ValueError(
             f"{train.file} and {val.file} have different categories: {name} ({number}) is in one of them only"
         )

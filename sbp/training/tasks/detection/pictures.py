@@ -38,9 +38,18 @@ def predicted(
     """
     was_training = model.training
     model.eval()
+    try:
+        return _predicted(model, dataset, spread(len(dataset), count), normalize, amp, threshold)
+    finally:
+        model.train(was_training)
+
+
+def _predicted(
+    model: nn.Module, dataset: Any, indices: Sequence[int], normalize: nn.Module | None, amp: str, threshold: float
+) -> list[tuple[str, Image.Image]]:
     pictures: list[tuple[str, Image.Image]] = []
     seeded = SeededDataset(dataset, 0)
-    for index in spread(len(dataset), count):
+    for index in indices:
         images, targets = readable(collate([seeded[0, index]]))
         (found,) = detect(model, images, targets, normalize, amp)
         height, width = targets[0]["size"]
@@ -48,7 +57,6 @@ def predicted(
         name = Path(path(dataset, index)).stem
         taken = any(name == other for other, _ in pictures)  # of a file of the same name in another folder
         pictures.append((f"{name}-{index}" if taken else name, to_pil_image(picture)))
-    model.train(was_training)
     return pictures
 
 

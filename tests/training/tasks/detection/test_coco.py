@@ -259,6 +259,8 @@ LIST = uncompressed(disc(SIZES[0], 40, 20, 10))
         ("bbox", None, 'its "bbox" is null, and must be x, y, width, height'),
         ("bbox", [1, 2, 3], r'its "bbox" is \[1, 2, 3\], and must be x, y, width, height'),
         ("bbox", [1, 2, 3, float("inf")], 'its "bbox" is .*, and must be x, y, width, height'),
+        ("bbox", [30, 2, -3, 5], 'its "bbox" is .*, and width and height must not be negative'),
+        ("segmentation", [[5, 4, 25, -1e10, 25, 14]], 'its "segmentation" has the coordinate 1e[+]10, far from any'),
         ("area", "40", 'its "area" is "40", and must be a number'),
         ("iscrowd", "no", 'its "iscrowd" is "no", and must be 0 or 1'),
     ],
@@ -285,6 +287,22 @@ def test_an_annotation_that_is_not_as_cocos_is_named_at_the_start(tmp_path, key,
 def test_an_image_that_is_not_as_cocos_is_named(tmp_path, key, value, message):
     with pytest.raises(ValueError, match=f"instances_train.json: image 11: its {message}"):
         opened(coco_folder(tmp_path, **changed("images", key, value)))
+
+
+@pytest.mark.parametrize("name", [None, 3, ["cat"]])
+def test_a_category_without_a_name_is_named(tmp_path, name):
+    with pytest.raises(ValueError, match=r'category \S+: its "name" is .*, and no text'):
+        opened(coco_folder(tmp_path, **changed("categories", "name", name)))
+
+
+def test_categories_of_which_only_one_file_numbers_them_differ(tmp_path):
+    root = coco_folder(tmp_path)
+    whole = content()
+    whole["categories"] = [row | {"id": str(row["id"])} for row in whole["categories"]]
+    whole["annotations"] = [row | {"category_id": str(row["category_id"])} for row in whole["annotations"]]
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match="have different categories"):
+        plain(coco_settings(root))
 
 
 def test_how_many_are_wrong_is_said(tmp_path):

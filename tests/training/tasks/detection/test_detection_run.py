@@ -40,6 +40,17 @@ FOUR_IMAGES = (
 )  # fmt: skip
 
 
+def test_pictures_that_fail_cost_a_warning_and_no_figures(tmp_path, monkeypatch, caplog):
+    def gone(*args, **kwargs):
+        raise ValueError("cannot read 1 of the images")
+
+    monkeypatch.setattr("sbp.training.tasks.detection.pictures.readable", gone)
+    overrides = ("recipe.epochs=1", "eval_every_epochs=1", "probe.every_steps=null", "detector.rois_per_image=8")
+    summary = train(small_detector_run(*overrides, "logger=wandb", "logger.offline=true"), tmp_path)
+    assert summary["box_ap"] is not None
+    assert "wandb gets no pictures of this evaluation: cannot read 1 of the images" in caplog.text
+
+
 @pytest.mark.long
 def test_a_detector_learns_four_images_by_heart_records_it_and_is_evaluated(tmp_path):
     summary = train(composed(*FOUR_IMAGES, "logger=wandb", "logger.offline=true"), tmp_path)
