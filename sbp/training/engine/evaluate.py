@@ -12,9 +12,10 @@ from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
 from sbp.training.data.classes import check_same_classes, class_names
 from sbp.training.data.loading import ValidationSampler, make_loader
+from sbp.training.data.sources import prepare
 from sbp.training.engine import setup
 from sbp.training.models.build import fit_position_embedding
-from sbp.training.record.checkpoint import choose_weights, find, load_weights
+from sbp.training.record.checkpoint import choose_weights, find, load, load_weights
 from sbp.training.record.files import write_json
 from sbp.training.runtime import distributed, signals
 from sbp.training.tasks.choice import task_of
@@ -27,7 +28,9 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
 
     Raises ValueError for a checkpoint that is damaged or does not fit the model, and for bad data.
     """
-    path, checkpoint = find(Path(request.checkpoint))
+    # A run's folder may get a newer one meanwhile, so that one process chooses.
+    path = distributed.only_main(lambda: find(Path(request.checkpoint))[0])
+    checkpoint = distributed.all_or_none(lambda: load(path))
     config = validate(overridden(from_dict(Config, checkpoint["config"]), request))
     if config.sbp.eval == "published" and not config.sbp.enabled:
         raise ValueError(f"sbp.eval=published, but {path} was trained without SBP")
@@ -37,7 +40,8 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
     if request.pictures and not task.draws:
         raise ValueError(f"pictures={request.pictures} needs a run with task=detection; {path} is of another one")
     device = setup.prepare_process(config)
-    images = task.build_validation_set(config)
+    distributed.only_main(lambda: prepare(config.data, ["val"]))
+    images = distributed.all_or_none(lambda: task.build_validation_set(config))
     trained = checkpoint.get("data", {"classes": []})["classes"]
     check_same_classes(trained, class_names(images), (f"the run of {path}", "what it is to be evaluated on"))
     model = task.build_model(config).to(device)

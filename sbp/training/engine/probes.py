@@ -7,7 +7,7 @@ import ctypes
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import sbp
+from sbp.state import states
 from sbp.training.engine.trainer import Targets, Trainer
 from sbp.training.runtime import distributed, seeding
 
@@ -104,10 +105,11 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     """gradient_cosine/total, gradient_cosine/<layer> and gradient_norm_ratio (of the gradient with SBP to the exact
     one) on these images, with mask number `draw` of the main process.
 
-    at_once: so many images go through the model in one pass, as the exact one needs far more memory than a step. Where
-    a training pass is `collective`, all processes are needed for it, with the same images; else any one can do it
-    alone. What is found depends on the weights, the images, the run's seed, `draw` and, where drop paths are drawn,
-    `at_once` only.
+    at_once: so many images go through the model in one pass, as the exact one needs far more memory than a step; with
+    one mask for all of them, or for `sbp.mask_per=sample` or half with others in each pass, as in a step. Where a
+    training pass is `collective`, all processes are needed for it, with the same images; else any one can do it
+    alone. What is found depends on the weights, the images, the run's seed, `draw` and, where
+    drop paths or more than one mask are drawn, `at_once` only.
     """
     trainer.begin_training()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine
@@ -120,7 +122,9 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     own = sbp.mask_state(trainer.model)
     sbp.load_mask_state(trainer.model, own | {"rank": 0, "draw": draw})
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), sbp.hold_mask(trainer.model):
+    of_batch = all(state.settings.mask_per == "batch" for state in states(trainer.model))
+    held = sbp.hold_mask(trainer.model) if of_batch else nullcontext()
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), held:
         seeding.seed_everything(trainer.seed, seeding.PROBE, draw)
         cosine = sbp.gradient_cosine(trainer.model, parts)
     sbp.load_mask_state(trainer.model, own)

@@ -1,5 +1,6 @@
 """One training run: its parts, where it stands, and what happens between its steps."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,10 @@ from sbp.training.record.tracking import Tracker, new_run_id
 from sbp.training.runtime import distributed, signals
 from sbp.training.tasks.choice import task_of
 
+log = logging.getLogger(__name__)
+
 PICTURES = 4  # that wandb shows of each evaluation
-PROBE_PARTS = 4  # of a micro batch: exact backpropagation through a part fits where SBP through all of it does
+PROBE_PARTS = 4  # of a micro batch: exact backpropagation through one fits where SBP through all of them does
 
 
 class Run:
@@ -76,9 +79,16 @@ class Run:
         load_weights(self.trainer.model, content["state_dict"])  # says what does not fit; then all the rest
         self.trainer.load_state_dict(content)
         self.step = content["step"]
+        if not origin.own and self.step >= self.total_steps:
+            raise ValueError(
+                f"resume={self.config.resume} stands at step {self.step}, and this run ends at {self.total_steps}: "
+                "nothing is left to train"
+            )
         if origin.own:
             self.run_id = content["run_id"]
             self.incidents.load_state_dict(content["incidents"])
+            if origin.path != self.checkpoints.path(self.step):  # which is damaged, if it is there
+                self.save()
 
     def _announce(self) -> None:
         """Says and records what the run is about to do."""
@@ -134,7 +144,7 @@ class Run:
         self.trainer.make_room()
         with self.peak.excluded():
             draw = 0 if self.trainer.fixed_mask else self.step
-            at_once = max(1, self.images.order.plan.micro_batch_size // PROBE_PARTS)
+            at_once = max(2, self.images.order.plan.micro_batch_size // PROBE_PARTS // 2 * 2)
             return gradient_cosines(self.trainer, *self.images.probe, draw=draw, at_once=at_once)
 
     def save(self) -> None:
@@ -188,7 +198,11 @@ class Run:
             return []
         dataset = self.images.validation.dataset.dataset
         model, normalize = self.trainer.model, self.trainer.normalize
-        return self.task.pictures(model, dataset, PICTURES, normalize=normalize, amp=self.config.amp)
+        try:
+            return self.task.pictures(model, dataset, PICTURES, normalize=normalize, amp=self.config.amp)
+        except (ValueError, OSError) as error:  # of an image that could be read a moment ago
+            log.warning("wandb gets no pictures of this evaluation: %s", error)
+            return []
 
     def _keep_if_best(self) -> None:
         """Makes the checkpoint of now best.pt when no evaluation on record was better."""

@@ -54,6 +54,26 @@ def test_cosines_are_the_same_in_parts(backbone):
     assert_equal(before, (trainer.state_dict(), sbp.mask_state(trainer.model)))
 
 
+@pytest.mark.parametrize("mask_per", ["sample", "half"])
+def test_images_that_have_masks_of_their_own_have_them_in_parts_too(monkeypatch, mask_per):
+    """The same few in each part would be less than a step has."""
+    config = small("sbp.mask=random", f"sbp.mask_per={mask_per}", "probe.images=8")
+    images = setup.load_images(config, CPU)
+    trainer = setup.build_trainer(config, images.order, CPU)
+    (state,) = sbp.state.states(trainer.model)
+    plain_loss, masks = trainer.plain_loss, set()
+
+    def noted(*batch):
+        loss = plain_loss(*batch)
+        masks.update(map(tuple, state.running.positions[-1].keep.tolist()))
+        return loss
+
+    monkeypatch.setattr(trainer, "plain_loss", noted)
+    gradient_cosines(trainer, *images.probe, draw=3, at_once=2)
+    assert len(masks) == 8  # two for each of four parts
+    assert sbp.mask_state(trainer.model)["draw"] == 0
+
+
 def test_exact_backpropagation_has_a_part_of_what_a_step_has_at_once(tmp_path, monkeypatch):
     """Else the probe would be what does not fit into a memory that SBP fits into."""
     seen = []

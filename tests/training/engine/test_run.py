@@ -1,6 +1,7 @@
 """Whole runs of `train`, in this process, on the digits."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,7 +13,7 @@ from sbp.training.config.requests import EvalConfig
 from sbp.training.engine import setup
 from sbp.training.engine.evaluate import evaluate_checkpoint
 from sbp.training.engine.train import train
-from sbp.training.record.checkpoint import Checkpoints, find
+from sbp.training.record.checkpoint import Checkpoints, find, load
 from sbp.training.record.tracking import read_metrics
 from sbp.training.runtime.distributed import pick_device
 from tests.conftest import others_long
@@ -176,6 +177,22 @@ def test_a_run_starts_from_a_checkpoint_of_another_one_with_what_helps_one_that_
     assert content["step"] == 4 and content["run_id"] != find(one)[1]["run_id"] and content["scaler"]
     with pytest.raises(ValueError, match=r"sbp\.keep_ratio was 0\.5 and is now 0\.25"):
         train(small(*quick, f"resume={start}", "sbp.keep_ratio=0.25"), tmp_path / "third")
+    last = Checkpoints(one / "checkpoints").path(4)
+    with pytest.raises(ValueError, match=r"step-00000004.pt stands at step 4, and this run ends at 4: nothing is left"):
+        train(small(*quick, f"resume={last}", "recipe.lr=1e-4"), tmp_path / "fourth")
+
+
+def test_of_two_copies_of_the_last_checkpoint_the_good_one_stays(tmp_path):
+    """As they are after a run's folder was copied: best.pt is the file of a step no more."""
+    train(small(*QUICK), tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    for name in ("summary.json", "status.json"):
+        (tmp_path / "copy" / name).unlink()
+    damaged = Checkpoints(tmp_path / "copy" / "checkpoints").path(4)
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    assert train(small(*QUICK), tmp_path / "copy")["best_step"] == 4
+    for path in (damaged, damaged.with_name("best.pt")):
+        assert_equal(dict(load(path)["state_dict"]), dict(find(tmp_path / "one")[1]["state_dict"]))
 
 
 @pytest.mark.parametrize(
