@@ -15,6 +15,7 @@ from sbp.cli.compose import register
 from sbp.cli.launch import command
 from sbp.training.config.batches import plan_batches
 from sbp.training.config.keys import check_limits, key
+from sbp.training.config.requests import world_size
 from sbp.training.config.run import Config
 from sbp.training.memory import forecast as forecasts
 from sbp.training.memory.allocations import PARTS
@@ -47,15 +48,18 @@ def report(config: ForecastConfig, folder: Path) -> None:
     """Prints the forecast and writes forecast.json. Raises ValueError for what the user got wrong."""
     check_limits(config)
     run = Config(**{field.name: getattr(config, field.name) for field in fields(Config)})
-    plan = plan_batches(run.global_batch_size, run.micro_batch_size, config.world_size)
+    processes = world_size(config)
+    plan = plan_batches(run.global_batch_size, run.micro_batch_size, processes)
     batch = plan.micro_batch_size
-    how: Any = {"world_size": config.world_size, "rules": RULES[config.rules]}
+    how: Any = {"world_size": processes, "rules": RULES[config.rules]}
 
     of_phases = forecasts.forecast_phases(run, batch, **how)
     name, one = max(of_phases.items(), key=lambda pair: pair[1].peak)
     sbp = f"SBP, keep_ratio {run.sbp.keep_ratio}" if run.sbp.enabled else "no SBP"
     log.info("forecast   %s, %s, amp %s, rules of %s", run.backbone.name, sbp, run.amp, config.rules)
     log.info("batch      %d images at once, %d accumulated", batch, plan.accumulation)
+    if run.parallel == "fsdp":
+        log.info("parallel   ddp, where each process holds the whole model: fsdp needs less than this")
     if len(of_phases) > 1:
         log.info("phases     %s", ", ".join(f"{each}: {mib(found.peak):.1f} MiB" for each, found in of_phases.items()))
     log.info("peak       %8.1f MiB%s, of which", mib(one.peak), f" ({name})" if len(of_phases) > 1 else "")

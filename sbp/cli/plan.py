@@ -12,6 +12,7 @@ import logging
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +21,7 @@ from sbp.cli.compose import register
 from sbp.cli.launch import command
 from sbp.training.benchmark.arms import ARMS, EXACT
 from sbp.training.config.keys import check_limits
-from sbp.training.config.requests import CalibrateConfig, PlanConfig
+from sbp.training.config.requests import CalibrateConfig, PlanConfig, world_size
 from sbp.training.config.run import Config
 from sbp.training.plan import gpus
 from sbp.training.plan.arms import arm_config, arm_times, recorded
@@ -42,6 +43,8 @@ def report(config: PlanConfig, folder: Path) -> None:
     gpu = gpus.find(config.gpu)
     gpu = gpu if config.launch_us is None else replace(gpu, launch_us=config.launch_us)
     run = run_config(config, gpu)
+    if run.parallel == "fsdp":
+        raise ValueError("a plan is of parallel=ddp, where each process holds the whole model; got parallel=fsdp")
     if config.arms is not None:
         result, points = _arms(config, run, gpu)
         available = None
@@ -77,7 +80,7 @@ def _arms(config: PlanConfig, run: Config, gpu: Gpu) -> tuple[dict[str, Any], li
         raise ValueError(f"arms needs task=classification, got {run.task}")
     arms = {}
     for name in config.arms or []:
-        one = arm_config(run.backbone, name, config.batch_size, run.data.image_size, run.amp)
+        one = arm_config(run.backbone, name, config.batch_size, like=run)
         step = recorded(one, config.batch_size)
         arms[name] = entry(arm_times(name, step, gpu, run.amp), step.memory.peak, config.batch_size)
     log.info("%s on %s, batch %d\n\n%s\n", run.backbone.name, gpu.name, config.batch_size, arms_table(gpu, arms))
@@ -86,7 +89,8 @@ def _arms(config: PlanConfig, run: Config, gpu: Gpu) -> tuple[dict[str, Any], li
 
 
 def _plan(config: PlanConfig, run: Config, gpu: Gpu, available: float) -> list[Point]:
-    points = plan(run, gpu, available, world_size=config.world_size)
+    processes = world_size(config)
+    points = plan(run, gpu, available, world_size=processes)
     if not points:
         raise ValueError(
             f"nothing fits into {available / 2**30:.1f} GiB (memory_gib), not even the smallest micro batch of "
@@ -96,16 +100,16 @@ def _plan(config: PlanConfig, run: Config, gpu: Gpu, available: float) -> list[P
     best = shown[0]
     log.info("plan       %s, %d px, amp %s", run.backbone.name, run.data.image_size, run.amp)
     log.info("gpu        %s, %.1f GiB to fit into; %g us a launch", gpu.name, available / 2**30, gpu.launch_us)
-    log.info("batch      %d images a step, %d process(es)", run.global_batch_size, config.world_size)
+    log.info("batch      %d images a step, %d process(es)", run.global_batch_size, processes)
     log.info(
         "forecasts  without workspaces, input and communication; docs/plan.md says how far off\n\n%s\n",
         table(shown, best),
     )
-    given = " ".join(["sbp train", *_given(config)])
-    log.info("fastest    %s %s", given, " ".join(best.overrides(run)))
+    given = ["sbp", "train", *_given(config)]
+    log.info("fastest    %s", join([*given, *best.overrides(run)]))
     exact = next((one for one in shown if one.setting.exact), None)
     if exact is not None and exact is not best:
-        log.info("exact      %s %s", given, " ".join(exact.overrides(run)))
+        log.info("exact      %s", join([*given, *exact.overrides(run)]))
     return shown
 
 
@@ -114,10 +118,12 @@ def _given(config: PlanConfig) -> list[str]:
     given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
     groups = _groups({one.split("=")[0] for one in given})
     own = {field.name for field in fields(PlanConfig)} - {field.name for field in fields(Config)}
-    decided = {*own, "run_dir", "amp", "compile", "global_batch_size", "micro_batch_size", "sbp"}
+    decided = {*own, "run_dir", "processes", "amp", "compile", "global_batch_size", "micro_batch_size", "sbp"}
     kept = [one for one in given if one.split("=")[0].lstrip("+~") not in decided]
     of_setting = {f"sbp.{key}" for key in ("enabled", "keep_ratio", "mhsa_drop", "recompute", *OF_EPOCHS)}
     kept = [one for one in kept if one.split("=")[0].lstrip("+~") not in of_setting]
+    processes = world_size(config)
+    kept += [f"processes={processes}"] if processes > 1 else []
     return [*groups, *kept, *([] if config.image_size is None else [f"data.image_size={config.image_size}"])]
 
 

@@ -132,7 +132,7 @@ class PlanConfig(Config):
     launch_us: float | None = key(
         None, "microseconds that the host needs to launch a kernel; null for the usual 8, or the file's", above=0
     )
-    arms: list[str] | None = key(None, "of `sbp benchmark`, to forecast in place of a plan; batch_size is theirs")
+    arms: list[str] | None = key(None, "of `sbp benchmark`, to forecast in place of a plan, with the keys that it has")
     batch_size: int = key(64, "images in a step of arms", at_least=1)
     json: str | None = key(None, "a file to write the forecasts to")
     figure: str | None = key(None, "a picture to write: images a second against memory")
@@ -148,6 +148,16 @@ class CalibrateConfig:
     run_dir: str = key("outputs/calibrate", "the folder of its log")
 
 
+def world_size(config: Any) -> int:
+    """How many processes a run that is asked about has: `world_size`, or `processes`, as `sbp train` takes it.
+
+    Raises ValueError where both are given and differ.
+    """
+    if config.processes is None or config.world_size in (1, config.processes):
+        return config.processes or config.world_size
+    raise ValueError(f"world_size={config.world_size} and processes={config.processes} are the same thing: give one")
+
+
 def overridden(config: Config, request: EvalConfig) -> Config:
     """A run's config with what an evaluation asks for in place of it. A new image size reaches the model too."""
     changes = asdict(request)
@@ -157,7 +167,8 @@ def overridden(config: Config, request: EvalConfig) -> Config:
     groups = {group: replace(getattr(config, group), **_given(changes[group])) for group in ("backbone", "sbp", "data")}
     groups["backbone"] = replace(groups["backbone"], kwargs=kwargs)
     flat = {key: changes[key] for key in ("eval_batch_size", "amp", "device", "threads")}
-    return replace(config, **groups, **_given(flat))
+    recipe = replace(config.recipe, short_sides=None)  # as the objective, of training, and may not fit what is asked
+    return replace(config, **groups, **_given(flat), objective=None, recipe=recipe)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:

@@ -125,15 +125,15 @@ class Allocations(TorchDispatchMode):
             self.kinds[number] = kind
         return sum(size for _, size in found)
 
-    def peak(self) -> dict[str, int]:
-        """Bytes of each part when their sum was largest."""
+    def peak(self, since: int = 0, until: int | None = None) -> dict[str, int]:
+        """Bytes of each part when their sum was largest, from event number `since` on and before number `until`."""
         parts = dict.fromkeys((*PARTS, HOST), 0)
         largest, total, at_peak = 0, 0, dict(parts)
-        for number, size in self.events:
+        for place, (number, size) in enumerate(self.events[:until]):
             kind = self.kinds[number]
             parts[kind] += size
             total += size if kind != HOST else 0
-            if total > largest:
+            if total > largest and place >= since:
                 largest, at_peak = total, dict(parts)
         return {part: at_peak[part] for part in PARTS}
 

@@ -26,7 +26,7 @@ from sbp.training.memory import detection
 from sbp.training.memory.allocations import HOST, PARTS, Allocations, CudaCasts, fake_cuda
 from sbp.training.memory.phases import phases
 from sbp.training.models.build import build_model
-from sbp.training.models.optim import FUSED, build_criterion, build_ema, build_mixup, build_optimizer
+from sbp.training.models.optim import build_criterion, build_ema, build_mixup, build_optimizer, can_be_fused
 from sbp.training.runtime.precision import autocast
 from sbp.training.tasks.choice import task_of
 from sbp.training.tasks.detection.detector import Detector
@@ -45,7 +45,11 @@ class Forecast:
     optimizer: its state, and the moving average of the weights.
     activations: saved for the backward pass, with the weights' copies in lower precision.
     temporaries: all else, such as gradients of activations.
-    saved: not one of the parts: all that is saved when the forward pass ends, whenever the peak is.
+    Not parts of it, and the same whenever the peak is:
+    saved: all that is saved when the forward pass ends.
+    update: at the peak of the optimizer's update, clipping and moving average with it.
+    passes: at the peak of the forward and backward pass; passes_gradients: those among it.
+    all_gradients: of all parameters that have one.
     """
 
     weights: int
@@ -54,6 +58,10 @@ class Forecast:
     activations: int
     temporaries: int
     saved: int
+    update: int
+    passes: int
+    passes_gradients: int
+    all_gradients: int
 
     @property
     def peak(self) -> int:
@@ -120,7 +128,7 @@ def _step(config: Config, micro_batch_size: int, world_size: int, rules: Rules) 
         if ema is not None:
             allocations.note([*ema.parameters(), *ema.buffers()], "optimizer")
         parameters = [p for p in model.parameters() if p.requires_grad]
-        fused = rules.foreach and recipe.optimizer in FUSED
+        fused = rules.foreach and can_be_fused(recipe)
         optimizer = build_optimizer(model, recipe, scaled_lr(recipe, config.global_batch_size), fused=fused)
         for group in optimizer.param_groups:
             if "foreach" in group:
@@ -139,6 +147,7 @@ def _step(config: Config, micro_batch_size: int, world_size: int, rules: Rules) 
         rules.begins("average")
         if ema is not None:
             ema.update(model, step=1)
+        updated = len(allocations.events)
         rules.begins("batch")
         held = torch.empty(rules.bytes_per_parameter * sum(p.numel() for p in parameters), dtype=torch.uint8)
         allocations.note(held, "gradients")
@@ -157,7 +166,15 @@ def _step(config: Config, micro_batch_size: int, world_size: int, rules: Rules) 
         rules.begins("backward")
         one = torch.ones_like(loss)
         _engine_run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
-    return Forecast(**allocations.peak(), saved=saved)
+    passes = allocations.peak(since=updated)
+    return Forecast(
+        **allocations.peak(),
+        saved=saved,
+        update=sum(allocations.peak(until=updated).values()),
+        passes=sum(passes.values()),
+        passes_gradients=passes["gradients"],
+        all_gradients=sum(p.nbytes for p in parameters),
+    )
 
 
 def largest_micro_batch(config: Config, gib: float, *, world_size: int = 1, rules: Rules = TODAY) -> int:

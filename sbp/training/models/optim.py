@@ -13,7 +13,10 @@ from torch.optim import Optimizer
 
 from sbp.training.config.recipe import RecipeConfig
 
-FUSED = ("adam", "adamw")  # whose step on CUDA can be one kernel
+
+def can_be_fused(recipe: RecipeConfig) -> bool:
+    """Whether the optimizer's step on CUDA can be one kernel."""
+    return recipe.optimizer.lower() in ("adam", "adamw")
 
 
 def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float, fused: bool = False) -> Optimizer:
@@ -22,7 +25,7 @@ def build_optimizer(model: nn.Module, recipe: RecipeConfig, lr: float, fused: bo
     With recipe.layer_decay a parameter group for each layer, as timm counts them, whose lr_scale the scheduler heeds.
     fused: where the optimizer can, without temporary copies of all weights; on CUDA.
     """
-    options: dict[str, Any] = {"fused": True} if fused and recipe.optimizer in FUSED else {}
+    options: dict[str, Any] = {"fused": True} if fused and can_be_fused(recipe) else {}
     try:
         return create_optimizer_v2(
             model,

@@ -1,10 +1,11 @@
 """The arms of the benchmark as settings of a run, so that what was measured can be compared with a forecast."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from sbp.training.benchmark.arms import ARMS
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig, SbpConfig
+from sbp.training.config.requests import BenchmarkSbpConfig
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Rules
 from sbp.training.plan.gpus import Gpu
@@ -18,17 +19,27 @@ class BenchmarkRules(Rules):
     images_stay = True
 
 
-def arm_config(
-    backbone: BackboneConfig, name: str, batch_size: int, image_size: int = 224, amp: str = "bfloat16"
-) -> Config:
-    """The config of a run whose step is the arm's. Raises ValueError for an arm that is not one of ours."""
+def arm_config(backbone: BackboneConfig, name: str, batch_size: int, like: Config | None = None) -> Config:
+    """The config of a run whose step is the arm's. Raises ValueError for an arm that is not one of ours.
+
+    like: a run of which it has what `sbp benchmark` has keys for, too; None for the benchmark's own defaults.
+    """
     arm = ARMS.get(name)
     if arm is None or arm.release or arm.patch_drop or arm.checkpointing:
         known = [one for one, arm in ARMS.items() if not (arm.release or arm.patch_drop or arm.checkpointing)]
         raise ValueError(f"arms: no forecast of {name!r}; there are {', '.join(known)}")
-    settings = SbpConfig(enabled=False) if arm.sbp is None else SbpConfig(**asdict(SbpConfig()) | arm.sbp)
-    data = DataConfig(num_classes=1000, image_size=image_size)
-    return Config(backbone=backbone, sbp=settings, data=data, amp=amp, global_batch_size=batch_size)
+    sbp = SbpConfig() if like is None else like.sbp
+    own = {field.name: getattr(sbp, field.name) for field in fields(BenchmarkSbpConfig)}
+    settings = SbpConfig(enabled=False) if arm.sbp is None else SbpConfig(**asdict(SbpConfig()) | own | arm.sbp)
+    classes, size = (1000, 224) if like is None else (like.data.num_classes, like.data.image_size)
+    return Config(
+        backbone=backbone,
+        sbp=settings,
+        data=DataConfig(num_classes=classes, image_size=size),
+        amp="bfloat16" if like is None else like.amp,
+        channels_last=like is not None and like.channels_last,
+        global_batch_size=batch_size,
+    )
 
 
 def recorded(config: Config, micro_batch_size: int) -> Step:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sbp.training.config.run import Config
-from sbp.training.memory.forecast import Forecast, support
+from sbp.training.memory.forecast import support
 from sbp.training.memory.phases import phases
 from sbp.training.plan.gpus import Gpu
 from sbp.training.plan.operators import Kernel
@@ -74,12 +74,13 @@ class Line:
         """Of the first phase's steps alone.
 
         Gradients that are there already when a pass starts are there at its peak as well; and however small the batch,
-        weights, gradients and the optimizer's state are there when it updates.
+        the optimizer's update needs what it needs.
         """
-        sizes = {part: self._between(micro_batch_size, *pair) for part, pair in _parts(self.small, self.large).items()}
-        memory = Forecast(**{part: round(max(size, 0)) for part, size in sizes.items()})
-        more = max(memory.weights - memory.gradients, 0) if accumulates else 0
-        return max(memory.peak + more, 2 * memory.weights + memory.optimizer)
+        one, two = self.small.memory, self.large.memory
+        passes = self._between(micro_batch_size, one.passes, two.passes)
+        gradients = self._between(micro_batch_size, one.passes_gradients, two.passes_gradients)
+        more = max(one.all_gradients - gradients, 0) if accumulates else 0
+        return round(max(passes + more, one.update))
 
     def largest(self, available: float, accumulates: bool) -> int:
         """The largest micro batch whose peak is at most so many bytes; 0 where there is none."""
@@ -98,10 +99,6 @@ class Line:
     def _between(self, micro_batch_size: int, one: float, two: float) -> float:
         small, large = self.small.micro_batch_size, self.large.micro_batch_size
         return one + (two - one) * (micro_batch_size - small) / (large - small)
-
-
-def _parts(small: Step, large: Step) -> dict[str, tuple[int, int]]:
-    return {part: (size, vars(large.memory)[part]) for part, size in vars(small.memory).items()}
 
 
 def line(config: Config) -> Line:

@@ -220,6 +220,16 @@ def test_an_evaluation_changes_what_it_names_and_nothing_else():
     assert changed.sbp.eval == "published" and changed.amp == "bfloat16"
 
 
+def test_an_evaluation_is_not_asked_for_what_only_training_needs():
+    detects = ("task=detection", "data=coco", "data.root=x", "backbone=convnext_tiny", "recipe=detection")
+    run = composed(*detects, "objective=[box_ap,peak_allocated]", "device=cuda")
+    request = composed("checkpoint=x", "data.image_size=480", "data.max_size=600", name="eval", kind=EvalConfig)
+    request.device = "cpu"
+    with pytest.raises(ValueError, match=r"peak_allocated is of CUDA's memory"):
+        validate(replace(run, device="cpu"))
+    validate(overridden(run, request))
+
+
 def test_no_config_names_a_place_on_a_machine():
     for path in Path(ROOT / "configs").rglob("*.yaml"):
         assert "/home" not in path.read_text() and "/work" not in path.read_text()

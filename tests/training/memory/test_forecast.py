@@ -223,6 +223,17 @@ def test_the_command_names_a_wrong_key(wrong, tmp_path):
         report(composed(*BACKBONES["vit"], "data=digits", wrong, name="forecast", kind=ForecastConfig), tmp_path)
 
 
+def test_processes_and_how_they_share_the_network_are_heeded(tmp_path, caplog):
+    caplog.set_level("INFO")
+    peaks = []
+    for given in (("processes=4",), ("world_size=4",), ("world_size=4", "processes=4", "parallel=fsdp"), ()):
+        overrides = (*BACKBONES["vit"], "data=digits", "global_batch_size=32", "memory_gib=0.02", *given)
+        report(composed(*overrides, name="forecast", kind=ForecastConfig), tmp_path)
+        peaks.append(json.loads((tmp_path / "forecast.json").read_text())["peak"])
+    assert peaks[0] == peaks[1] == peaks[2] < peaks[3]
+    assert caplog.text.count("fsdp needs less than this") == 1
+
+
 @pytest.mark.parametrize("how", [("data=imagenet", "data.cache=true"), ("data=webdataset", "data.shuffle=shards")])
 def test_how_images_are_read_makes_no_difference(how):
     config = composed(*BACKBONES["vit"], *how, "data.root=anywhere", "data.image_size=32", "data.num_classes=10")

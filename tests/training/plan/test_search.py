@@ -94,6 +94,19 @@ def test_a_peak_with_gradients_of_the_micro_batch_before(tiny):
     assert found.peak(48, accumulates=True) == pytest.approx(forecast(config, 48).peak, rel=0.03)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "recipe",
+    ["recipe.optimizer=lamb", "recipe.optimizer=sgd", "recipe.optimizer=AdamW", "backbone.frozen=true sbp=none"],
+)
+def test_however_small_the_batch_what_the_update_needs_is_in_the_peak(recipe):
+    """Copies of the weights for some optimizers; of frozen weights nothing, not even their gradients."""
+    config = small("backbone.kwargs.embed_dim=384", "global_batch_size=64", *recipe.split())
+    found = line(config)
+    for size in (2, 32):
+        assert found.own_peak(size, accumulates=True) == pytest.approx(forecast(config, size).peak, rel=0.04)
+
+
 def test_the_largest_batch_is_the_last_that_fits(tiny):
     _, found = tiny
     largest = found.largest(64 * MIB, accumulates=False)
@@ -139,7 +152,7 @@ def test_the_peak_of_a_line_is_that_of_its_phases(tiny):
 
 
 def _heavier(step):
-    memory = replace(step.memory, activations=2 * step.memory.activations + 2**20)
+    memory = replace(step.memory, passes=2 * step.memory.passes)
     return replace(step, memory=memory)
 
 
