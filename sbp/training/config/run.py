@@ -44,7 +44,9 @@ class ProbeConfig:
     """The cosine similarity of the SBP gradient to the exact one."""
 
     every_steps: int | None = key(100, "measured so often; null for never", at_least=1)
-    images: int = key(32, "fixed training images that it is measured on", at_least=1)
+    images: int = key(
+        32, "fixed training images that it is measured on, a quarter of a micro batch at once", at_least=1
+    )
 
 
 @dataclass
