@@ -5,7 +5,7 @@
 #   make test-slow the slow tests
 #   make study     the paper's claims 1, 2 and 5, checked on 2 cores in under 45 minutes (DATA=folder of CIFAR-10)
 #   make test-lowest   the default tests, or TESTS="FILE ...", with the lowest torch, torchvision and timm that are allowed
-#   make clean     remove what make made
+#   make clean     remove what make made, but for the study (outputs/study) and results
 #   make gpu-results   on a GPU machine: the figures that need one, in slices; again until nothing is left (ARGS=--help)
 
 SHELL := /bin/bash
@@ -80,4 +80,4 @@ define install
 endef
 
 clean:
-	rm -rf $(VENV) $(LOWEST) outputs .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(DEMO_FOLDER) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -66,7 +66,8 @@ def rows(path: Path) -> Iterator[Row]:
     record, gpu = json.loads(path.read_text()), find(GPU)
     backbone, size = record["settings"]["backbone"], record["batch_size"]
     for name, arm in record["arms"].items():
-        if not arm.get("kernel_ms") or ARMS[name].release:
+        alone = ARMS[name].release or ARMS[name].checkpointing or ARMS[name].patch_drop  # of which there is no forecast
+        if not arm.get("kernel_ms") or alone:
             continue
         alike = next(one for one in ARMS if ARMS[one].sbp == ARMS[name].sbp and not ARMS[one].release)
         kwargs = json.dumps(backbone["kwargs"])

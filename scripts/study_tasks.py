@@ -276,12 +276,10 @@ def measure_costs(experiment: Experiment, arms: list[str], rounds: int, jobs: Jo
         if not found:
             return
         scale = known["plain"]["step_ms"] / found["plain"]["step_ms"] if "plain" in known else 1.0
-        known |= {arm: found[arm] | {"step_ms": scale * found[arm]["step_ms"]} for arm in group}
-        facts = {
-            "device": environment.device_name(experiment.device),
-            "versions": environment.versions(),
-            "rounds": rounds,
-        }
+        versions = environment.versions()
+        of_all = {"commit": versions.pop("commit", "unknown")}
+        known |= {arm: found[arm] | {"step_ms": scale * found[arm]["step_ms"]} | of_all for arm in group}
+        facts = {"device": environment.device_name(experiment.device), "versions": versions, "rounds": rounds}
         write_record({"command": "python scripts/study.py"} | facts | {"arms": known}, path)
 
 

@@ -31,9 +31,28 @@ COMMANDS_TOLD = [(path, words) for path in DOCUMENTS for words in commands(path)
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
-    text = path.read_text()
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("http") or (path.parent / target).exists(), target
+    for target, heading in links(path.read_text()):
+        if target.startswith("http"):
+            continue
+        there = path.parent / target if target else path
+        assert there.exists(), target
+        assert not heading or heading in headings(there), f"{target}#{heading}"
+
+
+def links(text):
+    """The file, "" for this one, and the heading, "" for none."""
+    return [found for found in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", text) if any(found)]
+
+
+def headings(path):
+    """As links name them."""
+    lines = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_links_are_seen():
+    text = "[a](docs/method.md#nothing) [b](nowhere.md) [c](#here) ![d](x.png)"
+    assert links(text) == [("docs/method.md", "nothing"), ("nowhere.md", ""), ("", "here"), ("x.png", "")]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -26,4 +26,11 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"error: sbp has no command {name!r}; it has {', '.join(COMMANDS)}")
     sys.argv = [f"sbp {name}", *rest]
-    import_module(f"sbp.cli.{name.replace('-', '_')}").main()
+    try:
+        command = import_module(f"sbp.cli.{name.replace('-', '_')}")
+    except ModuleNotFoundError as error:
+        lacking = (error.name or "sbp").partition(".")[0]
+        if lacking == "sbp":
+            raise
+        sys.exit(f"error: sbp {name} needs {lacking}, which comes with: pip install 'stochastic-backprop[train]'")
+    command.main()

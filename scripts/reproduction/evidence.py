@@ -105,9 +105,10 @@ class Evidence:
         return any("peak_allocated" in one for one in self.costs.get("arms", {}).values())
 
     def provenance(self) -> tuple[list[str], list[str]]:
-        """The commits and the devices of all training runs."""
+        """The commits of all training runs and step times, and the devices of the runs."""
         records = list(self.training.values())
         commits = {commit for one in records for commit in one.get("commits", [one["versions"].get("commit", "")])}
+        commits |= {one["commit"] for one in self.costs.get("arms", {}).values() if "commit" in one}
         return sorted(commits), sorted({device for one in records for device in one.get("devices", [one["device"]])})
 
     def findings(self, claim: Claim) -> list[Finding]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sbp.cli import launch
+from sbp.cli import launch, main
 from sbp.cli.torchrun import RunFailed, quoted, run_children, torchrun
 from sbp.training.config.rules import validate
 from sbp.training.record.status import Preempted, write_status
@@ -115,6 +115,18 @@ if how == "fails":
 write_status(folder, "completed")
 (folder / "summary.json").write_text(json.dumps({"top1": 1.0}))
 """
+
+
+def test_what_a_command_lacks_is_named(monkeypatch):
+    """As after `pip install .`, which brings the method alone."""
+
+    def lacks(name):
+        raise ModuleNotFoundError("No module named 'hydra.core'", name="hydra.core")
+
+    monkeypatch.setattr(main, "import_module", lacks)
+    monkeypatch.setattr("sys.argv", ["sbp", "train"])
+    with pytest.raises(SystemExit, match=r"error: sbp train needs hydra, which comes with: pip install .*\[train\]"):
+        main.main()
 
 
 def test_what_became_of_the_children(tmp_path):

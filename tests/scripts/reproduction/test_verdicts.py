@@ -19,7 +19,7 @@ from scripts.reproduction.verdicts import (
 CLEAR = Difference(0.1, 0.05, 0.15, 6)
 REVERSED = Difference(-0.1, -0.15, -0.05, 6)
 UNCLEAR = Difference(0.1, -0.05, 0.25, 6)
-FEW = Difference(0.1, 0.05, 0.15, 2)
+ENOUGH, FEW = (Difference(0.1, 0.05, 0.15, pairs) for pairs in (3, 2))
 
 
 @pytest.mark.parametrize("pairs", [2, 3, 6])
@@ -40,7 +40,8 @@ def test_runs_are_paired_by_their_seed():
 
 
 @pytest.mark.parametrize(
-    "gap, verdict", [(CLEAR, REPRODUCED), (REVERSED, OPPOSITE), (UNCLEAR, NOT_SEPARATED), (FEW, NOT_RUN)]
+    "gap, verdict",
+    [(CLEAR, REPRODUCED), (ENOUGH, REPRODUCED), (REVERSED, OPPOSITE), (UNCLEAR, NOT_SEPARATED), (FEW, NOT_RUN)],
 )
 def test_a_comparison(gap, verdict):
     assert gap.verdict == verdict

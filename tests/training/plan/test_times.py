@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -102,6 +103,17 @@ def test_the_host_bounds_eager_steps_and_not_those_of_a_graph():
     twice = forecast_times(step, slow, How(), accumulation=2)
     assert eager.kernels < twice.kernels < 2 * eager.kernels
     assert forecast_times(step, slow, How(), recompute=True).step > eager.step
+
+
+def test_arms_without_a_forecast_are_set_beside_none(tmp_path):
+    """Checkpointing and PatchDropout have no SBP settings either, and are not plain training."""
+    arm = {"kernel_ms": 1.0, "median_ms": {"step": 2.0}, "launches": 3, "peak_allocated": 4}
+    backbone = {"name": "vit_tiny_patch16_224", "drop_path": 0.0, "kwargs": {"depth": 1, "embed_dim": 48}}
+    record = {"settings": {"backbone": backbone}, "batch_size": 2}
+    record["arms"] = dict.fromkeys(("plain", "checkpoint", "patch_dropout", "release"), arm)
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(record))
+    assert [row.arm for row in plan_accuracy.rows(path)] == ["plain"]
 
 
 @pytest.mark.long
