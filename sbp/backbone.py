@@ -39,8 +39,8 @@ class Backbone:
     mhsa_drops: tuple[str, ...] = MHSA_DROPS
 
 
-def only(model: nn.Module, kind: type[M]) -> tuple[str, M] | None:
-    """The one module of this type in the model, with its name. Raises ValueError when there are several."""
+def only(model: nn.Module, kind: type[M] | tuple[type[M], ...]) -> tuple[str, M] | None:
+    """The one module of this type, or these, in the model, with its name. Raises ValueError when there are several."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
     if len(found) > 1:
         raise ValueError(

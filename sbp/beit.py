@@ -22,7 +22,7 @@ SUPPORTED = "timm's BEiT, BEiT v2 and relpos ViTs (a bias on attention)"
 
 def find(model: nn.Module) -> Backbone | None:
     """The transformer in `model`, or None. Raises ValueError where SBP cannot train it."""
-    found: Any = only(model, beit.Beit) or only(model, relpos.VisionTransformerRelPos)
+    found: Any = only(model, (beit.Beit, relpos.VisionTransformerRelPos))
     if found is None:
         return None
     name, transformer = found

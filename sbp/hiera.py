@@ -44,22 +44,32 @@ def find(model: nn.Module) -> Backbone | None:
         raise ValueError("patch_drop_rate must be 0: SBP masks a whole grid of mask units")
     if len(hiera.mask_spatial_shape) != 2:
         raise ValueError(f"SBP masks images; this Hiera takes mask units of {len(hiera.mask_spatial_shape)} dimensions")
+    tokens, of_a_unit = hiera.mu_size, {}
+    for layer, block in layers.items():
+        of_a_unit[layer] = tokens
+        tokens //= block.attn.q_stride  # type: ignore[union-attr, operator]
     second, third = (hiera.stage_ends[1], hiera.stage_ends[2]) if len(hiera.stage_ends) > 2 else (len(layers) - 1,) * 2
     return Backbone(
         layers=layers,
         published=list(layers)[: second + 1 + round((third - second) * 2 / 3)],
         hooks=[(hiera, "enter_model"), (hiera.patch_embed, "enter_patch_embed")],
-        state=partial(HieraState, blocks=[*layers], kind=Hiera, units=tuple(hiera.mask_spatial_shape)),
+        state=partial(
+            HieraState, blocks=[*layers], kind=Hiera, units=tuple(hiera.mask_spatial_shape), of_a_unit=of_a_unit
+        ),
         mhsa_drops=("qkv", "query", "qkv_exact"),
     )
 
 
 class HieraState(LoopState):
-    """Draws when the patch embedding receives images. units: (H, W) of the mask units."""
+    """Draws when the patch embedding receives images.
 
-    def __init__(self, *args: Any, units: tuple[int, int], **kwargs: Any) -> None:
+    units: (H, W) of the mask units. of_a_unit: how many tokens of a unit each block receives, by its name; each SBP
+    layer, by its number, once this is made.
+    """
+
+    def __init__(self, *args: Any, units: tuple[int, int], of_a_unit: dict[str, int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.units = units
+        self.units, self.of_a_unit = units, [of_a_unit[name] for name in self.layers]
 
     def enter_model(self, model: Any, args: tuple) -> None:
         """Forward pre-hook of the network. Its own forward looks at nothing between the blocks."""
@@ -80,6 +90,7 @@ class SBPHieraBlock(LoopBlock, HieraBlock):
     layers of a ConvNeXt.
     """
 
+    sbp_state: HieraState
     proj: Any
 
     def forward(self, x: Tensor | Streams) -> Tensor | Streams:  # type: ignore[override]
@@ -87,10 +98,14 @@ class SBPHieraBlock(LoopBlock, HieraBlock):
         return self.sbp_forward(x, partial(super().forward, x))  # type: ignore[arg-type]
 
     def sbp_split(self, x: Tensor, where: Positions) -> Streams:
-        units = where.keep.shape[-1] + where.drop.shape[-1]
-        if x.shape[1] % units:
-            raise ValueError(f"an SBP block got {x.shape[1]} tokens, but its mask is for units of {units}")
-        return split(x, *_tokens_of(where, x.shape[1] // units))
+        assert self.sbp_index is not None
+        units, tokens = where.keep.shape[-1] + where.drop.shape[-1], self.sbp_state.of_a_unit[self.sbp_index]
+        if x.shape[1] != units * tokens:
+            raise ValueError(
+                f"an SBP block got {x.shape[1]} tokens, but its mask is for {units} units of {tokens}: in training it "
+                "takes neither a `mask` nor images of another size"
+            )
+        return split(x, *_tokens_of(where, tokens))
 
     def sbp_join(self, streams: Streams, where: Positions) -> Tensor:
         return join(streams, *_tokens_of(where, streams.kept.shape[1] // where.keep.shape[-1]))

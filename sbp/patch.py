@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -274,12 +275,33 @@ def effective_keep_ratio(model: nn.Module) -> float:
 
 
 def _find(model: nn.Module) -> tuple[Backbone, dict[type, type]]:
+    found: list[tuple[Backbone, dict[type, type]]] = []
     for family in FAMILIES:
-        backbone = family.find(model)
+        try:
+            backbone = family.find(model)
+        except ValueError:
+            if found:  # what another family cannot train is a part of what this one can
+                continue
+            raise
         if backbone is not None:
-            _check_structure(backbone, family.SBP_CLASSES)
-            return backbone, family.SBP_CLASSES
-    raise ValueError(why_not(model, " and ".join(family.SUPPORTED for family in FAMILIES)))
+            found.append((backbone, family.SBP_CLASSES))
+    if not found:
+        raise ValueError(why_not(model, " and ".join(family.SUPPORTED for family in FAMILIES)))
+    own, *others = (_place(model, backbone) for backbone, _ in found)
+    for place in others:  # within the first one, as a hybrid has it, or beside it
+        if any(one != other for one, other in zip(own, place, strict=False)):
+            names = f"{'.'.join(own)}, {'.'.join(place)}"
+            raise ValueError(f"there are several backbones ({names}): call sbp.apply on each of them")
+    _check_structure(*found[0])
+    return found[0]
+
+
+def _place(model: nn.Module, backbone: Backbone) -> list[str]:
+    """The name of the backbone's network in the model, in parts: what the names of its layers and hooks share."""
+    hooked = {module for module, _ in backbone.hooks}
+    names = [*backbone.layers, *(name for name, module in model.named_modules() if module in hooked)]
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    return [of_all[0] for of_all in takewhile(lambda of_all: len(set(of_all)) == 1, parts)]
 
 
 def _check_structure(backbone: Backbone, sbp_classes: dict[type, Any]) -> None:

@@ -104,5 +104,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="mhsa_drop must be one of qkv, query, qkv_exact for this model, got 'head'"):
         sbp.apply(small_hiera(), mhsa_drop="head")
     model = sbp.apply(small_hiera())
-    with pytest.raises(ValueError, match="an SBP block got 64 tokens, but its mask is for units of 9"):
-        model(images(96), mask=torch.arange(9).expand(3, 9) < 1)
+    for kept in (1, 3, 6):  # also where the tokens that are left would fill as many units
+        with pytest.raises(ValueError, match=rf"got {64 * kept} tokens, .* 9 units of 64: .* takes neither"):
+            model(images(96), mask=torch.arange(9).expand(3, 9) < kept)
+    model.eval()(images(96), mask=torch.arange(9).expand(3, 9) < 3)

@@ -163,6 +163,18 @@ def test_every_position_is_kept_about_as_often(kind, size, ratio):
     assert kept.min() > expected - slack and kept.max() < expected + slack
 
 
+@pytest.mark.parametrize(
+    ("side", "ratio", "off"),
+    [(14, 0.5, 0), (8, 0.5, 0), (8, 0.25, 0), (7, 0.5, 0.05), (7, 0.25, 0.13), (6, 0.25, 0.17)],
+)
+def test_how_evenly_a_grid_keeps_its_positions(side, ratio, off):
+    """Over all of its masks; exactly where the pattern divides the grid."""
+    period = round(1 / ratio)
+    drawn = torch.stack([masks.grid_mask(side, side, ratio, offset) for offset in range(period * side**2)]).double()
+    share = drawn.mean(0) / drawn.mean()
+    assert float((share - 1).abs().max()) == pytest.approx(off, abs=0.01)
+
+
 def test_a_grid_of_half_the_positions_has_two_masks():
     drawn = {masks.grid_mask(14, 14, 0.5, offset) for offset in range(100)}
     assert len({tuple(m.flatten().tolist()) for m in drawn}) == 2

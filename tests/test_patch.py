@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 import sbp
-from tests.conftest import assert_same_gradients, gradients, images, small_convnext, small_vit
+from tests.conftest import assert_same_gradients, gradients, images, small_beit, small_convnext, small_vit
 
 MODELS = [
     pytest.param(lambda: small_vit(drop_path_rate=0.2), id="vit"),
@@ -440,6 +440,31 @@ def test_two_backbones_that_were_taken_apart_are_two(name):
     with pytest.raises(ValueError, match=r"several backbones \(before, after\): call sbp.apply on each"):
         sbp.apply(model)
     sbp.apply(model["before"])
+
+
+def small_relpos():
+    return small_beit("vit_relpos_small_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "makes", [(small_vit, small_convnext), (small_convnext, small_vit), (small_beit, small_relpos)]
+)
+def test_two_backbones_of_different_families_are_two(makes):
+    """As a teacher and its student: one of them would train as timm's own without a word."""
+    model = nn.ModuleDict(dict(zip(("teacher", "student"), (make() for make in makes), strict=True)))
+    with pytest.raises(
+        ValueError, match=r"backbones \((teacher.*student|student.*teacher).*\): call sbp.apply on each"
+    ):
+        sbp.apply(model)
+    assert not sbp.supports(model)
+    sbp.apply(model["student"])
+
+
+def test_a_backbone_within_another_is_a_part_of_it():
+    model = small_vit()
+    model.patch_embed.backbone = small_convnext()  # which SBP leaves as it is
+    sbp.apply(model)
+    assert all(name.startswith("blocks.") for name in sbp.state.states(model)[0].layers)
 
 
 def test_a_model_is_patched_wherever_it_is_made():
