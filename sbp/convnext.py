@@ -218,14 +218,21 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
             kept = linear(first, partial(_normed, self.norm), reads=[*self.norm.parameters()])(streams.kept)
             kept = linear(second, mlp.act)(kept)
             return Streams(kept, input_gradient.branch(streams.dropped, self.norm, first, mlp.act, second))
-        up = linear(mlp.fc1, partial(_normed, self.norm), reads=[*self.norm.parameters()])
-        down = partial(linear, mlp.fc2, scale=self.gamma)
+        first, second = (self._on_positions(one) for one in (mlp.fc1, mlp.fc2))
+        up = linear(first, partial(_normed, self.norm), reads=[*self.norm.parameters()])
+        down = partial(linear, second, scale=self.gamma)
         if hasattr(mlp, "grn"):
             return self._respond(streams, up, down)
         if again:
             streams = Streams(streams.kept, None)
         to_output = down(mlp.act, mlp.drop1, mlp.norm)
         return kept_gradient(lambda positions: mlp.drop2(to_output(up(positions))), streams)
+
+    def _on_positions(self, layer: Any) -> Any:
+        """What is called on positions (B, n, C) in place of a layer: of an adapter around a convolution a function."""
+        if not self.use_conv_mlp or isinstance(layer, nn.Conv2d):
+            return layer
+        return lambda x: layer(x.transpose(1, 2).unsqueeze(-1)).flatten(2).transpose(1, 2)
 
     def _respond(self, x: Streams, up: Function, down: Callable[..., Function]) -> Streams:
         """The MLP of v2: response norm pools over both streams, with gradient through the kept one."""

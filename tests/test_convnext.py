@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 
 import sbp
 from sbp.convnext import patch_pixels
@@ -211,3 +212,36 @@ def test_downsampling_of_patches_that_overlap_stays_exact():
     mask = sbp.masks.grid_mask(8, 8, 0.5)
     with sbp.fixed_mask(dilated, mask):
         gradients(dilated, images(64))
+
+
+class Adapter(nn.Module):
+    """As LoRA is put around a convolution."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Conv2d(layer.in_channels, 2, 1, bias=False).to(layer.weight)
+        self.up = nn.Conv2d(2, layer.out_channels, 1, bias=False).to(layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("use_grn", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_adapters_around_convolutions_take_part(use_grn, recompute):
+    def adapted(adapter=Adapter):
+        model = small_convnext(conv_mlp=True, use_grn=use_grn)
+        torch.manual_seed(1)
+        for block in (model.stages[0].blocks[0], model.stages[2].blocks[1]):
+            block.mlp.fc1, block.mlp.fc2 = adapter(block.mlp.fc1), adapter(block.mlp.fc2)
+        return model
+
+    x, plain = images(64), adapted()
+    everything = sbp.apply(adapted(), keep_ratio=1, recompute=recompute)
+    assert_same_gradients(gradients(everything, x), gradients(plain, x))
+    half = gradients(sbp.apply(adapted(), recompute=recompute), x)
+    assert_same_gradients(half, gradients(sbp.apply(adapted()), x))
+    for name in ("fc1", "fc2"):  # kept positions have a gradient of them, and it is not the exact one
+        weight = f"stages.0.blocks.0.mlp.{name}.up.weight"
+        assert bool(half[1][weight].any()) and not torch.allclose(half[1][weight], gradients(plain, x)[1][weight])
