@@ -38,7 +38,7 @@ def obstacle(norm: Any, act: nn.Module | None = None, *others: nn.Module) -> str
 
 def branch(x: Tensor, norm: Any, up: Weights, act: nn.Module | None = None, down: Weights | None = None) -> Tensor:
     """down(act(up(norm(x)))), or up(norm(x)), with gradient for x alone; of parts that have no `obstacle`."""
-    tensors = norm.weight, getattr(norm, "bias", None), *up, *(down or (None, None, None))
+    tensors = norm.weight, getattr(norm, "bias", None), *up[:3], *((None, None, None) if down is None else down[:3])
     parts = [one.detach() if isinstance(one, Tensor) else None for one in tensors]
     return _InputGradient.apply(x, _CENTRED[type(norm)], norm.eps, type(act), *parts)
 

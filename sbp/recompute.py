@@ -23,11 +23,12 @@ Function = Callable[[Tensor], Tensor]
 
 class Weights(NamedTuple):
     """Of a linear layer: weight (C', C) and bias in the dtype of matrix products, and what scales its output (C',),
-    where that is not in them."""
+    where that is not in them; folds: weight and bias may be scaled in place of the output."""
 
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
+    folds: bool = False
 
 
 def weights(
@@ -35,8 +36,9 @@ def weights(
 ) -> Weights:
     """Those of an nn.Linear or of a convolution that is one, with gradient, for all calls that share them.
 
-    scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one. weight, bias: (C', C) and
-    (C',), in place of the layer's own. Raises ValueError for a layer that is not plain.
+    scale: (C',); it goes into the weight, but in float16, which has no room for 1e-6 of one: here, where autocast
+    copies the weight anyway, else in each call, so that no copy is saved. weight, bias: (C', C) and (C',), in place of
+    the layer's own. Raises ValueError for a layer that is not plain.
     """
     require_plain(layer)
     folds = _folds(scale)
@@ -44,10 +46,9 @@ def weights(
     full = folds and layer._parameters.get("weight") is not None
     own: Any = layer._parameters if full else {name: getattr(layer, name) for name in ("weight", "bias")}
     weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"] if bias is None else bias
-    if folds and scale is not None:
-        weight, bias = weight * scale[:, None], None if bias is None else bias * scale
-        scale = None
-    return Weights(lowered(weight), None if bias is None else lowered(bias), scale)
+    if folds and scale is not None and (torch.compiler.is_compiling() or lowered(weight) is not weight):
+        (weight, bias), scale, folds = _folded(weight, bias, scale), None, False
+    return Weights(lowered(weight), None if bias is None else lowered(bias), scale, folds)
 
 
 def is_plain(layer: Any) -> bool:
@@ -82,7 +83,7 @@ def linear(
     layer: an nn.Linear, or a convolution that is one on positions (1 x 1); or the `weights` of one.
     before: modules or functions that cost no matrix product. reads: tensors they read that are no parameters of
     theirs. weight, bias, scale: as `weights` takes them; where it is folded, a scale costs no pass over the positions
-    and saves nothing. A layer that is not plain is called, so that an adapter, or what sets its weight, takes part.
+    and saves no position. A layer that is not plain is called, so that an adapter, or what sets its weight, takes part.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
     to compute again, so there, and for layers that are called, this makes no difference.
     """
@@ -93,13 +94,16 @@ def linear(
     if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
         return lambda x: scaled(layer(_chain(before, x)), scale)
     ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
+    inside, outside = (ready.scale, None) if ready.folds else (None, ready.scale)
+    if not cheap and not ready.folds:
+        return lambda x: scaled(F.linear(_chain(before, x), ready.weight, ready.bias), outside)
     if not cheap:
-        return lambda x: scaled(F.linear(_chain(before, x), ready.weight, ready.bias), ready.scale)
+        return lambda x: _Linear.apply(_unchanged, False, _chain(before, x), ready.weight, ready.bias, inside)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(one.training for one in modules) and has_dropout(*modules)
     first = partial(_chain, before), random
-    return lambda x: scaled(_Linear.apply(*first, x, ready.weight, ready.bias, *reads), ready.scale)
+    return lambda x: scaled(_Linear.apply(*first, x, ready.weight, ready.bias, inside, *reads), outside)
 
 
 def stacked(*layers: Any) -> tuple[Tensor, Tensor | None]:
@@ -169,35 +173,63 @@ def _chain(steps: Sequence[Function], x: Tensor) -> Tensor:
     return x
 
 
+def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a layer whose output is scaled."""
+    if scale is None:
+        return weight, bias
+    return (weight * scale[:, None]).to(weight.dtype), None if bias is None else (bias * scale).to(weight.dtype)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class _Linear(torch.autograd.Function):
-    """F.linear(before(x), weight, bias), which saves x."""
+    """F.linear(before(x), weight, bias) * scale, which saves x and parameters alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, before: Function, random: bool, x: Tensor, weight: Tensor, bias: Tensor | None, *reads: Tensor
+        ctx: Any,
+        before: Function,
+        random: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        *reads: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, None if scale is None else bias, scale)
         ctx.before, ctx.reads = before, reads
         ctx.replay = _replay(x) if random else nullcontext
         ctx.autocast = _autocast_of(x.device.type)
-        return F.linear(before(x.detach()).to(weight.dtype), weight, bias)
+        return F.linear(before(x.detach()).to(weight.dtype), *_folded(weight, bias, scale))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, needs_x, needs_weight, needs_bias, *needs_reads = ctx.needs_input_grad
-        x, weight = ctx.saved_tensors
+        _, _, needs_x, needs_weight, needs_bias, needs_scale, *needs_reads = ctx.needs_input_grad
+        x, weight, bias, scale = ctx.saved_tensors
         with torch.enable_grad(), ctx.autocast(), ctx.replay():
             x = x.detach().requires_grad_(needs_x)
             result = ctx.before(x.view_as(x))  # FlopCounterMode puts hooks on modules, which cannot take a leaf here
-        flat = grad.flatten(0, -2)
-        grad_weight = flat.t() @ result.detach().to(weight.dtype).flatten(0, -2) if needs_weight else None
-        grad_bias = flat.sum(0) if needs_bias else None
+        flat, products, sums, grad_scale = grad.flatten(0, -2), None, None, None
+        if needs_weight or needs_scale:
+            products = flat.t() @ result.detach().to(weight.dtype).flatten(0, -2)
+        if needs_bias or (needs_scale and bias is not None):
+            sums = flat.sum(0)
+        if needs_scale:
+            assert products is not None
+            grad_scale = (products * weight).sum(1) + (0 if bias is None else sums * bias)
+        if scale is not None:
+            products = None if products is None else products * scale[:, None]
+            sums = None if sums is None else sums * scale
         sources = [x, *ctx.reads]
         wanted = [tensor for tensor, needed in zip(sources, [needs_x, *needs_reads], strict=True) if needed]
-        found = iter(torch.autograd.grad(result, wanted, (grad @ weight).to(result.dtype)) if wanted else ())
+        back = (grad @ _folded(weight, None, scale)[0]).to(result.dtype) if wanted else None
+        found = iter(torch.autograd.grad(result, wanted, back) if wanted else ())
         grads = [next(found) if needed else None for needed in (needs_x, *needs_reads)]
-        return None, None, grads[0], grad_weight, grad_bias, *grads[1:]
+        of_weights = products if needs_weight else None, sums if needs_bias else None, grad_scale
+        return None, None, grads[0], *of_weights, *grads[1:]
 
 
 def _autocast_of(device: str) -> Callable[[], Any]:

@@ -116,6 +116,20 @@ def test_rescaling_saves_nothing_in_a_convnext(use_grn, recompute):
     assert bytes_per_image(on, 64) == bytes_per_image(off, 64)
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize(("make", "scale"), [(vit, "init_values"), (small_convnext, "ls_init_value")])
+def test_without_autocast_layer_scales_save_no_weights(make, scale, recompute):
+    """Which they are multiplied into: with a single image these would be more than all activations."""
+
+    def of_no_image(**options):
+        made = make(**options)
+        model = sbp.apply(made() if make is vit else made.float(), recompute=recompute)
+        one, three = (sbp.saved_bytes(lambda: model(torch.ones(count, 3, 64, 64)).sum()) for count in (1, 3))  # noqa: B023
+        return one - (three - one) / 2
+
+    assert of_no_image(**{scale: 0.1}) == of_no_image(**{scale: None})
+
+
 def test_masks_of_each_image_save_their_positions_and_nothing_else():
     """8 bytes for each token, once; in a ConvNeXt for each position of a stage's map and each pixel downsampled."""
     for make, size, positions in [(vit(), 64, 65), (lambda: small_convnext().float(), 64, 2 * (256 + 64) + 16)]:
