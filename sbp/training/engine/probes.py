@@ -108,8 +108,8 @@ def gradient_cosines(trainer: Trainer, images: Tensor, targets: Targets, draw: i
     at_once: so many images go through the model in one pass, as the exact one needs far more memory than a step; with
     one mask for all of them, or for `sbp.mask_per=sample` or half with others in each pass, as in a step. Where a
     training pass is `collective`, all processes are needed for it, with the same images; else any one can do it
-    alone. What is found depends on the weights, the images, the run's seed, `draw` and, where
-    drop paths or more than one mask are drawn, `at_once` only.
+    alone. What is found depends on the weights, the images, the run's seed, `draw` and, where drop paths or more than
+    one mask are drawn, `at_once` only.
     """
     trainer.begin_training()
     scale = trainer.scaler.get_scale()  # without it float16 gradients vanish; it cancels out of a cosine

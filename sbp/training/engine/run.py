@@ -144,7 +144,8 @@ class Run:
         self.trainer.make_room()
         with self.peak.excluded():
             draw = 0 if self.trainer.fixed_mask else self.step
-            at_once = max(2, self.images.order.plan.micro_batch_size // PROBE_PARTS // 2 * 2)
+            micro = self.images.order.plan.micro_batch_size
+            at_once = max(min(2, micro), micro // PROBE_PARTS // 2 * 2)  # pairs, as masks may be of halves
             return gradient_cosines(self.trainer, *self.images.probe, draw=draw, at_once=at_once)
 
     def save(self) -> None:
