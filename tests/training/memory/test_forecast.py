@@ -223,6 +223,7 @@ def test_the_command_names_a_wrong_key(wrong, tmp_path):
         report(composed(*BACKBONES["vit"], "data=digits", wrong, name="forecast", kind=ForecastConfig), tmp_path)
 
 
+@pytest.mark.long
 def test_processes_and_how_they_share_the_network_are_heeded(tmp_path, caplog):
     caplog.set_level("INFO")
     peaks = []

@@ -40,6 +40,7 @@ FOUR_IMAGES = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 def test_pictures_that_fail_cost_a_warning_and_no_figures(tmp_path, monkeypatch, caplog):
     def gone(*args, **kwargs):
         raise ValueError("cannot read 1 of the images")
