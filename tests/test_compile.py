@@ -129,6 +129,7 @@ def test_contexts_and_diagnostics_take_the_compiled_model(name):
     assert ours.total == pytest.approx(expected.total, abs=1e-9) and ours.per_layer.keys() == expected.per_layer.keys()
 
 
+@pytest.mark.long
 def test_inductor_with_maps_of_two_sizes():
     """Of which torch 2.11 made gradients of zero; all others take too long for every day."""
     model = sbp.apply(convnext(), layers=["stages.0.blocks.0", "stages.2.blocks.0"])
