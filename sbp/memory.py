@@ -11,8 +11,8 @@ def saved_bytes(compute_loss: Callable[[], Any]) -> int:
     """Bytes that autograd saves for the backward pass of `compute_loss()`, without parameters.
 
     Each storage counts once and whole, as a view keeps all of it in memory. A parameter without its gradient is told
-    from other tensors where it is saved with its gradient, too. Lower-precision copies that
-    autocast makes of the weights count: take the difference between two batch sizes for bytes per image.
+    from other tensors where it is saved with its gradient, too. Lower-precision copies that autocast makes of the
+    weights count: take the difference between two batch sizes for bytes per image.
     """
     storages: dict[int, torch.UntypedStorage] = {}
     parameters: set[int] = set()

@@ -46,7 +46,7 @@ def weights(
     full = folds and layer._parameters.get("weight") is not None
     own: Any = layer._parameters if full else {name: getattr(layer, name) for name in ("weight", "bias")}
     weight, bias = own["weight"].flatten(1) if weight is None else weight, own["bias"] if bias is None else bias
-    if folds and scale is not None and (torch.compiler.is_compiling() or lowered(weight) is not weight):
+    if folds and scale is not None and (torch.compiler.is_compiling() or _lowered_dtype(weight) != weight.dtype):
         (weight, bias), scale, folds = _folded(weight, bias, scale), None, False
     return Weights(lowered(weight), None if bias is None else lowered(bias), scale, folds)
 
@@ -95,10 +95,10 @@ def linear(
         return lambda x: scaled(layer(_chain(before, x)), scale)
     ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
     inside, outside = (ready.scale, None) if ready.folds else (None, ready.scale)
-    if not cheap and not ready.folds:
+    if not cheap and inside is None:
         return lambda x: scaled(F.linear(_chain(before, x), ready.weight, ready.bias), outside)
     if not cheap:
-        return lambda x: _Linear.apply(_unchanged, False, _chain(before, x), ready.weight, ready.bias, inside)
+        return lambda x: _Linear.apply(partial(_chain, ()), False, _chain(before, x), ready.weight, ready.bias, inside)
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
     random = any(one.training for one in modules) and has_dropout(*modules)
@@ -154,9 +154,13 @@ def has_dropout(*modules: nn.Module) -> bool:
 
 def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast gives to matrix products, if it is on: what a layer behind would save of it."""
+    return x.to(_lowered_dtype(x))
+
+
+def _lowered_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     lowers = device != "meta" and torch.is_autocast_enabled(device)  # which raises there
-    return x.to(torch.get_autocast_dtype(device)) if lowers else x
+    return torch.get_autocast_dtype(device) if lowers else x.dtype
 
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
@@ -178,10 +182,6 @@ def _folded(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> tuple[
     if scale is None:
         return weight, bias
     return (weight * scale[:, None]).to(weight.dtype), None if bias is None else (bias * scale).to(weight.dtype)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
 
 
 class _Linear(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sbp.training.benchmark.arms import ARMS
 from sbp.training.config.model import BackboneConfig
-from sbp.training.plan.arms import arm_config, arm_times, recorded
+from sbp.training.plan.arms import arm_config, arm_times, has_forecast, recorded
 from sbp.training.plan.gpus import find, matching
 from sbp.training.plan.steps import Step
 from sbp.training.record.files import write_text
@@ -66,8 +66,7 @@ def rows(path: Path) -> Iterator[Row]:
     record, gpu = json.loads(path.read_text()), find(GPU)
     backbone, size = record["settings"]["backbone"], record["batch_size"]
     for name, arm in record["arms"].items():
-        alone = ARMS[name].release or ARMS[name].checkpointing or ARMS[name].patch_drop  # of which there is no forecast
-        if not arm.get("kernel_ms") or alone:
+        if not arm.get("kernel_ms") or not has_forecast(ARMS[name]):
             continue
         alike = next(one for one in ARMS if ARMS[one].sbp == ARMS[name].sbp and not ARMS[one].release)
         kwargs = json.dumps(backbone["kwargs"])

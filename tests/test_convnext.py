@@ -230,11 +230,11 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize("use_grn", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
 def test_adapters_around_convolutions_take_part(use_grn, recompute):
-    def adapted(adapter=Adapter):
+    def adapted():
         model = small_convnext(conv_mlp=True, use_grn=use_grn)
         torch.manual_seed(1)
         for block in (model.stages[0].blocks[0], model.stages[2].blocks[1]):
-            block.mlp.fc1, block.mlp.fc2 = adapter(block.mlp.fc1), adapter(block.mlp.fc2)
+            block.mlp.fc1, block.mlp.fc2 = Adapter(block.mlp.fc1), Adapter(block.mlp.fc2)
         return model
 
     x, plain = images(64), adapted()

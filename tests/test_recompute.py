@@ -9,6 +9,7 @@ from timm.layers import GluMlp, SwiGLU
 from timm.models.vitamin import GeGluMlp
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import sbp
@@ -282,3 +283,24 @@ def test_a_pass_on_the_meta_device():
         model = sbp.apply(small_vit(init_values=0.1), recompute="cheap").to("meta")
         model(torch.empty(2, 3, 32, 32, dtype=torch.float64)).sum().backward()
     assert model.blocks[2].mlp.fc1.weight.grad.device.type == "meta"
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap"])
+def test_under_autocast_a_layer_scale_costs_no_further_copy_of_the_weights(mode):
+    """Only the product with it is lowered."""
+
+    class Lowered(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            weight = func.overloadpacket is torch.ops.aten._to_copy and args[0].ndim == 2
+            self.count += weight and args[0].dtype == torch.float32
+            return func(*args, **kwargs or {})
+
+    def lowered(scale):
+        model = sbp.apply(small_vit(init_values=scale).float(), recompute=mode)
+        with Lowered() as found, torch.autocast("cpu", torch.bfloat16):
+            model(images().float()).sum()
+        return found.count
+
+    assert lowered(0.1) == lowered(None) > 0

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, fields
 
-from sbp.training.benchmark.arms import ARMS
+from sbp.training.benchmark.arms import ARMS, Arm
 from sbp.training.config.images import DataConfig
 from sbp.training.config.model import BackboneConfig, SbpConfig
-from sbp.training.config.requests import BenchmarkSbpConfig
+from sbp.training.config.requests import BenchmarkConfig, BenchmarkSbpConfig
 from sbp.training.config.run import Config
 from sbp.training.memory.forecast import Rules
 from sbp.training.plan.gpus import Gpu
@@ -24,22 +24,25 @@ def arm_config(backbone: BackboneConfig, name: str, batch_size: int, like: Confi
 
     like: a run of which it has what `sbp benchmark` has keys for, too; None for the benchmark's own defaults.
     """
-    arm = ARMS.get(name)
-    if arm is None or arm.release or arm.patch_drop or arm.checkpointing:
-        known = [one for one, arm in ARMS.items() if not (arm.release or arm.patch_drop or arm.checkpointing)]
+    if name not in ARMS or not has_forecast(ARMS[name]):
+        known = [one for one, arm in ARMS.items() if has_forecast(arm)]
         raise ValueError(f"arms: no forecast of {name!r}; there are {', '.join(known)}")
-    sbp = SbpConfig() if like is None else like.sbp
-    own = {field.name: getattr(sbp, field.name) for field in fields(BenchmarkSbpConfig)}
+    arm, given = ARMS[name], BenchmarkConfig() if like is None else like
+    own = {field.name: getattr(given.sbp, field.name) for field in fields(BenchmarkSbpConfig)}
     settings = SbpConfig(enabled=False) if arm.sbp is None else SbpConfig(**asdict(SbpConfig()) | own | arm.sbp)
-    classes, size = (1000, 224) if like is None else (like.data.num_classes, like.data.image_size)
     return Config(
         backbone=backbone,
         sbp=settings,
-        data=DataConfig(num_classes=classes, image_size=size),
-        amp="bfloat16" if like is None else like.amp,
-        channels_last=like is not None and like.channels_last,
+        data=DataConfig(num_classes=given.data.num_classes, image_size=given.data.image_size),
+        amp=given.amp,
+        channels_last=given.channels_last,
         global_batch_size=batch_size,
     )
+
+
+def has_forecast(arm: Arm) -> bool:
+    """Not the authors' release, nor what is no setting of a run: checkpointing and PatchDropout."""
+    return not (arm.release or arm.patch_drop or arm.checkpointing)
 
 
 def recorded(config: Config, micro_batch_size: int) -> Step:
