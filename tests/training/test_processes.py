@@ -133,11 +133,11 @@ def test_a_corrupt_image_with_any_name_ends_neither_training_nor_the_check_of_da
                 Image.new("RGB", (32, 32), (number * 200, i, 0)).save(tmp_path / split / name / f"{i}.png")
     (tmp_path / "train" / "a" / bad).write_bytes(b"no image")
     data = ("data=imagenet", "data.root=.", "data.num_classes=2", "data.image_size=32", "data.workers=1")
-    command = (*TINY, *data, "global_batch_size=8", "probe.images=4")
+    command = (*TINY, *data, "global_batch_size=8", "probe.images=4", "recipe.epochs=2")
     result = run(ROOT / "train.py", *command, "run_dir=run", folder=tmp_path)
     assert result.returncode == 0 and "Logging error" not in result.stderr, result.stderr
     monkeypatch.chdir(tmp_path)
-    train_run(composed(*command, "resume=run/checkpoints/best.pt"), tmp_path / "again")
+    train_run(composed(*command, "resume=run/checkpoints/step-00000002.pt"), tmp_path / "again")
     shown = "cannot read train/a/caf\\udce9.png (not an image); another image takes its place"
     assert shown in (tmp_path / "run" / "train.log").read_text()
     assert (tmp_path / "run" / "corrupt_images.txt").read_bytes() == b"train/a/caf\xe9.png (not an image)\n"
