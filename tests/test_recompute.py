@@ -241,12 +241,12 @@ def test_cheap_saves_what_is_read_and_nothing_else():
         assert sbp.saved_bytes(lambda: fused(y)) == y.nbytes + layer.weight.nbytes // 2  # no float32 copy
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "cuda"),
     [
-        ("vit_tiny_patch16_224", False),
-        *(pytest.param(name, False, marks=pytest.mark.long) for name in LIMITS if name != "vit_tiny_patch16_224"),
-        pytest.param("convnext_tiny", True, marks=pytest.mark.long),
+        *((name, False) for name in LIMITS),
+        ("convnext_tiny", True),
     ],
 )
 def test_saved_memory_of_the_published_networks(name, cuda):

@@ -253,10 +253,11 @@ def test_what_other_arms_graphs_hold_is_not_this_arms():
 
 
 @pytest.mark.gpu
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "arms"),
     [
-        pytest.param("vit_base", ["plain", "sbp", "compile"], marks=pytest.mark.long),
+        ("vit_base", ["plain", "sbp", "compile"]),
         ("convnext_base", ["plain", "sbp"]),
     ],
 )

@@ -183,7 +183,7 @@ def test_advice_names_settings_that_fit():
 @pytest.mark.parametrize(
     ("network", "arm"),
     [
-        ("vit_tiny", "sbp"),
+        pytest.param("vit_tiny", "sbp", marks=pytest.mark.long),
         pytest.param("vit_tiny", "baseline", marks=pytest.mark.slow),
         pytest.param("vit_base", "baseline", marks=pytest.mark.slow),
         pytest.param("vit_base", "sbp", marks=pytest.mark.slow),
@@ -244,10 +244,19 @@ def test_how_images_are_read_makes_no_difference(how):
 @pytest.mark.parametrize(
     "network",
     [
-        ("backbone=timm", "backbone.name=resnet18", "recipe=demo", "data=digits", "+backbone.kwargs.layers=[1,1,1,1]"),
-        (*BACKBONES["vit"], "data=digits", "backbone.frozen=true"),
+        pytest.param(
+            (
+                "backbone=timm",
+                "backbone.name=resnet18",
+                "recipe=demo",
+                "data=digits",
+                "+backbone.kwargs.layers=[1,1,1,1]",
+            ),
+            id="no SBP form",
+            marks=pytest.mark.long,
+        ),
+        pytest.param((*BACKBONES["vit"], "data=digits", "backbone.frozen=true"), id="frozen"),
     ],
-    ids=["no SBP form", "frozen"],
 )
 def test_of_what_cannot_be_sbp_there_is_a_forecast_of_plain_training(network, tmp_path):
     overrides = (*network, "sbp=none", "global_batch_size=16", "memory_gib=1")
@@ -311,7 +320,8 @@ def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     assert forecast(config, 2).saved == pytest.approx(real, rel=0.005)
 
 
-@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
+@pytest.mark.long
+@pytest.mark.parametrize("name", DETECTORS)
 def test_the_peak_of_a_detector_is_that_of_an_independent_count(name):
     """Of a real step, in which anchors are matched and proposals chosen, which a forecast leaves out."""
     config = composed(

@@ -48,9 +48,9 @@ def recorder(device, monkeypatch):
     ("backbone", "amp", "micro_batch_size"),
     [
         ("vit", "float16", 4),
-        ("convnext", "off", 16),
         *(pytest.param(*case, marks=pytest.mark.long) for case in [("vit", "off", 16), ("vit", "bfloat16", 4)]),
         *(pytest.param("convnext", amp, 4, marks=pytest.mark.long) for amp in ("bfloat16", "float16")),
+        pytest.param("convnext", "off", 16, marks=pytest.mark.long),
     ],
 )
 def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, amp, micro_batch_size):
@@ -83,8 +83,7 @@ def test_a_replayed_run_is_the_eager_one(tmp_path, device, recorder, backbone, a
         pytest.param({"exact_epochs": 2}, marks=pytest.mark.long),
         {"exact_epochs": 2, "exact_recompute": "block"},
         {"keep_ratio": 0.25, "keep_ratio_end": 0.75},
-        {"fixed_mask": True},
-        {"hold_mask": True},
+        *(pytest.param({key: True}, marks=pytest.mark.long) for key in ("fixed_mask", "hold_mask")),
     ],
     ids=str,
 )
