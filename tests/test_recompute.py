@@ -68,7 +68,7 @@ def without_and_with(name, mode, **settings):
     return [gradients(model, images(size_of(model))) for model in models]
 
 
-@pytest.mark.parametrize(("name", "mode", "keep_ratio"), one_of(2, MODELS, MODES, [0.5, 1]))
+@pytest.mark.parametrize(("name", "mode", "keep_ratio"), one_of(3, MODELS, MODES, [0.5, 1]))
 def test_gradients_are_those_without(name, mode, keep_ratio):
     expected, found = without_and_with(name, mode, keep_ratio=keep_ratio)
     if name in BITWISE and keep_ratio != 1:  # at 1 the other model is timm's own
@@ -89,7 +89,7 @@ def test_gradients_of_every_attention_method(name, mode, mhsa_drop):
 @pytest.mark.parametrize(
     ("name", "mode", "settings"),
     one_of(
-        2,
+        3,
         [*BITWISE, "convnext", "convnext v2", "dilated convnext"],
         MODES,
         [{"mask_per": "half"}, {"mask_per": "sample", "rescale": True}],
@@ -104,7 +104,7 @@ def test_gradients_with_masks_of_each_image_and_rescaled(name, mode, settings):
 @pytest.mark.parametrize(
     ("how", "name", "mode"),
     one_of(
-        2,
+        3,
         ["timm's checkpointing", "forward_intermediates", "disabled", "fixed mask", "held"],
         ["vit with layer scale", "convnext", "convnext v2"],
         MODES,

@@ -142,13 +142,8 @@ def test_the_last_epochs_are_exact_also_after_an_interruption_within_them(tmp_pa
     assert cosines.keys() == {3, 6, 9, 12} and max(cosines.values()) < 0.999  # what SBP would give
 
 
-@pytest.mark.parametrize(
-    ("how", "again"),
-    [
-        ("true", "null"),
-        *(pytest.param("blocks", again, marks=pytest.mark.long) for again in ("block", "cheap")),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("how", "again"), [("true", "null"), ("blocks", "block"), ("blocks", "cheap")])
 def test_exact_steps_of_a_compiled_model_are_exact(monkeypatch, how, again):
     real = torch.compile
     eager = {"backend": "eager"}

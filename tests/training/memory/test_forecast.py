@@ -301,10 +301,9 @@ def test_a_run_out_of_memory_ends_with_advice(monkeypatch, tmp_path):
     assert "micro_batch_size=8" in str(error.value) and "sbp.keep_ratio=0.25" in str(error.value)
 
 
-@pytest.mark.parametrize("name", others_long(DETECTORS, "mask_rcnn"))
-@pytest.mark.parametrize(
-    "override", others_long(["sbp=none", "sbp=default", "sbp.recompute=cheap"], "sbp.recompute=cheap")
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize("override", ["sbp=none", "sbp=default", "sbp.recompute=cheap"])
 def test_it_saves_what_a_real_step_of_a_detector_saves(name, override):
     """With as many objects as the forecast assumes, and sampled regions that a real detector may have."""
     config = composed(
