@@ -242,13 +242,7 @@ def test_cheap_saves_what_is_read_and_nothing_else():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("name", "cuda"),
-    [
-        *((name, False) for name in LIMITS),
-        ("convnext_tiny", True),
-    ],
-)
+@pytest.mark.parametrize(("name", "cuda"), [*((name, False) for name in LIMITS), ("convnext_tiny", True)])
 def test_saved_memory_of_the_published_networks(name, cuda):
     """As `python -m scripts.saved_memory` prints it."""
     saved = saved_by(name, cuda)
