@@ -11,7 +11,7 @@ from typing import Any
 
 from sbp.training.record.status import read_json
 from scripts.reproduction.arms import ARMS, NULLS, PARTIAL, exists
-from scripts.reproduction.claims import Claim, asks_of
+from scripts.reproduction.claims import Claim, arms_of, asks_of, gradients_of
 from scripts.reproduction.settings import Setting
 from scripts.reproduction.verdicts import NOT_RUN, Cost, Difference, combined, difference, needs_more, not_dominated
 
@@ -104,12 +104,17 @@ class Evidence:
     def on_cuda(self) -> bool:
         return any("peak_allocated" in one for one in self.costs.get("arms", {}).values())
 
-    def provenance(self) -> tuple[list[str], list[str]]:
-        """The commits of all training runs and step times, and the devices of the runs."""
-        records = list(self.training.values())
-        commits = {commit for one in records for commit in one.get("commits", [one["versions"].get("commit", "")])}
-        commits |= {one["commit"] for one in self.costs.get("arms", {}).values() if "commit" in one}
-        return sorted(commits), sorted({device for one in records for device in one.get("devices", [one["device"]])})
+    def provenance(self, claim: Claim) -> tuple[list[str], list[str]]:
+        """The commits of a claim's runs, step times and gradients, and the devices of the runs."""
+        arms = arms_of([claim], self.setting)
+        runs = [self.training[name] for arm in arms if (name := ARMS[arm].same_as or arm) in self.training]
+        commits = {commit for one in runs for commit in one.get("commits", [one["versions"]["commit"]])}
+        timed = [self.costs.get("arms", {}).get(name, {}) for arm in arms for name in (ARMS[arm].parts or [arm])]
+        commits |= {one["commit"] for one in timed if one}
+        compared = [self.gradients.get(name) for name in gradients_of([claim], self.setting)]
+        commits |= {one["versions"]["commit"] for one in compared if one is not None}
+        short = {commit[:7] + "-dirty" * commit.endswith("-dirty") for commit in commits}
+        return sorted(short), sorted({device for one in runs for device in one.get("devices", [one["device"]])})
 
     def findings(self, claim: Claim) -> list[Finding]:
         """What decides the claim, in this setting; without what does not exist here."""

@@ -122,12 +122,12 @@ def section(key: str, claim: Claim, name: str, one: Evidence) -> Iterator[str]:
     root = " data_root=FOLDER" if one.setting.needs_root else ""
     command = f"python scripts/study.py scale={scale} setting={one.setting.name} claim={key}{root}"
     record, versions = one.training["plain"], one.training["plain"]["versions"]
-    commits, devices = one.provenance()
+    commits, devices = one.provenance(claim)
     yield f"### {name}: {one.verdict(claim)}" if key in CLAIMS else f"### {name}"
     yield (
         f"{one.setting.label[0].upper()}{one.setting.label[1:]}. "
         f"`{command}` on {' and '.join(devices)}, "
-        f"torch {versions['torch']}, timm {versions['timm']}, commit {' and '.join(commits)}; "
+        f"torch {versions['torch']}, timm {versions['timm']}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}; "
         f"{record['epochs']} epochs of {record['train_images']} images in batches of {record['global_batch_size']}."
     )
     if chooses:

@@ -100,6 +100,7 @@ def test_tables_are_what_the_records_say(title, name, text):
         for label, *cells in rows:
             if heading[0] == "arm":
                 arm, record, losses = of_arm(training, label)
+                assert all(commit[:7] in text for commit in record.get("commits", []))
                 same(cells[1], *mean_and_error(losses.values()))
                 same(cells[2], *mean_and_error(run["top1"] for run in record["runs"]))
                 if arm in costs:
@@ -232,11 +233,10 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
         label = one.setting.label
         facts += [label, label.capitalize(), label[1:], f"setting={one.setting.name}", name]
         for record in one.training.values():
-            versions = (f"{key} {record['versions'][key]}" for key in ("torch", "timm", "commit"))
+            versions = (f"{key} {record['versions'][key]}" for key in ("torch", "timm"))
             sizes = "{epochs} epochs of {train_images} images in batches of {global_batch_size}".format(**record)
-            facts += [*versions, sizes, record["device"], *record.get("devices", []), *record.get("commits", [])]
-            facts.append(record["versions"]["commit"])
-        facts += [arm["commit"] for arm in one.costs.get("arms", {}).values()]
+            facts += [*versions, sizes, record["device"], *record.get("devices", [])]
+        facts += [commit for claim in ANSWERED.values() for commit in one.provenance(claim)[0]]
     texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
     texts += [f"{before} {arm.label}" for arm in ARMS.values() for before in ":;"]  # in lists of arms
     flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
