@@ -6,7 +6,7 @@
     nice -n 19 python scripts/study.py scale=cifar10 data_root=/path/to/cifar10     which setting to take: two small
                                                             networks on photographs, 20 hours of 2 cores
     python scripts/study.py scale=cifar10_gpu data_root=/path/to/cifar10    the same with networks of 70 %, on a GPU
-    python scripts/study.py scale=fine_tuning data_root=/path/to/cifar10   beside a frozen backbone: two hours of a core
+    python scripts/study.py scale=fine_tuning data_root=/path/to/cifar10   beside a frozen backbone: 3 hours of a core
     python scripts/study.py scale=convnext                  input gradients at dropped positions: 1.5 hours of a core
     python scripts/study.py scale=imagenet gpus=8           checks and prints the commands of Table 1's eight runs
 

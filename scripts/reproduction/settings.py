@@ -243,6 +243,7 @@ def fine_tuning(setting: Setting, network: str, what: str) -> tuple[Setting, Set
         overrides=(*setting.overrides, "data.num_classes=6"),
         classes=(0, 6),
         plain_only=True,
+        seeds=6,
     )
     after = replace(
         setting,
@@ -253,6 +254,7 @@ def fine_tuning(setting: Setting, network: str, what: str) -> tuple[Setting, Set
         images_of_each=1000,
         epochs=8,
         lr=setting.lr / 4,
+        seeds=6,
         starts_from=before.name,
     )
     return before, after
