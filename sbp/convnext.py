@@ -196,7 +196,7 @@ class SBPConvNeXtBlock(ConvNeXtBlock):
         # All of the pass is read here: when the branch runs again it may not be the last one any more.
         pointwise = partial(self._pointwise, where, self.sbp_state.around(where, self.sbp_index), scale)
         if self.sbp_state.recomputes(self) == "block":
-            streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.has_dropout(self))
+            streams = recompute.block(pointwise, recompute.lowered(x), random=recompute.draws_random(self))
         else:
             streams = pointwise(x)
         y = _joined(streams, where, scale)  # (B, N, C)

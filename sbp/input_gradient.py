@@ -32,7 +32,7 @@ def obstacle(norm: Any, act: nn.Module | None = None, *others: nn.Module) -> str
         return f"a {type(act).__name__} (known are GELU, SiLU and ReLU)"
     for one in others:
         if not isinstance(one, nn.Identity) and not (isinstance(one, nn.Dropout) and one.p == 0):
-            return f"a {type(one).__name__}"
+            return f"a {type(one).__name__}" + " within the MLP" * (type(one) in _CENTRED)
     return None
 
 

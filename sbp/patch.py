@@ -70,10 +70,12 @@ def apply(
     recompute: what every block of the network, SBP or not, computes again in the backward pass rather than save:
         "none".
         "cheap": norms and activation functions, which costs no matrix product. torch.compile makes this choice by
-        itself. Linear layers are then read rather than called: forward hooks on them do not run. So are, always,
-        those in front of a layer scale, and those that mhsa_drop="head" or dropped="input" splits up.
+        itself. Linear layers are then read rather than called: forward hooks on them do not run, and those on norms and
+        activations get outputs without gradient. Read are, always, those in front of a layer scale, and those that
+        mhsa_drop="head" or dropped="input" splits up.
         "block": whole blocks (activation checkpointing), of an SBP block only the kept part.
-        keep_ratio=1 with "cheap" or "block" is exact training with less memory.
+        keep_ratio=1 with "cheap" or "block" is exact training with less memory. Hooks on what is computed again run
+        again. Neither goes with `torch.func.functional_call`, whose parameters are gone in the backward pass.
     mask_per: what has a mask of its own; all keep the same number of positions (not in the paper, but for "batch"):
         "batch": all images of a forward pass have one mask.
         "half": the second half of the images keeps what the first half drops, at a ratio of 0.5 exactly so; at lower

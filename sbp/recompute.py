@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 Function = Callable[[Tensor], Tensor]
@@ -85,12 +86,14 @@ def linear(
     theirs. weight, bias, scale: as `weights` takes them; where it is folded, a scale costs no pass over the positions
     and saves no position. A layer that is not plain is called, so that an adapter, or what sets its weight, takes part.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
-    to compute again, so there, and for layers that are called, this makes no difference.
+    to compute again, so there, for layers that are called, and behind what works in place, this makes no difference.
     """
     if not isinstance(layer, (Weights, nn.Conv2d)) and not is_plain(layer):
         assert weight is None and bias is None
         return lambda x: scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()
+    modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()] if cheap else []
+    cheap = cheap and not any(getattr(one, "inplace", False) for one in modules)  # over what would be saved
     if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
         return lambda x: scaled(layer(_chain(before, x)), scale)
     ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
@@ -99,9 +102,8 @@ def linear(
         return lambda x: scaled(F.linear(_chain(before, x), ready.weight, ready.bias), outside)
     if not cheap:
         return lambda x: _Linear.apply(partial(_chain, ()), False, _chain(before, x), ready.weight, ready.bias, inside)
-    modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()]
     reads = [*reads, *(p for module in modules for p in module.parameters(recurse=False))]
-    random = any(one.training for one in modules) and has_dropout(*modules)
+    random = any(one.training for one in modules) and draws_random(*modules)
     first = partial(_chain, before), random
     return lambda x: scaled(_Linear.apply(*first, x, ready.weight, ready.bias, inside, *reads), outside)
 
@@ -147,9 +149,17 @@ class _Recomputing:
         self.now = False
 
 
-def has_dropout(*modules: nn.Module) -> bool:
-    """Whether any of the modules, or of those within, draws random numbers for dropout in training."""
-    return any(isinstance(one, nn.Dropout) and one.p > 0 for module in modules for one in module.modules())
+def draws_random(*modules: nn.Module) -> bool:
+    """Whether any of the modules, or of those within, draws random numbers in training, drop paths aside: dropout of
+    any kind, and perhaps whatever is of another library.
+    """
+    return any(map(_may_draw, (one for module in modules for one in module.modules())))
+
+
+def _may_draw(one: nn.Module) -> bool:
+    if isinstance(one, _DropoutNd):
+        return one.p > 0
+    return isinstance(one, nn.RReLU) or not type(one).__module__.startswith(("torch.", "timm.", "sbp."))
 
 
 def lowered(x: Tensor) -> Tensor:
@@ -198,8 +208,8 @@ class _Linear(torch.autograd.Function):
         scale: Tensor | None,
         *reads: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, None if scale is None else bias, scale)
-        ctx.before, ctx.reads = before, reads
+        ctx.save_for_backward(x, weight, None if scale is None else bias, scale, *reads)
+        ctx.before = before
         ctx.replay = _replay(x) if random else nullcontext
         ctx.autocast = _autocast_of(x.device.type)
         return F.linear(before(x.detach()).to(weight.dtype), *_folded(weight, bias, scale))
@@ -208,7 +218,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, _, needs_x, needs_weight, needs_bias, needs_scale, *needs_reads = ctx.needs_input_grad
-        x, weight, bias, scale = ctx.saved_tensors
+        x, weight, bias, scale, *reads = ctx.saved_tensors
         with torch.enable_grad(), ctx.autocast(), ctx.replay():
             x = x.detach().requires_grad_(needs_x)
             result = ctx.before(x.view_as(x))  # FlopCounterMode puts hooks on modules, which cannot take a leaf here
@@ -223,7 +233,7 @@ class _Linear(torch.autograd.Function):
         if scale is not None:
             products = None if products is None else products * scale[:, None]
             sums = None if sums is None else sums * scale
-        sources = [x, *ctx.reads]
+        sources = [x, *reads]
         wanted = [tensor for tensor, needed in zip(sources, [needs_x, *needs_reads], strict=True) if needed]
         back = (grad @ _folded(weight, None, scale)[0]).to(result.dtype) if wanted else None
         found = iter(torch.autograd.grad(result, wanted, back) if wanted else ())

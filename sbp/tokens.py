@@ -90,7 +90,7 @@ class TokenBlock(nn.Module):
         )
         if state.recomputes(self) != "block":
             return branches(*x)
-        random = recompute.has_dropout(self)
+        random = recompute.draws_random(self)
         if not random:  # drawn outside, as a captured graph cannot set its generator back
             scales = tuple(drop_path_scale(one, x.kept) for one in (self.drop_path1, self.drop_path2))
             branches = partial(branches, scales=scales)

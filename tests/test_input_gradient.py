@@ -270,10 +270,11 @@ def test_a_vit_block_saves_what_the_arithmetic_says():
     [
         (lambda: small_convnext(use_grn=True), "GlobalResponseNorm.*, which stages.0.blocks.0 has"),
         (lambda: small_convnext(norm_layer="simplenorm"), "SimpleNorm"),
+        (lambda: small_vit(global_pool="avg", scale_mlp_norm=True), "a LayerNorm within the MLP, which blocks.2 has"),
         (lambda: small_vit(global_pool="avg", proj_drop_rate=0.1), "a Dropout, which blocks.2 has"),
         (lambda: small_vit(global_pool="avg", act_layer=nn.Softplus), r"a Softplus \(known are GELU, SiLU and ReLU\)"),
     ],
-    ids=["response norm", "norm", "dropout", "activation"],
+    ids=["response norm", "norm", "norm in the MLP", "dropout", "activation"],
 )
 def test_refusals_name_the_layer(make, message):
     model = make()

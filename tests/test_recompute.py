@@ -1,6 +1,7 @@
 """Recomputation: the same gradients, from less memory, and with no matrix product more than it says."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,24 @@ from sbp.settings import DROPPED
 from scripts.saved_memory import saved_by
 from tests.conftest import assert_same_gradients, gradients, images, one_of, small_convnext, small_vit
 
+
+class Adapter(nn.Module):
+    """Draws random numbers of its own, as some of PEFT's do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.rank = base, nn.Parameter(torch.full((base.out_features,), 0.1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.base(x) + self.rank * torch.rand_like(self.rank)
+
+
+def with_each_mlp(model, change):
+    for block in model.blocks:
+        change(block.mlp)
+    return model
+
+
 BITWISE = {  # nothing but norms, activations or whole blocks runs again: the very same numbers
     "vit": lambda: small_vit(drop_path_rate=0.3, proj_drop_rate=0.1, attn_drop_rate=0.1),
     "vit, mean pooling": lambda: small_vit(global_pool="avg", class_token=False),
@@ -25,6 +44,10 @@ BITWISE = {  # nothing but norms, activations or whole blocks runs again: the ve
     "vit, norms within attention and mlp": lambda: small_vit(scale_attn_norm=True, scale_mlp_norm=True),
     "vit, gated mlp": lambda: small_vit(mlp_layer=GluMlp),
     "vit, gated mlp with a trained activation": lambda: small_vit(mlp_layer=GluMlp, act_layer=nn.PReLU),
+    "vit, a random activation": lambda: small_vit(act_layer=nn.RReLU),
+    "vit, another dropout": lambda: with_each_mlp(small_vit(), lambda mlp: setattr(mlp, "drop1", nn.AlphaDropout(0.2))),
+    "vit, a random adapter": lambda: with_each_mlp(small_vit(), lambda mlp: setattr(mlp, "fc1", Adapter(mlp.fc1))),
+    "vit, an activation in place": lambda: small_vit(act_layer=partial(nn.SiLU, inplace=True)),
 }
 TO_ROUNDING = {  # a layer scale is folded into the layer before it, a convolution of patches is a linear layer
     "vit, swiglu": lambda: small_vit(mlp_layer=SwiGLU),  # two layers are one
@@ -159,6 +182,20 @@ def test_two_forward_passes_before_one_backward(case, mode):
         return gradients(model, images(size_of(model)))
 
     assert_same_gradients(run(mode), run("none"))
+
+
+@pytest.mark.parametrize("mode", ["none", "cheap"])  # torch's own checkpointing, of whole blocks, notices nothing
+def test_weights_that_change_before_the_backward_pass_are_noticed(mode):
+    """Norms alone are trained here: with their new weights the gradient would be neither of the two."""
+    model = small_vit(global_pool="avg")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("blocks" in name and "norm" in name)
+    sbp.apply(model, recompute=mode, keep_ratio=1)
+    out = model(images())
+    out[:, 0].sum().backward(retain_graph=True)
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out[:, 1].sum().backward()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sbp.recompute import has_dropout
+from sbp.recompute import draws_random
 from sbp.settings import Settings
 from sbp.training.runtime import distributed, wrapping
 
@@ -238,8 +238,8 @@ def reason_against(model: nn.Module, device: torch.device, *, same_shapes: bool)
         return "the rotary embedding is made on the CPU in each pass; ++backbone.kwargs.dynamic_img_size=false keeps it"
     blocks = [module for module in model.modules() if "sbp_state" in vars(module)]
     settings: list[Settings] = [block.sbp_state.settings for block in blocks]  # type: ignore[union-attr, misc]
-    if any((one.recompute, one.exact_recompute) != ("none", "none") for one in settings) and has_dropout(*blocks):
-        return "dropout is computed again in the backward pass, and a replay cannot set the generator back"
+    if any((one.recompute, one.exact_recompute) != ("none", "none") for one in settings) and draws_random(*blocks):
+        return "dropout, or a part that may be random, runs again in the backward pass, which no replay can set back"
     return None
 
 
