@@ -1,6 +1,6 @@
 """Turns a timm model into its SBP form and back, in place, by swapping the classes of its layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -339,7 +339,8 @@ def _choose_layers(backbone: Backbone, layers: Sequence[str] | str | None) -> li
         return backbone.published
     if layers == "all":
         return list(backbone.layers)
-    unknown = [layers] if isinstance(layers, str) else [name for name in layers if name not in backbone.layers]
+    named = isinstance(layers, Collection) and not isinstance(layers, str)
+    unknown = [name for name in layers if name not in backbone.layers] if named else [layers]
     if unknown or not layers:
         raise ValueError(
             f"layers must be None, 'all' or names of layers, got {unknown or layers}; "

@@ -254,6 +254,12 @@ def test_published_layers_of_a_vit():
             assert layers == [f"blocks.{i}" for i in range(first, len(model.blocks))]
 
 
+@pytest.mark.parametrize("layers", [5, "blocks.9", ["blocks.9"], []])
+def test_layers_that_there_are_not(layers):
+    with pytest.raises(ValueError, match=r"layers must be None, 'all' or names of layers, got .*has blocks\.0, "):
+        sbp.apply(small_vit(), layers=layers)
+
+
 def test_chosen_layers():
     assert sbp.apply(small_vit(), layers="all").blocks[0].sbp_state.layers == [f"blocks.{i}" for i in range(6)]
     model = sbp.apply(small_convnext(), layers=["stages.3.blocks.0", "stages.1.downsample"], keep_ratio=[0.5, 0.25])

@@ -20,6 +20,8 @@ from sbp.cli.compose import CONFIGS, C
 from sbp.cli.job import run_job
 from sbp.cli.sweep import write_all
 from sbp.cli.sweep_table import NOT_SWEPT, read_jobs, table
+from sbp.training.config.run import Config
+from sbp.training.record.summary import RUN
 from sbp.training.runtime import distributed
 
 LONGEST_NAME = 120  # of a job's folder
@@ -30,6 +32,7 @@ _STARTED = "SBP_STARTED"
 def command(name: str, kind: type[C], job: Callable[[C, Path], Any]) -> Any:
     """Runs `job` with the config that configs/NAME.yaml and the command line make, as `run_job` does."""
     join_processes()
+    Launch.trains = kind is Config
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)
     def main(composed: DictConfig) -> Any:
@@ -81,10 +84,18 @@ def join_processes() -> None:
 
 
 class Launch(Callback):
-    """What happens before the first job and after the last one, in the process that the user started."""
+    """What happens before the first job and after the last one, in the process that the user started.
+
+    trains: whether this process's command writes runs, rather than reads them.
+    """
+
+    trains = True
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        make_folder(Path(config.hydra.run.dir))
+        folder = Path(config.hydra.run.dir)
+        if not self.trains and (folder / RUN).is_file():  # whose .hydra and status would go
+            sys.exit(f"error: run_dir={folder} holds a training run: take another folder, such as {folder / 'eval'}")
+        make_folder(folder)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)

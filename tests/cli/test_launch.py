@@ -9,12 +9,13 @@ from dataclasses import asdict, replace
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from sbp.cli import launch, main
 from sbp.cli.torchrun import RunFailed, quoted, run_children, torchrun
 from sbp.training.config.rules import validate
 from sbp.training.record.status import Preempted, write_status
-from sbp.training.record.summary import finished
+from sbp.training.record.summary import finished, record_facts
 from sbp.training.runtime import signals
 from tests.training.configs import small
 
@@ -58,6 +59,18 @@ def test_a_complete_run_is_known_by_its_config(tmp_path):
     assert finished(tmp_path, replace(config, resume="never")) is None
     write_status(tmp_path, "running")  # started anew over the old one
     assert finished(tmp_path, config) is None
+
+
+def test_what_reads_a_run_does_not_write_into_its_folder(tmp_path, monkeypatch):
+    """Else the overrides and the status that lie there were those of the evaluation."""
+    config = OmegaConf.create({"hydra": {"run": {"dir": str(tmp_path)}}})
+    monkeypatch.setattr(launch.Launch, "trains", False)
+    launch.Launch().on_run_start(config)
+    record_facts(tmp_path, {})
+    with pytest.raises(SystemExit, match=r"holds a training run: take another folder, such as .*eval"):
+        launch.Launch().on_run_start(config)
+    monkeypatch.setattr(launch.Launch, "trains", True)
+    launch.Launch().on_run_start(config)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -168,6 +181,7 @@ def test_objectives_are_figures_of_the_summary():
         "objective=top2": r"objective, with task=classification, must be one of top1, .*, got 'top2'",
         "objective=box_ap": r"with task=classification, must be one of .*, got 'box_ap'",
         "objective=[top1,top1_ema]": r"objective=top1_ema needs recipe\.ema_decay, got null",
+        "task=detection data=shapes objective=val_loss": r"with task=detection, must be one of .*, got 'val_loss'",
         "objective=peak_allocated device=cpu": "objective=peak_allocated is of CUDA's memory, and device=cpu",
     }.items():
         with pytest.raises(ValueError, match=message):

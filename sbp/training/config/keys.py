@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from math import isfinite
 from typing import Any, Literal, TypeVar, get_type_hints
 
 T = TypeVar("T")
@@ -55,6 +56,8 @@ class Key:
             return any(value == one and type(value) is type(one) for one in self.one_of)
         if self.length is not None:
             return len(value) == self.length and all(replace(self, length=None).admits(one) for one in value)
+        if isinstance(value, float) and not isfinite(value):
+            return False
         if self.or_one_of and (isinstance(value, bool) or not isinstance(value, int)):
             return value in self.or_one_of
         bounds: list[tuple[float | None, Callable[[Any, float], bool]]] = [
@@ -110,7 +113,7 @@ def check_limits(config: Any) -> None:
         value = select(config, one.name)
         if value is None or one.key.admits(value):
             continue
-        allowed = one.key.allowed
+        allowed = one.key.allowed or "a finite number"
         if one.key.length is not None:
             raise ValueError(f"{one.name} must have {allowed}, got {len(value)}")
         if allowed.startswith("in "):

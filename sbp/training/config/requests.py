@@ -44,14 +44,16 @@ class EvalConfig:
 
     checkpoint: str = key("", "a file, or a run folder for its latest")
     ema: bool | None = key(None, "null takes the averaged weights when there are any, as timm does")
-    pictures: int = key(0, "so many images with what a detector finds in them are written to run_dir/pictures")
+    pictures: int = key(
+        0, "so many images with what a detector finds in them are written to run_dir/pictures", at_least=0
+    )
     backbone: EvalBackboneConfig = group(EvalBackboneConfig)
     sbp: EvalSbpConfig = group(EvalSbpConfig)
     data: EvalDataConfig = group(EvalDataConfig)
     eval_batch_size: int | None = key(None, "images in one pass")
     amp: str | None = key(None, "mixed precision")
     device: str = key("auto", "auto takes CUDA where there is one")
-    threads: int | None = key(None, "of torch on the CPU; null for its own choice")
+    threads: int | None = key(None, "of torch on the CPU")
     run_dir: str = key("outputs/eval", "the folder that eval.json is written to")
 
 

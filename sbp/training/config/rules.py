@@ -30,6 +30,7 @@ def validate(config: Config) -> Config:
     _check_keep_ratio_end(config)
     for objective in config.objective if isinstance(config.objective, list) else [config.objective or "top1"]:
         _check_objective(config, objective)
+    check_device(config, config.device)
     _check_source(config)
     _check_on_device(config)
     _check_classes(config)
@@ -62,7 +63,9 @@ def check_new_run(config: Config) -> None:
 
 def _check_objective(config: Config, objective: str) -> None:
     """Raises ValueError for a figure that the run will not have."""
-    of_others = {"classification": ("box_ap", "mask_ap"), "detection": ("top1", "top5", "top1_ema")}[config.task]
+    of_others = {"classification": ("box_ap", "mask_ap"), "detection": ("top1", "top5", "top1_ema", "val_loss")}[
+        config.task
+    ]
     allowed = [one for one in OBJECTIVES if one not in of_others]
     if config.objective is not None and objective not in allowed:
         raise ValueError(
@@ -70,8 +73,15 @@ def _check_objective(config: Config, objective: str) -> None:
         )
     if objective == "top1_ema" and config.recipe.ema_decay is None:
         raise ValueError("objective=top1_ema needs recipe.ema_decay, got null")
-    if objective == "peak_allocated" and config.device == "cpu":
-        raise ValueError("objective=peak_allocated is of CUDA's memory, and device=cpu; saved_bytes_per_image is alike")
+
+
+def check_device(config: Config, device: str) -> None:
+    """Raises ValueError for an objective that a run on this device will not have. device: its type, or "auto"."""
+    objectives = config.objective if isinstance(config.objective, list) else [config.objective]
+    if "peak_allocated" in objectives and device == "cpu":
+        raise ValueError(
+            "objective=peak_allocated is of CUDA's memory, and device=cpu here; saved_bytes_per_image is alike"
+        )
 
 
 def _check_source(config: Config) -> None:

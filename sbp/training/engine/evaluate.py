@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sbp.training.config.batches import evaluation_batch
-from sbp.training.config.keys import from_dict
+from sbp.training.config.keys import check_limits, from_dict
 from sbp.training.config.requests import EvalConfig, overridden
 from sbp.training.config.rules import validate
 from sbp.training.config.run import Config
@@ -28,6 +28,7 @@ def evaluate_checkpoint(request: EvalConfig, folder: Path) -> dict[str, Any]:
 
     Raises ValueError for a checkpoint that is damaged or does not fit the model, and for bad data.
     """
+    check_limits(request)
     # A run's folder may get a newer one meanwhile, so that one process chooses.
     path = distributed.only_main(lambda: find(Path(request.checkpoint))[0])
     checkpoint = distributed.all_or_none(lambda: load(path))

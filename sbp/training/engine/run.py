@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sbp.training.config.rules import check_new_run
+from sbp.training.config.rules import check_device, check_new_run
 from sbp.training.config.run import Config
 from sbp.training.config.same_run import check_same_images, check_same_run
 from sbp.training.engine import setup
@@ -49,6 +49,7 @@ class Run:
     def _open(self) -> Origin | None:
         """The device, and the checkpoint to go on from."""
         self.device = setup.prepare_process(self.config)
+        check_device(self.config, self.device.type)
         self.peak = PeakMemory(self.device)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.checkpoint.keep)
         origin = resume_point(self.config.resume, self.checkpoints)

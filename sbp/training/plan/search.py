@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from sbp.training.plan.steps import Step, alike, extrapolated, record
 from sbp.training.plan.times import How, Times, times_of, transformed
 
 SIZES = {"classification": (32, 128), "detection": (1, 2)}  # micro batches of the fake steps
+_ENDLESS = 2**40  # images, where more of them need no more memory than the update
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,13 @@ class Line:
         return min(one._largest(available, accumulates) for one in (self, *self.later))
 
     def _largest(self, available: float, accumulates: bool) -> int:
-        one, two = (self.own_peak(step.micro_batch_size, accumulates) for step in (self.small, self.large))
-        each = max((two - one) / (self.large.micro_batch_size - self.small.micro_batch_size), 1.0)
-        if self.own_peak(1, accumulates) > available:
-            return 0
-        guess = int(self.small.micro_batch_size + (available - one) / each)
-        while guess > 1 and self.own_peak(guess, accumulates) > available:
-            guess -= 1
-        return max(guess, 1)
+        def too_many(size: int) -> bool:
+            return self.own_peak(size, accumulates) > available
+
+        size = 1
+        while size < _ENDLESS and not too_many(size):
+            size *= 2
+        return bisect_left(range(1, size), True, key=too_many)
 
     def _between(self, micro_batch_size: int, one: float, two: float) -> float:
         small, large = self.small.micro_batch_size, self.large.micro_batch_size

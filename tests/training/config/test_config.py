@@ -99,7 +99,8 @@ def test_an_unknown_key_or_a_value_of_the_wrong_type_is_rejected(override):
         "recipe.scheduler=step", "data.interpolation=cubic", "data.train_image_size=0",
         "sbp.exact_epochs=-1", "sbp.exact_epochs=21", "recipe.crop_padding=-1", "data.cache=true",
         "data.crop_pct=87.5", "recipe.crop_scale=8", "data.std=[0,1,1]", "data.mean=[123.7,116.3,103.5]",
-        "recipe.weight_decay=-1", "recipe.color_jitter=-0.4", "+backbone.kwargs.in_chans=1",
+        "recipe.lr=inf", "recipe.decay_rate=nan", "recipe.weight_decay=-1",
+        "recipe.color_jitter=-0.4", "+backbone.kwargs.in_chans=1",
     ],
 )  # fmt: skip
 def test_a_value_that_makes_no_sense_is_rejected_by_name(override):

@@ -81,6 +81,8 @@ def test_bad_requests_of_an_evaluation_are_refused(tmp_path):
         evaluate_checkpoint(EvalConfig(checkpoint=str(path), ema=True), tmp_path)
     request = EvalConfig(checkpoint=str(path))
     request.sbp.eval = "published"
+    with pytest.raises(ValueError, match="pictures must be at least 0, got -1"):
+        evaluate_checkpoint(EvalConfig(checkpoint="none", pictures=-1), tmp_path)
     with pytest.raises(ValueError, match="was trained without SBP"):
         evaluate_checkpoint(request, tmp_path)
     request = EvalConfig(checkpoint=str(path))

@@ -12,7 +12,7 @@ from sbp.training.memory.forecast import forecast, support, with_sbp
 from sbp.training.memory.phases import phases
 from sbp.training.plan import search
 from sbp.training.plan.gpus import find
-from sbp.training.plan.search import fastest, line, lines, micro_batches, plan, undominated
+from sbp.training.plan.search import Line, fastest, line, lines, micro_batches, plan, undominated
 from sbp.training.plan.settings import NOT_STUDIED, Setting, accuracy, settings
 from sbp.training.plan.steps import record
 from sbp.training.plan.times import How, forecast_times
@@ -112,6 +112,17 @@ def test_the_largest_batch_is_the_last_that_fits(tiny):
     largest = found.largest(64 * MIB, accumulates=False)
     assert found.peak(largest, False) <= 64 * MIB < found.peak(largest + 1, False)
     assert found.largest(1.0, accumulates=False) == 0
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_where_the_update_is_the_peak_of_both_fake_steps_the_largest_batch_is_the_last_that_fits(tiny, accumulates):
+    """The line between their peaks is level then, and says nothing of larger batches."""
+    update = 10 * tiny[1].large.memory.peak
+    steps = {key: getattr(tiny[1], key) for key in ("small", "large")}
+    found = Line(**{key: replace(one, memory=replace(one.memory, update=update)) for key, one in steps.items()})
+    assert found.own_peak(32, accumulates) == found.own_peak(128, accumulates) == update
+    largest = found.largest(1.5 * update, accumulates)
+    assert found.own_peak(largest, accumulates) <= 1.5 * update < found.own_peak(largest + 1, accumulates)
 
 
 def test_a_setting_keeps_what_a_run_says_of_epochs_unless_all_are_exact():
