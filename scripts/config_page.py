@@ -16,7 +16,8 @@ def page() -> str:
     parts = [
         "# Every key",
         "`python -m scripts.config_page` writes this page from the fields in `sbp/training/config`. The defaults are "
-        "those of the fields; what a group's choice in `configs/` says counts more, and what the command line says "
+        "those of the fields; what a group's choice in `configs/` says counts more (`sbp train` begins with "
+        "`backbone=vit_demo data=digits recipe=demo logger=wandb`), and what the command line says "
         "most. `sbp train --help` shows the values that a command line ends up with.",
         as_markdown(Config),
         "# Keys of `sbp eval`",

@@ -20,7 +20,7 @@ OF_EPOCHS = ("keep_ratio_end", "exact_epochs", "exact_recompute")  # keys of a r
 _KNOWN = {
     ("classification", "vit", "none", "qkv", 0.5): "ImageNet as published -0.5 to -0.6; CIFAR-10 -0.8; digits -8",
     ("classification", "vit", "none", "qkv", 0.25): "CIFAR-10 -2.5; digits -13",
-    ("classification", "vit", "none", "query", 0.5): "CIFAR-10, smaller network -0.6; digits +1",
+    ("classification", "vit", "none", "query", 0.5): "CIFAR-10, smaller network -0.8; digits +1",
     ("classification", "vit", "none", "query", 0.25): "CIFAR-10 -1.0",
     ("classification", "vit", "input", "query", 0.25): "CIFAR-10 -1.0",
     ("classification", "convnext", "none", "qkv", 0.5): "ImageNet as published -0.5 to -0.6; CIFAR-10 -1.3",
