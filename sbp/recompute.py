@@ -86,14 +86,15 @@ def linear(
     theirs. weight, bias, scale: as `weights` takes them; where it is folded, a scale costs no pass over the positions
     and saves no position. A layer that is not plain is called, so that an adapter, or what sets its weight, takes part.
     cheap: x is saved for the backward pass and before(x) computed again from it. torch.compile chooses by itself what
-    to compute again, so there, for layers that are called, and behind what works in place, this makes no difference.
+    to compute again, so there, and for layers that are called, this makes no difference.
     """
     if not isinstance(layer, (Weights, nn.Conv2d)) and not is_plain(layer):
         assert weight is None and bias is None
         return lambda x: scaled(layer(_chain(before, x)), scale)
     cheap = cheap and not torch.compiler.is_compiling()
     modules = [one for step in before if isinstance(step, nn.Module) for one in step.modules()] if cheap else []
-    cheap = cheap and not any(getattr(one, "inplace", False) for one in modules)  # over what would be saved
+    if any(getattr(one, "inplace", False) for one in modules):  # which would write over what is saved
+        before = torch.clone, *before
     if type(layer) is nn.Linear and weight is None and bias is None and not cheap and not _folds(scale):
         return lambda x: scaled(layer(_chain(before, x)), scale)
     ready = layer if isinstance(layer, Weights) else weights(layer, scale, weight, bias)
