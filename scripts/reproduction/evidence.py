@@ -109,10 +109,10 @@ class Evidence:
         arms = arms_of([claim], self.setting)
         runs = [self.training[name] for arm in arms if (name := ARMS[arm].same_as or arm) in self.training]
         commits = {commit for one in runs for commit in one.get("commits", [one["versions"]["commit"]])}
-        timed = [self.costs.get("arms", {}).get(name, {}) for arm in arms for name in (ARMS[arm].parts or [arm])]
-        commits |= {one["commit"] for one in timed if one}
-        compared = [self.gradients.get(name) for name in gradients_of([claim], self.setting)]
-        commits |= {one["versions"]["commit"] for one in compared if one is not None}
+        costs, compared = self.costs.get("arms", {}), gradients_of([claim], self.setting)
+        timed = {name for arm in arms for name in (ARMS[arm].parts or [arm])}
+        commits |= {costs[name]["commit"] for name in timed & costs.keys()}
+        commits |= {self.gradients[name]["versions"]["commit"] for name in compared if name in self.gradients}
         short = {commit[:7] + "-dirty" * commit.endswith("-dirty") for commit in commits}
         return sorted(short), sorted({device for one in runs for device in one.get("devices", [one["device"]])})
 

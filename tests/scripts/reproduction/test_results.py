@@ -236,7 +236,9 @@ def test_outside_of_the_tables_there_are_no_other_numbers():
             versions = (f"{key} {record['versions'][key]}" for key in ("torch", "timm"))
             sizes = "{epochs} epochs of {train_images} images in batches of {global_batch_size}".format(**record)
             facts += [*versions, sizes, record["device"], *record.get("devices", [])]
-        facts += [commit for claim in ANSWERED.values() for commit in one.provenance(claim)[0]]
+            facts += [commit[:7] for commit in record.get("commits", [record["versions"]["commit"]])]
+        facts += [arm["commit"][:7] for arm in one.costs.get("arms", {}).values()]
+        facts += [record["versions"]["commit"][:7] for record in one.gradients.values()]
     texts = [text for claim in ANSWERED.values() for text in (claim.title, claim.published)]
     texts += [f"{before} {arm.label}" for arm in ARMS.values() for before in ":;"]  # in lists of arms
     flat = re.sub(r"\s+", " ", re.sub(r"`[^`]*`", "", rest))  # commands aside
